@@ -1,0 +1,325 @@
+"""Layers whose weight is a product of factors, drop-in for torch's Linear, Conv2d and Embedding."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from common import linalg
+
+Contraction = Literal["auto", "thin", "composed"]
+
+
+class Factorized(nn.Module):
+    """Base class of layers that hold the factors of a weight instead of the weight.
+
+    ``.weight`` reads as the dense weight, because torch's own fast paths look for it, and cannot be assigned.
+    """
+
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        """The Parameters whose product is the weight, left to right."""
+        raise NotImplementedError
+
+    def to_dense(self) -> Tensor:
+        """The weight, in the shape that the ordinary layer stores; differentiable."""
+        raise NotImplementedError
+
+    def to_layer(self) -> nn.Module:
+        """An ordinary layer with the same function, on the same device, dtype and mode."""
+        raise NotImplementedError
+
+    def frobenius_grads(self) -> list[Tensor]:
+        """Gradients of 1/2 ||weight||_F^2 with respect to each factor, by autograd; override with a closed form."""
+        with torch.enable_grad():
+            penalty = self.to_dense().square().sum() / 2
+            return list(torch.autograd.grad(penalty, self.factors()))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.to_dense()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                f"{type(self).__name__}.weight is the product of its factors and cannot be assigned: "
+                "change the factors, or densify_ the model first"
+            )
+        super().__setattr__(name, value)
+
+
+class FactorizedMatrix(Factorized):
+    """Base of the layers whose weight unrolls to one matrix, U V^T (``depth`` 2) or U M V^T (``depth`` 3).
+
+    Parameters are ``u`` (m, r), ``vt`` (r, n) and, at depth 3, ``m`` (r, r) between them.
+    """
+
+    def _create(self, rows: int, columns: int, rank: int, depth: int, bias: int | None, device: Any, dtype: Any) -> None:
+        if rank < 1:
+            raise ValueError(f"rank must be at least 1, got {rank}")
+        if depth not in (2, 3):
+            raise ValueError(f"depth must be 2 (U V^T) or 3 (U M V^T), got {depth}")
+        self.rank, self.depth = rank, depth
+        self.u = nn.Parameter(torch.empty(rows, rank, device=device, dtype=dtype))
+        if depth == 3:
+            self.m = nn.Parameter(torch.empty(rank, rank, device=device, dtype=dtype))
+        self.vt = nn.Parameter(torch.empty(rank, columns, device=device, dtype=dtype))
+        if bias is None:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = nn.Parameter(torch.zeros(bias, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_factors(self) -> None:
+        """Regular initialization: Kaiming normal on U and V^T separately, the identity for M."""
+        nn.init.kaiming_normal_(self.u)
+        nn.init.kaiming_normal_(self.vt)
+        if self.depth == 3:
+            nn.init.eye_(self.m)
+
+    def reset_parameters(self) -> None:
+        """Regular initialization of the factors, zero for the bias."""
+        self.reset_factors()
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        return (self.u, self.vt) if self.depth == 2 else (self.u, self.m, self.vt)
+
+    def set_factors(self, *factors: Tensor) -> None:
+        """Copy values into the factors, left to right; raises ValueError where number or shapes differ."""
+        own = self.factors()
+        given, expected = [tuple(f.shape) for f in factors], [tuple(f.shape) for f in own]
+        if given != expected:
+            raise ValueError(f"{type(self).__name__} has factors of shapes {expected}, got {given}")
+        with torch.no_grad():
+            for parameter, value in zip(own, factors, strict=True):
+                parameter.copy_(value)
+
+    def to_dense(self) -> Tensor:
+        return linalg.compose(self.factors())
+
+    def frobenius_grads(self) -> list[Tensor]:
+        return linalg.frobenius_grads(self.factors())
+
+    def _two_factors(self) -> tuple[Tensor, Tensor]:
+        """The weight as two factors; M joins the smaller neighbor."""
+        if self.depth == 2:
+            return self.u, self.vt
+        if self.u.shape[0] < self.vt.shape[1]:
+            return self.u @ self.m, self.vt
+        return self.u, self.m @ self.vt
+
+    def _dense_layer(self, kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+        """An ordinary layer with this weight and bias, and with this layer's device, dtype, mode and requires_grad."""
+        if kind is not nn.Embedding:
+            kwargs["bias"] = self.bias is not None
+        layer = nn.utils.skip_init(kind, *args, **kwargs, device=self.u.device, dtype=self.u.dtype)
+        layer.train(self.training)
+        with torch.no_grad():
+            layer.weight.copy_(self.to_dense())
+        layer.weight.requires_grad_(any(factor.requires_grad for factor in self.factors()))
+        if self.bias is not None:
+            layer.bias = self.bias
+        return layer
+
+
+def _resolve_contraction(contraction: Contraction, thin_cost: int, composed_cost: int) -> str:
+    if contraction not in ("auto", "thin", "composed"):
+        raise ValueError(f"contraction must be 'auto', 'thin' or 'composed', got {contraction!r}")
+    if contraction == "auto":
+        return "thin" if thin_cost < composed_cost else "composed"
+    return contraction
+
+
+class FactorizedLinear(FactorizedMatrix):
+    """Linear layer with weight (out, in) = U V^T or U M V^T.
+
+    ``contraction`` is how the input meets the factors: "thin" multiplies by V^T and then by U, "composed" forms the
+    weight first, and "auto" takes the one with fewer multiply-adds per sample, r (in + out) against in * out.
+
+    Shapes: input (..., in_features), output (..., out_features).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        depth: int = 2,
+        contraction: Contraction = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        thin = rank * (in_features + out_features)
+        self.contraction = _resolve_contraction(contraction, thin, in_features * out_features)
+        self._create(out_features, in_features, rank, depth, out_features if bias else None, device, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        u, vt = self._two_factors()
+        if self.contraction == "composed":
+            return F.linear(input, u @ vt, self.bias)
+        return F.linear(F.linear(input, vt), u, self.bias)
+
+    def to_layer(self) -> nn.Module:
+        return self._dense_layer(nn.Linear, self.in_features, self.out_features)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, depth={self.depth}, "
+            f"bias={self.bias is not None}, contraction={self.contraction}"
+        )
+
+
+class FactorizedEmbedding(FactorizedMatrix):
+    """Embedding with table (num_embeddings, embedding_dim) = U V^T or U M V^T; the padding row is always zero.
+
+    Shapes: input (...) of integers, output (..., embedding_dim).
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        rank: int,
+        padding_idx: int | None = None,
+        *,
+        depth: int = 2,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(f"padding_idx must be a row of {num_embeddings}, got {padding_idx}")
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = padding_idx if padding_idx is None else padding_idx % num_embeddings
+        self._create(num_embeddings, embedding_dim, rank, depth, None, device, dtype)
+
+    def reset_factors(self) -> None:
+        super().reset_factors()
+        self._zero_padding()
+
+    def set_factors(self, *factors: Tensor) -> None:
+        super().set_factors(*factors)
+        self._zero_padding()
+
+    def _zero_padding(self) -> None:
+        # F.embedding gives this row of U no gradient, and the decay of a zero row is zero: it stays zero.
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                self.u[self.padding_idx].zero_()
+
+    def forward(self, input: Tensor) -> Tensor:
+        u, vt = self._two_factors()
+        return F.embedding(input, u, self.padding_idx) @ vt
+
+    def to_layer(self) -> nn.Module:
+        return self._dense_layer(nn.Embedding, self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}, depth={self.depth}, padding_idx={self.padding_idx}"
+        )
+
+
+class FactorizedConv2d(FactorizedMatrix):
+    """Convolution whose kernel unrolls to (out * kh, in * kw) = U V^T or U M V^T (paper, section 2).
+
+    ``contraction`` is how the input meets the factors: "thin" runs a (1, kw) convolution to r channels and a (kh, 1)
+    convolution to the output, "composed" forms the kernel and runs one convolution, and "auto" takes the one with
+    fewer multiply-adds per output position, r (in * kw * vertical stride + out * kh) against in * out * kh * kw: the
+    first thin convolution runs before the vertical stride thins the rows. Composing the kernel is not counted: it
+    does not grow with the batch.
+
+    Shapes: input (N, in_channels, H, W) or (in_channels, H, W), output as that of ``nn.Conv2d``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        rank: int,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        depth: int = 2,
+        contraction: Contraction = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
+        self.padding: str | tuple[int, int] = padding if isinstance(padding, str) else _pair(padding)
+        if isinstance(padding, str) and (padding not in ("same", "valid") or (padding == "same" and self.stride != (1, 1))):
+            raise ValueError(
+                f"padding must be numbers, 'valid', or 'same' at stride 1, got {padding!r} at stride {self.stride}"
+            )
+        if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
+            raise ValueError(f"padding_mode must be zeros, reflect, replicate or circular, got {padding_mode!r}")
+        self.padding_mode = padding_mode
+        kh, kw = self.kernel_size
+        thin = rank * (in_channels * kw * self.stride[0] + out_channels * kh)
+        self.contraction = _resolve_contraction(contraction, thin, in_channels * out_channels * kh * kw)
+        self._create(out_channels * kh, in_channels * kw, rank, depth, out_channels if bias else None, device, dtype)
+
+    def _split_padding(self) -> list[tuple[int, int]]:
+        """Padding (before, after) of the rows and of the columns."""
+        if self.padding == "same":
+            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            return [(total // 2, total - total // 2) for total in totals]
+        if isinstance(self.padding, str):  # "valid"
+            return [(0, 0), (0, 0)]
+        return [(p, p) for p in self.padding]
+
+    def forward(self, input: Tensor) -> Tensor:
+        (top, bottom), (left, right) = self._split_padding()
+        pad_h, pad_w = top, left
+        if self.padding_mode != "zeros":
+            input = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
+            pad_h = pad_w = 0
+        elif top != bottom or left != right:  # 'same' with an even kernel
+            input = F.pad(input, (left, right, top, bottom))
+            pad_h = pad_w = 0
+        u, vt = self._two_factors()
+        (kh, kw), (stride_h, stride_w), (dilation_h, dilation_w) = self.kernel_size, self.stride, self.dilation
+        if self.contraction == "composed":
+            kernel = linalg.roll(u @ vt, self.kernel_size)
+            return F.conv2d(input, kernel, self.bias, self.stride, (pad_h, pad_w), self.dilation)
+        across = vt.view(self.rank, self.in_channels, 1, kw)
+        down = u.view(self.out_channels, kh, self.rank).transpose(1, 2).unsqueeze(-1)
+        hidden = F.conv2d(input, across, None, (1, stride_w), (0, pad_w), (1, dilation_w))
+        return F.conv2d(hidden, down, self.bias, (stride_h, 1), (pad_h, 0), (dilation_h, 1))
+
+    def to_dense(self) -> Tensor:
+        return linalg.roll(linalg.compose(self.factors()), self.kernel_size)
+
+    def to_layer(self) -> nn.Module:
+        return self._dense_layer(
+            nn.Conv2d,
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            padding_mode=self.padding_mode,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}, depth={self.depth}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}, "
+            f"contraction={self.contraction}"
+        )

@@ -1,0 +1,144 @@
+"""Linear algebra of factorized matrices: pure functions on tensors, with no knowledge of layers.
+
+A matrix W of shape (m, n) is a chain of factors, W = U V^T or W = U M V^T. Suffixes name shapes: ``u_mr`` is (m, r),
+``vt_rn`` is (r, n). Every function that takes ``factors`` also takes leading batch dimensions, equal in all of them.
+"Paper" is Khodak et al., ICLR 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def unroll(kernel: Tensor) -> Tensor:
+    """Matrix of a convolution kernel: (out, in, kh, kw) -> (out * kh, in * kw).
+
+    Rows run over (output channel, kernel row) and columns over (input channel, kernel column), so that W = U V^T is a
+    (1, kw) convolution followed by a (kh, 1) convolution (paper, section 2).
+    """
+    out_channels, in_channels, kh, kw = kernel.shape
+    return kernel.permute(0, 2, 1, 3).reshape(out_channels * kh, in_channels * kw)
+
+
+def roll(matrix: Tensor, kernel_size: tuple[int, int]) -> Tensor:
+    """Inverse of :func:`unroll`: (out * kh, in * kw) -> (out, in, kh, kw)."""
+    kh, kw = kernel_size
+    rows, columns = matrix.shape
+    return matrix.reshape(rows // kh, kh, columns // kw, kw).permute(0, 2, 1, 3)
+
+
+def spectral_init(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Spectral initialization: factors U_r sqrt(S_r) and sqrt(S_r) V_r^T of the truncated SVD (paper, section 3.1).
+
+    Returns ``u_mr`` and ``vt_rn``; their product is the best rank-r approximation of the matrix (Eckart-Young). Columns
+    beyond min(m, n) carry no singular value: they are zero in U and random in V^T, which leaves the product as it is
+    but, unlike zeros in both, lets gradient descent use them. Half-precision input is decomposed in float32.
+
+    Raises ValueError for a rank below 1 or a matrix that is not finite.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    if not torch.isfinite(matrix_mn).all():
+        raise ValueError(f"cannot decompose a {tuple(matrix_mn.shape)} matrix that holds NaN or infinite values")
+    wide = matrix_mn.detach().to(torch.promote_types(matrix_mn.dtype, torch.float32))
+    u, s, vt = torch.linalg.svd(wide, full_matrices=False)
+    root = s[:rank].sqrt()
+    u, vt = u[:, :rank] * root, root[:, None] * vt[:rank]
+    surplus = rank - root.numel()
+    if surplus > 0:
+        std = (s.mean() / wide.shape[1]).sqrt()
+        u = torch.cat([u, u.new_zeros(u.shape[0], surplus)], dim=1)
+        vt = torch.cat([vt, torch.randn(surplus, vt.shape[1], dtype=vt.dtype, device=vt.device) * std])
+    return u.to(matrix_mn.dtype).contiguous(), vt.to(matrix_mn.dtype).contiguous()
+
+
+def compose(factors: Sequence[Tensor]) -> Tensor:
+    """Product of the factors, (..., m, n)."""
+    product = factors[0]
+    for factor in factors[1:]:
+        product = product @ factor
+    return product
+
+
+def _dense_is_cheaper(factors: Sequence[Tensor]) -> bool:
+    """Whether forming the (m, n) product of two factors costs less than their two (r, r) Gram matrices.
+
+    In multiply-adds, 3 m n r against 2 r^2 (m + n); only overcomplete ranks fall on the dense side.
+    """
+    m, r = factors[0].shape[-2:]
+    n = factors[-1].shape[-1]
+    return len(factors) == 2 and 3 * m * n < 2 * r * (m + n)
+
+
+def frobenius_grads(factors: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of 1/2 ||F_1 F_2 ... F_k||_F^2 with respect to each factor (paper, section 3.2).
+
+    With P_i the product of the factors before F_i and S_i of those after it, the gradient is P_i^T P_i F_i S_i S_i^T. For
+    W = U V^T that is (U V^T V, V U^T U). The Gram matrices are at most (r, r), so W itself is formed only where that
+    is cheaper.
+    """
+    if _dense_is_cheaper(factors):
+        u, vt = factors
+        product = u @ vt
+        return [product @ vt.mT, u.mT @ product]
+    before: list[Tensor | None] = [None]
+    for factor in factors[:-1]:
+        before.append(factor.mT @ (factor if before[-1] is None else before[-1] @ factor))
+    after: list[Tensor | None] = [None]
+    for factor in reversed(factors[1:]):
+        after.append((factor if after[-1] is None else factor @ after[-1]) @ factor.mT)
+    grads = []
+    for factor, left, right in zip(factors, before, reversed(after), strict=True):
+        grad = factor if left is None else left @ factor
+        grads.append(grad if right is None else grad @ right)
+    return grads
+
+
+def frobenius_norm(factors: Sequence[Tensor]) -> Tensor:
+    """Frobenius norm of the product of the factors, shape (...), from Gram matrices where they are cheaper."""
+    if len(factors) == 1 or _dense_is_cheaper(factors):
+        return torch.linalg.matrix_norm(compose(factors))
+    gram = factors[0].mT @ factors[0]
+    for factor in factors[1:-1]:
+        gram = factor.mT @ gram @ factor
+    last = factors[-1]
+    return (gram * (last @ last.mT)).sum((-2, -1)).clamp_min(0).sqrt()
+
+
+def nuclear_norm(factors: Sequence[Tensor]) -> Tensor:
+    """Nuclear norm of the product, in float64: singular values of R_U M R_V^T after QR of the outer factors."""
+    chain = [factor.double() for factor in factors]
+    if len(chain) > 1:
+        chain[0] = torch.linalg.qr(chain[0])[1]
+        chain[-1] = torch.linalg.qr(chain[-1].mT)[1].mT
+    return torch.linalg.svdvals(compose(chain)).sum(-1)
+
+
+def nuclear_norm_bound(factors: Sequence[Tensor]) -> Tensor:
+    """Upper bound on the nuclear norm that weight decay on the factors acts on (paper, equation 2), in float64.
+
+    (||U||_F^2 + ||V||_F^2) / 2 for two factors, times the spectral norm ||M||_2 for three.
+    """
+    u, *middle, vt = (factor.double() for factor in factors)
+    bound = (u.square().sum((-2, -1)) + vt.square().sum((-2, -1))) / 2
+    return bound * torch.linalg.matrix_norm(middle[0], ord=2) if middle else bound
+
+
+def non_orthogonality(factor_mr: Tensor) -> Tensor:
+    """How far the columns of F are from orthogonal: ||F^T F - diag(F^T F)||_F / ||F^T F||_F, between 0 and 1."""
+    gram = factor_mr.mT @ factor_mr
+    off_diagonal = gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+    return torch.linalg.matrix_norm(off_diagonal) / torch.linalg.matrix_norm(gram)
+
+
+def rescale(factors: Sequence[Tensor], norm: Tensor | float) -> list[Tensor]:
+    """The factors, all scaled alike, so that their product has the given Frobenius norm; a zero product stays as it is.
+
+    Norms are compared in float64, where the squares of tiny float32 factors do not underflow.
+    """
+    current = frobenius_norm([factor.double() for factor in factors])
+    scale = torch.where(current > 0, norm / current, torch.ones_like(current)) ** (1 / len(factors))
+    return [factor * scale[..., None, None].to(factor.dtype) for factor in factors]

@@ -1,0 +1,103 @@
+"""Norms of a model's layers through training: statistics of an epoch, a record of every step, and its replay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import linalg
+from common.layers import Factorized, FactorizedMatrix
+
+
+def _factors(layer: nn.Module) -> tuple[Tensor, ...]:
+    """The layer's weight as factors; an ordinary layer's (unrolled) weight is one factor."""
+    if isinstance(layer, FactorizedMatrix):
+        return layer.factors()
+    weight = layer.to_dense() if isinstance(layer, Factorized) else layer.weight
+    assert isinstance(weight, Tensor)
+    return (linalg.unroll(weight) if weight.ndim == 4 else weight,)
+
+
+@torch.no_grad()
+def weight_statistics(layers: Mapping[str, nn.Module], lr: float) -> dict[str, float]:
+    """Means over the layers of what the paper's figures plot: norms, bound, non-orthogonality and effective steps.
+
+    ``effective_lr`` is lr / ||W||_F^2, the step of a weight that a normalization follows (paper, claim 3.1), and
+    ``effective_lr_norm`` is lr / ||W||_F, as the released code plots it. Ordinary layers have no bound and no
+    non-orthogonality; those keys are left out where no layer is factorized.
+    """
+    values: dict[str, list[Tensor]] = {}
+    for layer in layers.values():
+        factors = [factor.double() for factor in _factors(layer)]
+        norm = linalg.frobenius_norm(factors)
+        row = {
+            "frobenius_norm": norm,
+            "nuclear_norm": linalg.nuclear_norm(factors),
+            "effective_lr": lr / norm.square(),
+            "effective_lr_norm": lr / norm,
+        }
+        if len(factors) > 1:
+            row["nuclear_norm_bound"] = linalg.nuclear_norm_bound(factors)
+            outer = linalg.non_orthogonality(factors[0]) + linalg.non_orthogonality(factors[-1].mT)
+            row["non_orthogonality"] = outer / 2
+        for key, value in row.items():
+            values.setdefault(key, []).append(value)
+    return {key: torch.stack(column).mean().item() for key, column in values.items()}
+
+
+class NormRecorder:
+    """Keeps ||W||_F of each layer after every optimizer step."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = dict(layers)
+        self._norms: list[Tensor] = []
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        norms = [linalg.frobenius_norm([factor.float() for factor in _factors(layer)]) for layer in self.layers.values()]
+        self._norms.append(torch.stack(norms))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Layer names, and norms of shape (steps, layers)."""
+        norms = torch.stack(self._norms).cpu() if self._norms else torch.zeros(0, len(self.layers))
+        return {"layers": list(self.layers), "norms": norms}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._norms = list(state["norms"])
+
+
+class NormReplay:
+    """After every optimizer step, scales the factors of each layer alike so that ||W||_F is that of a recorded run.
+
+    Raises ValueError, before any training, where the record is of other layers or of fewer than ``steps`` steps.
+    """
+
+    def __init__(self, layers: Mapping[str, FactorizedMatrix], path: Path, steps: int, device: torch.device) -> None:
+        try:
+            record = torch.load(path, map_location=device, weights_only=True)
+            names, norms = list(record["layers"]), record["norms"]
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"--normalize {path} does not exist: a run with --dump-frobnorms writes frobnorms.tensor"
+            ) from error
+        except Exception as error:
+            raise ValueError(f"--normalize {path} is not a file that --dump-frobnorms wrote: {error}") from error
+        if names != list(layers):
+            lacking = [name for name in layers if name not in names] or ["none"]
+            unknown = [name for name in names if name not in layers] or ["none"]
+            raise ValueError(
+                f"--normalize {path} is of another model: it has {len(names)} layers and this model {len(layers)}; "
+                f"missing there: {', '.join(lacking)}; unknown here: {', '.join(unknown)}"
+            )
+        if len(norms) < steps:
+            raise ValueError(f"--normalize {path} holds the norms of {len(norms)} steps, and this run makes {steps}")
+        self.layers, self._norms = layers, norms
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        for layer, norm in zip(self.layers.values(), self._norms[step], strict=True):
+            layer.set_factors(*linalg.rescale(layer.factors(), norm))

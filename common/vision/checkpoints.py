@@ -1,0 +1,81 @@
+"""Checkpoints: plain dictionaries of tensors and numbers, written atomically, loaded without unpickling code."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.runs import write_atomic
+
+LATEST, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
+
+
+def save_file(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a dictionary of tensors and plain values atomically."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    write_atomic(path, buffer.getvalue())
+
+
+def save(directory: Path, state: Mapping[str, Any]) -> None:
+    """Write the latest checkpoint of a run; the one before it is kept."""
+    if (directory / LATEST).exists():
+        os.replace(directory / LATEST, directory / PREVIOUS)
+    save_file(directory / LATEST, state)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Content of a checkpoint, on the CPU; raises ValueError where it is missing, damaged or would run code."""
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is not a checkpoint that loads: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
+    return state
+
+
+def newest(directory: Path) -> dict[str, Any] | None:
+    """The newest checkpoint of a run that loads, or None; says on stderr when it had to fall back."""
+    for name in (LATEST, PREVIOUS):
+        if (directory / name).exists():
+            try:
+                return load(directory / name)
+            except ValueError as error:
+                print(f"warning: {error}; looking for an older one", file=sys.stderr)
+    return None
+
+
+def model_state(path: Path) -> dict[str, torch.Tensor]:
+    """The model's state dict in a checkpoint, of this project or of another: under "model", "state_dict", or at the top."""
+    state = load(path)
+    for key in ("model", "state_dict"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if not tensors or len(tensors) != len(state):
+        raise ValueError(f"{path} holds no state dict of a model")
+    return tensors
+
+
+def random_state() -> dict[str, Any]:
+    """State of Python's and torch's generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,273 @@
+"""Image data sets as uint8 tensors, and batches of them that are pure functions of seed, epoch, step and sample.
+
+torchvision is imported where it is used: it takes as long to load as torch, and the embedded digits do without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from common.vision.flags import DATASETS
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of a channel, on [0, 1]
+_DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+_FASHION_MNIST_FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+
+Split = tuple[Tensor, Tensor]  # images (N, 3, H, W) uint8, labels (N) int64
+
+
+@dataclass(frozen=True)
+class Batch:
+    images: Tensor  # (B, 3, H, W) float32, normalized, channels last
+    labels: Tensor  # (B) int64
+
+
+class Data:
+    """A training and a test split on one device.
+
+    Training images get a random crop after zero padding by an eighth of their size, a random horizontal flip where
+    ``flip``, and normalization: the distribution of torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and
+    Normalize, drawn for each image.
+    """
+
+    def __init__(
+        self,
+        train: Split,
+        test: Split,
+        classes: int,
+        *,
+        flip: bool = True,
+        statistics: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.classes, self.flip, self.device = classes, flip, torch.device(device)
+        self.image_size = train[0].shape[-1]
+        self.padding = self.image_size // 8
+        # Rows of pixels are stored channels last, so that a crop copies whole pixels.
+        padded = F.pad(train[0], (self.padding,) * 4)
+        self.train_images = padded.permute(0, 2, 3, 1).contiguous().to(self.device)
+        self.test_images = test[0].permute(0, 2, 3, 1).contiguous().to(self.device)
+        self.train_labels, self.test_labels = train[1].to(self.device), test[1].to(self.device)
+        mean, std = (torch.tensor(values, device=self.device) for values in statistics)
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._pixels = torch.arange(self.image_size, device=self.device)
+        self._epoch: tuple[tuple[int, int], Tensor, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.train_labels)
+
+    def steps_per_epoch(self, batch_size: int, world_size: int = 1) -> int:
+        """Batches in an epoch; the last is partial and, in parallel, loses the samples that do not fill every process."""
+        full, rest = divmod(len(self), batch_size)
+        return full + (rest >= world_size)
+
+    def _plan(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Order of the samples (N), and per sample (N, 3) the crop's row, its column, and whether it is flipped."""
+        if self._epoch is None or self._epoch[0] != (seed, epoch):
+            mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+            generator = torch.Generator().manual_seed(mixed)
+            order = torch.randperm(len(self), generator=generator)
+            crops = torch.randint(0, 2 * self.padding + 1, (len(self), 2), generator=generator)
+            flips = torch.randint(0, 2, (len(self), 1), generator=generator) * int(self.flip)
+            self._epoch = (seed, epoch), order.to(self.device), torch.cat([crops, flips], 1).to(self.device)
+        return self._epoch[1], self._epoch[2]
+
+    def train_batch(self, seed: int, epoch: int, step: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Batch:
+        """Batch number ``step`` of an epoch or, in parallel, the part of it that process ``rank`` trains on."""
+        order, augmentation = self._plan(seed, epoch)
+        index = order[step * batch_size : (step + 1) * batch_size]
+        share = len(index) // world_size
+        index = index[rank * share : (rank + 1) * share]
+        top, left, flip = augmentation[index].unbind(1)
+        rows = top[:, None] + self._pixels
+        columns = left[:, None] + torch.where(flip[:, None] == 1, self._pixels.flip(0), self._pixels)
+        pixels = self.train_images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return Batch(self._normalize(pixels), self.train_labels[index])
+
+    def test_batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """The test split in order, in batches; in parallel, every ``world_size``-th sample."""
+        images, labels = self.test_images[rank::world_size], self.test_labels[rank::world_size]
+        for start in range(0, len(labels), batch_size):
+            stop = start + batch_size
+            yield Batch(self._normalize(images[start:stop]), labels[start:stop])
+
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        return pixels.float().mul_(self._scale).add_(self._shift).permute(0, 3, 1, 2)
+
+
+def load(
+    name: str,
+    data_dir: Path,
+    *,
+    image_size: int | None = None,
+    workers: int = 4,
+    device: torch.device | str = "cpu",
+) -> Data:
+    """Load a data set of :data:`DATASETS`, downloading CIFAR and Fashion-MNIST where they are missing.
+
+    Raises ValueError or OSError, saying what is missing or damaged and how to get it.
+    """
+    if name == "imagefolder":
+        train, test, classes = _image_folder(data_dir, image_size, workers)
+        return Data(train, test, classes, device=device)
+    classes, native = DATASETS[name]
+    assert classes is not None
+    readers = {"digits": _digits, "fashion_mnist": partial(_fashion_mnist, data_dir)}
+    train, test = readers.get(name, partial(_cifar, name, data_dir))()
+    size = image_size or native
+    return Data(_zero_pad(train, size), _zero_pad(test, size), classes, flip=name != "digits", device=device)
+
+
+def _zero_pad(split: Split, size: int | None) -> Split:
+    images, labels = split
+    missing = (size or images.shape[-1]) - images.shape[-1]
+    if missing < 0:
+        raise ValueError(f"image size {size} is below the {images.shape[-1]} pixels of the images")
+    return F.pad(images, (missing // 2, missing - missing // 2) * 2), labels
+
+
+def _digits() -> tuple[Split, Split]:
+    """scikit-learn's 1,797 digits of 8x8 pixels and 17 gray levels; the last 360, by other writers, are the test split."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images / 16 * 255).round().to(torch.uint8)[:, None].repeat(1, 3, 1, 1)
+    labels = torch.from_numpy(digits.target).long()
+    return (images[:-360], labels[:-360]), (images[-360:], labels[-360:])
+
+
+def _cifar(name: str, data_dir: Path) -> tuple[Split, Split]:
+    import torchvision
+
+    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    folder = data_dir / kind.base_folder
+    if not folder.exists():
+        with _download(name, f"unpack {kind.url} (MD5 {kind.tgz_md5}) in {data_dir}, so that {folder} exists"):
+            kind(str(data_dir), train=True, download=True)
+    for file, md5 in kind.train_list + kind.test_list + [[kind.meta["filename"], kind.meta["md5"]]]:
+        if not torchvision.datasets.utils.check_integrity(str(folder / file), md5):
+            state = "is truncated or damaged" if (folder / file).exists() else "is missing"
+            raise ValueError(f"{folder / file} {state}: delete {folder} and run again to download {name} afresh")
+    train, test = (kind(str(data_dir), train=train) for train in (True, False))
+    return _from_arrays(train), _from_arrays(test)
+
+
+def _from_arrays(split: Any) -> Split:
+    return torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)
+
+
+def _fashion_mnist(data_dir: Path) -> tuple[Split, Split]:
+    from torchvision.datasets import FashionMNIST
+
+    raw = data_dir / "FashionMNIST" / "raw"
+    missing = [name for name in _FASHION_MNIST_FILES if not (raw / name).exists()]
+    if missing and _DEBIAN_FASHION_MNIST.is_dir():
+        raw.mkdir(parents=True, exist_ok=True)
+        for name in missing:
+            with gzip.open(_DEBIAN_FASHION_MNIST / f"{name}.gz") as packed, open(raw / f".{name}", "wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+            (raw / f".{name}").rename(raw / name)
+    elif missing:
+        where = f"install Debian's dataset-fashion-mnist, or put {', '.join(missing)} of {FashionMNIST.mirrors[-1]}, unpacked, in {raw}"
+        with _download("fashion_mnist", where):
+            FashionMNIST(str(data_dir), download=True)
+    splits = []
+    for train, count in ((True, 60_000), (False, 10_000)):
+        try:
+            split = FashionMNIST(str(data_dir), train=train)
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise ValueError(f"the Fashion-MNIST files in {raw} are damaged: delete it and run again") from error
+        if len(split.data) != count or len(split.targets) != count:
+            raise ValueError(
+                f"the Fashion-MNIST files in {raw} hold {len(split.data)} images, expected {count}: delete it and run again"
+            )
+        splits.append(_zero_pad((split.data[:, None].repeat(1, 3, 1, 1), split.targets), 32))
+    return splits[0], splits[1]
+
+
+@contextlib.contextmanager
+def _download(name: str, by_hand: str) -> Iterator[None]:
+    """Run a download with a time-out and its messages on stderr; a failure says how to get the data by hand."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except (OSError, RuntimeError, EOFError, shutil.ReadError) as error:
+        raise OSError(
+            f"{name} is not here and could not be downloaded ({error}). On a machine with a network, {by_hand}; "
+            "or train on embedded data with --data digits, or on a folder of images with --data imagefolder --data-dir PATH"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _image_folder(root: Path, image_size: int | None, workers: int) -> tuple[Split, Split, int]:
+    """Decode root/train/<class>/* and root/test/<class>/* (or val/) to tensors, resized to ``image_size`` where given."""
+    from torchvision.datasets import ImageFolder
+
+    test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if not (root / "train").is_dir() or test_root is None:
+        raise ValueError(f"--data-dir {root} must hold the folders train/ and test/ (or val/), with one folder a class in each")
+    try:
+        train, test = (ImageFolder(str(folder)) for folder in (root / "train", test_root))
+    except FileNotFoundError as error:
+        raise ValueError(f"{root} is not a folder of images by class: {error}") from error
+    if train.classes != test.classes:
+        odd = sorted(set(train.classes) ^ set(test.classes))[0]
+        raise ValueError(f"{root / 'train'} and {test_root} differ in their classes: {odd!r} is in one of them only")
+    if image_size is None:
+        with _opened(train.samples[0][0]) as image:
+            width, height = image.size
+        if width != height:
+            raise ValueError(
+                f"{train.samples[0][0]} is {width}x{height} pixels, not square: --image-size N resizes every image"
+            )
+    decode = partial(_decode, size=image_size or width, resize=image_size is not None)
+    splits = []
+    for folder in (train, test):
+        paths = [path for path, _ in folder.samples]
+        with ThreadPoolExecutor(workers) as pool:
+            progress = tqdm(pool.map(decode, paths), total=len(paths), desc="decoding", unit="image", leave=False, disable=None)
+            images = torch.from_numpy(np.stack(list(progress))).permute(0, 3, 1, 2)
+        splits.append((images, torch.tensor(folder.targets)))
+    return splits[0], splits[1], len(train.classes)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except OSError as error:
+        raise ValueError(f"{path} is not an image that decodes: {error}") from error
+
+
+def _decode(path: str, *, size: int, resize: bool) -> np.ndarray:
+    """Pixels (size, size, 3) of an image file, uint8."""
+    with _opened(path) as image:
+        rgb = image.convert("RGB")
+    if rgb.size != (size, size):
+        if not resize:
+            raise ValueError(
+                f"{path} is {rgb.size[0]}x{rgb.size[1]} pixels where others are {size}x{size}: give --image-size N"
+            )
+        rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(rgb)

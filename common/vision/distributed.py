@@ -1,0 +1,98 @@
+"""Devices and processes: one process, or the processes that torchrun starts, one a device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def find_device(flag: str) -> torch.device:
+    """Device of ``--device``: auto, cpu, cuda, cuda:1, mps, or the number of a GPU; ValueError where it is absent."""
+    if flag == "auto":
+        flag = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = f"cuda:{flag}" if flag.isdecimal() else flag
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be auto, cpu, cuda, cuda:N, mps or a GPU's number, got {flag!r}") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise ValueError(f"--device {flag} asks for a CUDA GPU and this machine has {count}: use --device cpu")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps asks for Apple's GPU and this machine has none: use --device cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise ValueError(f"--device must be auto, cpu, cuda, cuda:N, mps or a GPU's number, got {flag!r}")
+    return device
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model, averaging its gradients over the processes."""
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Sum over the processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is true in any process."""
+        return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the main one's buffers (running statistics), for evaluation."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process do the block before the others, such as a download."""
+        if not self.main:
+            dist.barrier()
+        yield
+        if self.main and self.world_size > 1:
+            dist.barrier()
+
+
+def start(device_flag: str) -> Processes:
+    """Join the processes of torchrun where it started this one; else be the only process."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return Processes(find_device(device_flag))
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    flag = local_rank if device_flag == "cuda" or (device_flag == "auto" and torch.cuda.is_available()) else device_flag
+    device = find_device(flag)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Processes(device, dist.get_rank(), world_size)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

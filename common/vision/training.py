@@ -1,0 +1,272 @@
+"""The training loop of the image programs."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from common.decay import FrobeniusDecay
+from common.runs import REQUEUE, Run
+from common.vision import checkpoints
+from common.vision.data import Batch, Data
+from common.vision.distributed import Processes
+
+_EVALUATION_BATCH = 1000
+_AGREE_EVERY = 10  # steps between asking whether any process was told to stop
+
+
+class StepHook(Protocol):
+    """Something that acts after every optimizer step; ``step`` counts from 0 over the whole run."""
+
+    def after_step(self, step: int) -> None: ...
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, data: Data, processes: Processes) -> dict[str, float]:
+    """Accuracy in percent and mean cross-entropy on the test split."""
+    model.eval()
+    processes.share_buffers(model)
+    totals = torch.zeros(2, dtype=torch.float64, device="cpu")
+    for batch in data.test_batches(_EVALUATION_BATCH, rank=processes.rank, world_size=processes.world_size):
+        logits = model(batch.images).float()
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+        totals += torch.stack([loss, (logits.argmax(1) == batch.labels).sum().to(loss.dtype)]).double().cpu()
+    loss, correct = processes.sum(totals.to(processes.device if processes.world_size > 1 else "cpu")).tolist()
+    count = len(data.test_labels)
+    return {"accuracy": 100 * correct / count, "loss": loss / count}
+
+
+class Trainer:
+    """Trains a model for ``args.epochs`` epochs and leaves checkpoints and metrics in the run's directory.
+
+    args:          the flags of :func:`common.vision.flags.add_flags`, resolved.
+    architecture:  what rebuilds the dense model, kept in every checkpoint beside the weights.
+    schedule:      learning rate of an epoch, counted from 0.
+    decay:         Frobenius decay, applied between backward and the optimizer's step.
+    hook:          acts after every step; where it has ``state_dict``, checkpoints keep its state.
+    statistics:    called with the learning rate before training and after each epoch; its numbers join the metrics.
+
+    A stopped run goes on exactly where it was: batches are functions of seed, epoch and step, and a checkpoint holds the
+    rest. SIGTERM and SIGUSR2 save a checkpoint after the current step and exit with status 75, to be queued again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        run: Run,
+        args: argparse.Namespace,
+        processes: Processes,
+        *,
+        architecture: Mapping[str, Any],
+        optimizer: torch.optim.Optimizer,
+        schedule: Callable[[int], float],
+        decay: FrobeniusDecay | None = None,
+        hook: StepHook | None = None,
+        statistics: Callable[[float], dict[str, float]] | None = None,
+    ) -> None:
+        self.model, self.data, self.run, self.args, self.processes = model, data, run, args, processes
+        self.architecture, self.optimizer, self.schedule = dict(architecture), optimizer, schedule
+        self.decay, self.hook, self.statistics = decay, hook, statistics
+        self.steps_per_epoch = data.steps_per_epoch(args.batch_size, processes.world_size)
+        self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or sys.maxsize)
+        self.network = processes.parallel(torch.compile(model) if args.compile else model)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
+        self.step = 0  # optimizer steps made so far
+        self.best = float("-inf")
+        self.final: dict[str, float] = {}
+        self.totals = torch.zeros(3, device=processes.device)  # loss, correct answers and samples of this epoch so far
+        self.seconds = 0.0
+        self._started = time.monotonic()
+        self._told_to_stop = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "config": self.run.config,
+            "seed": self.run.seed,
+            "architecture": self.architecture,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "hook": self.hook.state_dict() if hasattr(self.hook, "state_dict") else None,
+            "step": self.step,
+            "totals": self.totals.cpu(),
+            "best": self.best,
+            "final": self.final,
+            "random": checkpoints.random_state(),
+            "seconds": self.seconds + time.monotonic() - self._started,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; raises ValueError where it is of another configuration, seed or program."""
+        if "config" not in state or "optimizer" not in state:
+            raise ValueError("the checkpoint to resume from holds no training state: it is a model only")
+        held, ours = {**state["config"], "seed": state["seed"]}, {**self.run.config, "seed": self.run.seed}
+        differing = sorted(key for key in held.keys() | ours.keys() if held.get(key) != ours.get(key) and key != "max_steps")
+        if differing:
+            changes = ", ".join(f"{key} {held.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
+            raise ValueError(f"the checkpoint to resume from is of another configuration: {changes}")
+        if state["step"] > self.last_step:
+            raise ValueError(f"the checkpoint to resume from is at step {state['step']}, past the last step {self.last_step}")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if state["hook"] is not None and hasattr(self.hook, "load_state_dict"):
+            self.hook.load_state_dict(state["hook"])
+        self.step, self.best, self.final = state["step"], state["best"], dict(state["final"])
+        self.totals = state["totals"].to(self.processes.device)
+        self.seconds = state["seconds"]
+        checkpoints.set_random_state(state["random"])
+
+    def fit(self) -> dict[str, float]:
+        """Train to the end; returns final and best test accuracy and final test loss, and the seconds it took."""
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR2)}
+        writer = self._tensorboard()
+        self._started = time.monotonic()
+        self.run.truncate_log(self.step // self.steps_per_epoch if self.step else -1)
+        try:
+            if self.step == 0:
+                self._log({"epoch": 0, "step": 0, **self._statistics(0)}, writer)
+            while self.step < self.last_step:
+                self._train_epoch(writer)
+            if self.step % self.steps_per_epoch:  # --max-steps ends within an epoch: not an epoch's result, not its best
+                epoch = self.step // self.steps_per_epoch
+                self.final = evaluate(self.model, self.data, self.processes)
+                record = {"epoch": epoch + 1, "step": self.step, "test_accuracy": self.final["accuracy"]}
+                self._log({**record, "partial": True, **self._statistics(epoch)}, writer)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if writer is not None:
+                writer.close()
+        return {
+            "final": self.final["accuracy"],
+            "best": max(self.best, self.final["accuracy"]),
+            "final_loss": self.final["loss"],
+            "seconds": self.seconds + time.monotonic() - self._started,
+        }
+
+    def _train_epoch(self, writer: Any) -> None:
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        last = min(self.steps_per_epoch, first + self.last_step - self.step)
+        lr = self.schedule(epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        started = time.monotonic()
+        progress = tqdm(
+            total=self.steps_per_epoch,
+            initial=first,
+            desc=f"epoch {epoch + 1}/{self.args.epochs}",
+            leave=False,
+            disable=None if self.processes.main else True,
+        )
+        self.model.train()
+        for step in range(first, last):
+            batch = self.data.train_batch(
+                self.args.seed,
+                epoch,
+                step,
+                self.args.batch_size,
+                rank=self.processes.rank,
+                world_size=self.processes.world_size,
+            )
+            self.totals += self._train_step(batch)
+            if self.hook is not None:
+                self.hook.after_step(self.step)
+            self.step += 1
+            progress.update()
+            if not progress.disable and self.step % self.args.print_freq == 0:
+                progress.set_postfix(loss=f"{(self.totals[0] / self.totals[2]).item():.4f}")
+            self.run.heartbeat({"epoch": epoch, "epochs": self.args.epochs, "step": self.step, "steps": self.last_step})
+            if self._must_stop() and self.step < self.last_step:
+                self._save()
+                print(f"told to stop: saved a checkpoint at step {self.step}", file=sys.stderr)
+                raise SystemExit(REQUEUE)
+        progress.close()
+        if last < self.steps_per_epoch:
+            self._save()
+            return
+        seconds = time.monotonic() - started
+        loss, correct, samples = self.processes.sum(self.totals).tolist()
+        self.totals.zero_()
+        self.final = evaluate(self.model, self.data, self.processes)
+        self.best = max(self.best, self.final["accuracy"])
+        record = {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "lr": lr,
+            "train_loss": loss / samples,
+            "train_accuracy": 100 * correct / samples,
+            "test_loss": self.final["loss"],
+            "test_accuracy": self.final["accuracy"],
+            **self._statistics(epoch),
+            "seconds": seconds,
+            "images_per_second": (last - first) * self.args.batch_size / seconds,
+        }
+        self._log(record, writer)
+        if self.processes.main:
+            print(
+                f"epoch {epoch + 1}/{self.args.epochs}: loss {record['train_loss']:.4f}, train {record['train_accuracy']:.2f} %, "
+                f"test {record['test_accuracy']:.2f} %, lr {lr:g}, {record['images_per_second']:.0f} images/s",
+                file=sys.stderr,
+            )
+        if (epoch + 1) % self.args.save_every == 0 or self.step == self.last_step:
+            self._save()
+
+    def _train_step(self, batch: Batch) -> Tensor:
+        """One optimizer step; returns the sum of the losses, the correct answers and the samples, on the device."""
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.amp)
+        cast = torch.autocast(self.processes.device.type, precision) if precision else nullcontext()
+        with cast:
+            logits = self.network(batch.images)
+        loss = F.cross_entropy(logits.float(), batch.labels)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        if self.decay is not None:
+            self.decay.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():
+            samples = torch.full_like(loss, len(batch.labels))
+            return torch.stack([loss * samples, (logits.argmax(1) == batch.labels).sum().to(loss.dtype), samples])
+
+    def _statistics(self, epoch: int) -> dict[str, float]:
+        return self.statistics(self.schedule(epoch)) if self.statistics is not None else {}
+
+    def _save(self) -> None:
+        if self.processes.main:
+            checkpoints.save(self.run.path, self.state_dict())
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self._told_to_stop = True
+
+    def _must_stop(self) -> bool:
+        if self.processes.world_size == 1:
+            return self._told_to_stop
+        return self.step % _AGREE_EVERY == 0 and self.processes.any(self._told_to_stop)
+
+    def _tensorboard(self) -> Any:
+        if not (self.args.tensorboard and self.processes.main):
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.run.path), purge_step=self.step // self.steps_per_epoch + 1)
+
+    def _log(self, record: dict[str, Any], writer: Any) -> None:
+        self.run.log(record)
+        if writer is not None:
+            for key, value in record.items():
+                if key not in ("epoch", "partial"):
+                    writer.add_scalar(key, value, record["epoch"])

@@ -1,0 +1,189 @@
+"""Frobenius decay against autograd of the penalty on dense products, in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from common import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, FactorPair, FrobeniusDecay, param_groups
+from common.layers import Factorized
+from common.linalg import roll
+
+
+class Kronecker(Factorized):
+    """A factorized layer of another kind, with no closed form of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(2, 3, dtype=torch.float64))
+        self.b = nn.Parameter(torch.randn(3, 2, dtype=torch.float64))
+
+    def factors(self):
+        return (self.a, self.b)
+
+    def to_dense(self):
+        return torch.kron(self.a, self.b)
+
+
+def make_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        FactorizedLinear(5, 7, 3),
+        FactorizedLinear(5, 7, 3),
+        FactorizedLinear(5, 7, 3, depth=3),
+        FactorizedConv2d(3, 4, 3, 6),
+        FactorizedConv2d(2, 2, 3, 30),  # overcomplete
+        FactorizedEmbedding(9, 4, 2, padding_idx=0),
+        nn.Linear(4, 4),
+        nn.BatchNorm1d(4),
+    ).double()
+    model.append(Kronecker())
+    return model
+
+
+def dense_penalty(model):
+    """1/2 sum ||W||_F^2 written out layer by layer, with none of the code under test."""
+    total = torch.zeros((), dtype=torch.float64)
+    for layer in model:
+        if isinstance(layer, Kronecker):
+            weight = torch.kron(layer.a, layer.b)
+        elif isinstance(layer, Factorized):
+            middle = layer.m if layer.depth == 3 else torch.eye(layer.rank, dtype=torch.float64)
+            weight = layer.u @ middle @ layer.vt
+        else:
+            continue
+        total = total + weight.square().sum() / 2
+    return total
+
+
+def test_step_adds_the_gradient_of_the_penalty():
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    decay = FrobeniusDecay(model, 0.3)
+    decay.step()
+    penalty = 0.3 * dense_penalty(model)
+    expected = torch.autograd.grad(penalty, list(model.parameters()), allow_unused=True)
+    for parameter, old, new in zip(model.parameters(), before, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, old if new is None else old + new, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(decay.penalty(), penalty)
+
+
+def test_missing_gradients_are_made_and_frozen_factors_left_alone():
+    model = nn.Sequential(FactorizedLinear(4, 4, 2), FactorizedLinear(4, 4, 2))
+    model[1].u.requires_grad_(False)
+    FrobeniusDecay(model, 0.1).step()
+    assert model[0].u.grad is not None
+    assert model[1].vt.grad is not None
+    assert model[1].u.grad is None
+    assert model[0].bias.grad is None
+
+
+def test_half_precision_accumulates_in_float32():
+    """1/2 ||W||^2 of entries near 300 overflows float16 but its gradient, times the coefficient, does not."""
+    layer = FactorizedLinear(64, 64, 8, dtype=torch.float16)
+    with torch.no_grad():
+        layer.u.fill_(8)
+        layer.vt.fill_(8)
+    decay = FrobeniusDecay(nn.Sequential(layer), 1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        decay.step()
+    u, vt = layer.u.double(), layer.vt.double()
+    torch.testing.assert_close(layer.u.grad.double(), 1e-4 * u @ vt @ vt.T, rtol=1e-3, atol=0)
+
+
+def test_decoupled_decay_changes_weights_and_not_gradients():
+    model, reference = make_model(), make_model()
+    decay = FrobeniusDecay(model, 0.3, decoupled=True)
+    decay.step(lr=0.01)
+    gradients = torch.autograd.grad(dense_penalty(reference), list(reference.parameters()), allow_unused=True)
+    for new, old, gradient in zip(model.parameters(), reference.parameters(), gradients, strict=True):
+        assert new.grad is None
+        torch.testing.assert_close(new, old if gradient is None else old - 0.01 * 0.3 * gradient)
+    with pytest.raises(ValueError, match="needs step"):
+        decay.step()
+    with pytest.raises(ValueError, match="decoupled"):
+        FrobeniusDecay(model, 0.3).step(lr=0.1)
+
+
+def heads_first(heads):
+    return lambda q, k: (q.view(heads, -1, q.shape[1]).mT, k.view(heads, -1, k.shape[1]))
+
+
+def test_factor_pairs_decay_each_head():
+    q, k = (nn.Parameter(torch.randn(6, 8, dtype=torch.float64)) for _ in range(2))
+    q.grad = torch.ones_like(q)
+    pair = FactorPair("qk", q, k, heads_first(2))
+    decay = FrobeniusDecay(nn.Identity(), 0.5, pairs=[pair])
+    penalty = sum((q[h * 3 : h * 3 + 3].T @ k[h * 3 : h * 3 + 3]).square().sum() for h in range(2)) * 0.5 / 2
+    torch.testing.assert_close(decay.penalty(), penalty)
+    decay.step()
+    dq, dk = torch.autograd.grad(penalty, (q, k))
+    torch.testing.assert_close(q.grad, 1 + dq)
+    torch.testing.assert_close(k.grad, dk)
+
+
+def test_a_pair_may_be_two_slices_of_one_packed_parameter():
+    attention = nn.MultiheadAttention(8, 2, bias=False, dtype=torch.float64)
+    packed = attention.in_proj_weight
+    pair = FactorPair("qk", packed, packed, lambda u, vt: (u[:8].view(2, 4, 8).mT, vt[8:16].view(2, 4, 8)))
+    FrobeniusDecay(attention, 0.5, pairs=[pair]).step()
+    q, k = packed.detach()[:8].view(2, 4, 8), packed.detach()[8:16].view(2, 4, 8)
+    torch.testing.assert_close(packed.grad[:8].view(2, 4, 8), 0.5 * k @ k.mT @ q)
+    torch.testing.assert_close(packed.grad[8:16].view(2, 4, 8), 0.5 * q @ q.mT @ k)
+    assert (packed.grad[16:] == 0).all()
+
+
+def test_bad_pairs_are_refused():
+    q = nn.Parameter(torch.randn(6, 8))
+    with pytest.raises(ValueError, match="'qk' copies"):
+        FactorPair("qk", q, q, lambda u, vt: (u.repeat(2, 1, 1), vt[None]))
+    with pytest.raises(ValueError, match=r"\(heads, m, r\)"):
+        FactorPair("qk", q, q, lambda u, vt: (u[None], vt[None]))
+
+
+@pytest.mark.parametrize("coef", [-1.0, float("nan"), float("inf")])
+def test_bad_coefficients_are_refused(coef):
+    with pytest.raises(ValueError, match="finite and not negative"):
+        FrobeniusDecay(nn.Sequential(FactorizedLinear(2, 2, 1)), coef)
+
+
+def test_nothing_to_decay_is_refused():
+    with pytest.raises(ValueError, match="nothing to decay"):
+        FrobeniusDecay(nn.Linear(2, 2), 0.1)
+
+
+def names(model, parameters):
+    lookup = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {lookup[id(parameter)] for parameter in parameters}
+
+
+def test_param_groups_are_disjoint_complete_and_by_type():
+    model = make_model()
+    decay = FrobeniusDecay(model, 0.1)
+    rest, factors = param_groups(model, weight_decay=0.2, decay=decay)
+    assert names(model, rest["params"]) | names(model, factors["params"]) == {n for n, _ in model.named_parameters()}
+    assert not names(model, rest["params"]) & names(model, factors["params"])
+    assert names(model, factors["params"]) == names(model, decay.parameters())
+    assert "0.bias" in names(model, rest["params"])
+    assert "2.m" in names(model, factors["params"])
+    assert (rest["weight_decay"], factors["weight_decay"]) == (0.2, 0.0)
+
+
+def test_param_groups_without_decay():
+    model = make_model()
+    (everything,) = param_groups(model, weight_decay=0.2)
+    assert len(everything["params"]) == len(list(model.parameters()))
+    rest, factors = param_groups(model, weight_decay=0.2, factor_weight_decay=0.02)
+    assert (rest["weight_decay"], factors["weight_decay"]) == (0.2, 0.02)
+    assert "8.a" in names(model, factors["params"])
+    with pytest.raises(ValueError, match="not negative"):
+        param_groups(model, weight_decay=-1)
+
+
+def test_convolution_decay_is_that_of_the_kernel():
+    """The unrolling only permutes entries: the decay acts on ||kernel||_F."""
+    layer = FactorizedConv2d(3, 4, (3, 2), 5, dtype=torch.float64)
+    kernel = roll(layer.u @ layer.vt, (3, 2))
+    penalty = FrobeniusDecay(nn.Sequential(layer), 1.0).penalty()
+    torch.testing.assert_close(penalty, kernel.square().sum() / 2)

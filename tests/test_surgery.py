@@ -1,0 +1,390 @@
+"""Surgery: what is replaced and what is not, ranks and parameter counts, round trips, and refusals."""
+
+import copy
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from common import (
+    FactorizedConv2d,
+    FactorizedEmbedding,
+    FactorizedLinear,
+    FrobeniusDecay,
+    LowRankConfig,
+    densify_,
+    factorize_,
+    load_factorized_,
+    param_groups,
+    rank_scale_for_ratio,
+)
+from common.layers import Factorized
+from common.linalg import frobenius_norm, unroll
+from common.surgery import count_parameters
+from resnet_cifar.models import build, is_factorized
+from resnet_cifar.rows import PARAMETERS
+
+
+def small_model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 16, (3, 5), stride=2, padding=(1, 2), bias=False),
+        nn.Flatten(),
+        nn.Linear(16 * 4 * 4, 10),
+    )
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_full_rank_spectral_initialization_reproduces_the_donor(depth):
+    model = small_model().double()
+    factorized = copy.deepcopy(model)
+    factorize_(factorized, LowRankConfig(2.0, depth=depth))
+    assert all(isinstance(factorized[i], Factorized) for i in (0, 2, 4))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(factorized.eval()(x), model.eval()(x), rtol=1e-12, atol=1e-12)
+
+
+def test_truncated_spectral_initialization_is_the_best_approximation_of_the_unrolled_kernel():
+    donor = nn.Conv2d(6, 5, 3, dtype=torch.float64)
+    model = nn.Sequential(copy.deepcopy(donor))
+    (layer,) = factorize_(model, LowRankConfig(0.3)).layers
+    singular_values = torch.linalg.svdvals(unroll(donor.weight.detach()))
+    error = torch.linalg.vector_norm(model[0].to_dense() - donor.weight)
+    assert layer.rank == round(0.3 * 15) == 4
+    torch.testing.assert_close(error, singular_values[4:].square().sum().sqrt())
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_norm_matched_factors_have_the_norm_of_spectral_ones(depth):
+    spectral, matched = small_model(), small_model()
+    factorize_(spectral, LowRankConfig(0.25, depth=depth))
+    factorize_(matched, LowRankConfig(0.25, depth=depth, init="norm-matched"))
+    for index in (0, 2, 4):
+        torch.testing.assert_close(frobenius_norm(matched[index].factors()), frobenius_norm(spectral[index].factors()))
+        assert not torch.allclose(matched[index].to_dense(), spectral[index].to_dense())
+
+
+def test_regular_initialization_has_the_norm_that_the_method_notes_measured():
+    """64 channels, 3x3, rank 21: ||U V^T||_F is 27.6 for regular and 6.67 for spectral initialization of a Kaiming kernel."""
+    norms = {"kaiming": [], "spectral": []}
+    for seed in range(5):
+        for init, values in norms.items():
+            torch.manual_seed(seed)
+            donor = nn.Conv2d(64, 64, 3, bias=False)
+            nn.init.kaiming_normal_(donor.weight)
+            model = nn.Sequential(donor)
+            report = factorize_(model, LowRankConfig(0.111, init=init))
+            assert report.layers[0].rank == 21
+            values.append(frobenius_norm(model[0].factors()).item())
+    assert sum(norms["kaiming"]) / 5 == pytest.approx(27.6, rel=0.02)
+    assert sum(norms["spectral"]) / 5 == pytest.approx(6.67, rel=0.02)
+
+
+def test_residual_noise_on_the_middle_factor():
+    model = nn.Sequential(nn.Linear(200, 200))
+    factorize_(model, LowRankConfig(1.0, depth=3, residual=0.01))
+    assert (model[0].m.detach() - torch.eye(200)).std() == pytest.approx(0.01, rel=0.05)
+
+
+def test_a_callable_gives_the_factors():
+    def init(matrix, rank):
+        return matrix[:, :rank], torch.eye(rank, matrix.shape[1])
+
+    model = nn.Sequential(nn.Linear(6, 4))
+    weight = model[0].weight.detach().clone()
+    factorize_(model, LowRankConfig(0.5, init=init))
+    torch.testing.assert_close(model[0].weight[:, :2], weight[:, :2])
+    with pytest.raises(ValueError, match="factors of shapes"):
+        factorize_(nn.Sequential(nn.Linear(6, 4)), LowRankConfig(0.5, init=lambda matrix, rank: (matrix, matrix)))
+
+
+def test_what_a_replaced_layer_keeps_and_that_the_rest_is_untouched():
+    model = small_model().bfloat16().eval()
+    model[2].weight.requires_grad_(False)
+    first, bias = model[0], model[4].bias
+    report = factorize_(model, LowRankConfig(0.5), filter_fn=lambda module, name: name != "0")
+    assert model[0] is first
+    conv, linear = model[2], model[4]
+    assert isinstance(conv, FactorizedConv2d)
+    assert isinstance(linear, FactorizedLinear)
+    assert (conv.stride, conv.padding, conv.kernel_size, conv.bias) == ((2, 2), (1, 2), (3, 5), None)
+    assert linear.bias is bias
+    assert conv.u.dtype == torch.bfloat16
+    assert not conv.u.requires_grad
+    assert linear.u.requires_grad
+    assert not conv.training
+    assert [(layer.name, layer.shape, layer.rank) for layer in report.layers] == [
+        ("2", (16, 8, 3, 5), 24),
+        ("4", (10, 256), 5),
+    ]
+    assert report.original == count_parameters(small_model())
+    assert report.compressed == count_parameters(model)
+    assert "2" in str(report)
+    assert report.to_dict()["parameters"]["ratio"] == report.ratio
+
+
+def test_rank_pattern_overrides_and_zero_keeps_dense():
+    model = small_model()
+    factorize_(model, LowRankConfig(0.5, rank_pattern={r"[02]": 0.25, r"4": 0}))
+    assert (model[0].rank, model[2].rank) == (6, 12)
+    assert type(model[4]) is nn.Linear
+    with pytest.raises(ValueError, match=r"'layer.*' matches none"):
+        factorize_(small_model(), LowRankConfig(0.5, rank_pattern={"layer.*": 0.1}))
+
+
+def test_rank_scale_zero_is_dense():
+    report = factorize_(small_model(), LowRankConfig(0))
+    assert report.layers == ()
+    assert report.ratio == 1
+
+
+def test_embeddings_lose_their_padding_row_and_share_modules_stay_shared():
+    embedding = nn.Embedding(20, 8, padding_idx=3)
+    model = nn.ModuleDict({"a": embedding, "b": nn.Sequential(embedding)})
+    with torch.no_grad():
+        embedding.weight[3] = 1  # a user may have overwritten it; the factorized row is zero by contract
+    dense = embedding.weight.detach().clone()
+    factorize_(model, LowRankConfig(1.0))
+    assert isinstance(model["a"], FactorizedEmbedding)
+    assert model["a"] is model["b"][0]
+    dense[3] = 0
+    torch.testing.assert_close(model["a"].to_dense(), dense)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def tied():
+    model = nn.ModuleDict({"in": nn.Embedding(5, 4), "out": nn.Linear(4, 5)})
+    model["out"].weight = model["in"].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "'0': it has groups=2"),
+        (nn.Sequential(nn.ConvTranspose2d(4, 4, 3)), "'0': ConvTranspose2d is not"),
+        (nn.Sequential(nn.Conv1d(4, 4, 3)), "'0': Conv1d is not"),
+        (nn.Sequential(Scaled(4, 4)), "'0': Scaled has a forward of its own"),
+        (nn.Sequential(nn.LazyLinear(4)), "has no weight yet"),
+        (nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))), "parametriz"),
+        (nn.Sequential(nn.Embedding(4, 4, sparse=True)), "embedding with sparse"),
+        (nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), "embedding with max_norm"),
+        (tied(), "'in': its weight is tied to 'out'"),
+        (nn.Linear(4, 4), "inside a container"),
+        (nn.Sequential(nn.ReLU()), "nothing to factorize"),
+    ],
+)
+def test_refusals_leave_the_model_as_it_was(model, message):
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        factorize_(model, LowRankConfig(0.5))
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_no_match_is_an_error_that_says_so():
+    with pytest.raises(ValueError, match="of 3 Linear, convolution and Embedding layers filter_fn selected none"):
+        factorize_(small_model(), LowRankConfig(0.5), filter_fn=lambda module, name: False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank_scale": -0.1},
+        {"rank_scale": float("nan")},
+        {"rank_scale": float("inf")},
+        {"rank_scale": 0.5, "init": "svd"},
+        {"rank_scale": 0.5, "depth": 4},
+        {"rank_scale": 0.5, "residual": 0.1},
+        {"rank_scale": 0.5, "rank_pattern": {"a": -1}},
+    ],
+)
+def test_bad_configurations_are_refused(options):
+    with pytest.raises(ValueError, match="got"):
+        LowRankConfig(**options)
+
+
+def golden():
+    for depth, counts in PARAMETERS.items():
+        for scale, expected in counts.items():
+            yield depth, scale, expected
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize(("depth", "scale", "expected"), golden())
+def test_golden_parameter_counts(depth, scale, expected, classes):
+    with torch.device("meta"):
+        model = build(f"resnet{depth}", classes)
+    expected += 5850 if classes == 100 else 0
+    if scale == "0":
+        assert count_parameters(model) == expected
+        return
+    config = LowRankConfig(1.0 if scale == "deep" else float(scale), init="kaiming", depth=3 if scale == "deep" else 2)
+    report = factorize_(model, config, filter_fn=is_factorized)
+    assert report.compressed == expected
+    assert len(report.layers) == depth - 2
+
+
+def test_golden_counts_and_ranks_of_resnet20():
+    counts = {0.037: 23_482, 0.111: 63_850, 0.333: 188_314, 1.0: 560_026, 3.0: 1_675_162, 9.0: 5_020_570}
+    for scale, expected in counts.items():
+        model = build("resnet20", 10)
+        report = factorize_(model, LowRankConfig(scale, init="kaiming"), filter_fn=is_factorized)
+        assert report.compressed == expected
+        if scale == 0.111:
+            assert [layer.rank for layer in report.layers] == [5] * 6 + [11] * 6 + [21] * 6
+    model = build("resnet20", 10)
+    assert factorize_(model, LowRankConfig(1.0, init="kaiming", depth=3), filter_fn=is_factorized).compressed == 850_330
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("target", [0.06, 0.1, 0.37, 1.0, 2.5])
+def test_the_scale_for_a_ratio_is_the_closest_achievable(depth, target):
+    """Against a brute force over a fine grid of scales, each applied for real."""
+    with torch.device("meta"):
+        model = build("resnet20", 10)
+    scale = rank_scale_for_ratio(model, target, filter_fn=is_factorized, depth=depth)
+
+    def ratio(scale):
+        config = LowRankConfig(scale, init="kaiming", depth=depth)
+        return factorize_(copy.deepcopy(model), config, filter_fn=is_factorized).ratio
+
+    found = abs(ratio(scale) - target)
+    near = [scale * (1 + step / 400) for step in range(-30, 31, 3)]
+    assert found <= min(abs(ratio(other) - target) for other in near) + 1e-12
+
+
+def test_rank_search_is_fast_and_leaves_the_model_alone():
+    model = build("resnet110", 10)
+    before = [id(parameter) for parameter in model.parameters()]
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        rank_scale_for_ratio(model, 0.1, filter_fn=is_factorized)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.05
+    assert [id(parameter) for parameter in model.parameters()] == before
+
+
+def test_a_ratio_below_the_floor_names_the_floor():
+    with pytest.raises(
+        ValueError, match=r"rank 1 everywhere leaves 9,930 of 464,154 parameters, a ratio of 0.021394; 'linear.weight' keeps"
+    ):
+        rank_scale_for_ratio(build("resnet32", 10), 0.001, filter_fn=is_factorized)
+    for target in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="positive and finite"):
+            rank_scale_for_ratio(build("resnet20", 10), target)
+
+
+def test_ratio_with_fixed_layers():
+    model = small_model()
+    scale = rank_scale_for_ratio(model, 0.5, rank_pattern={"0": 0, "4": 0.5})
+    report = factorize_(model, LowRankConfig(scale, rank_pattern={"0": 0, "4": 0.5}))
+    assert [layer.name for layer in report.layers] == ["2", "4"]
+    assert report.ratio == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_densify_changes_no_output(depth):
+    torch.manual_seed(0)
+    model = build("resnet20", 10)
+    factorize_(model, LowRankConfig(0.111, depth=depth), filter_fn=is_factorized)
+    x = torch.randn(4, 3, 16, 16)
+    model.eval()
+    before = model(x)
+    names = densify_(model)
+    assert len(names) == 18
+    assert not any(isinstance(module, Factorized) for module in model.modules())
+    assert (model(x) - before).abs().max() < 1e-5
+    build("resnet20", 10).load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="nothing to fold"):
+        densify_(model)
+
+
+def test_densify_of_linear_and_embedding():
+    model = nn.Sequential(nn.Embedding(9, 6, padding_idx=0), nn.Linear(6, 4)).double()
+    factorize_(model, LowRankConfig(0.5))
+    index = torch.arange(9)
+    before = model(index)
+    densify_(model)
+    assert model[0].padding_idx == 0
+    torch.testing.assert_close(model(index), before)
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_factorized_model_is_rebuilt_from_its_state_dict_alone(depth):
+    model = small_model()
+    config = LowRankConfig(0.3, depth=depth, rank_pattern={"4": 0.7})
+    factorize_(model, config, filter_fn=lambda module, name: name != "0")
+    rebuilt = small_model()
+    report = load_factorized_(rebuilt, model.state_dict())
+    assert [layer.rank for layer in report.layers] == [model[2].rank, model[4].rank]
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(rebuilt.eval()(x), model.eval()(x))
+
+
+def test_a_state_dict_of_another_architecture_names_the_first_mismatch():
+    state = small_model().state_dict()
+    model = small_model()
+    model[4] = nn.Linear(16 * 4 * 4, 7)
+    with pytest.raises(ValueError, match=r"'4.weight' has shape \(10, 256\), expected \(7, 256\)"):
+        load_factorized_(model, state)
+    with pytest.raises(ValueError, match="the checkpoint lacks '0.bias'"):
+        load_factorized_(small_model(), {key: value for key, value in state.items() if key != "0.bias"})
+    with pytest.raises(ValueError, match="the model lacks 'extra'"):
+        load_factorized_(small_model(), {**state, "extra": torch.zeros(1)})
+
+
+def train_in_three_lines(model, filter_fn, forward):
+    report = factorize_(model, LowRankConfig(rank_scale=0.25, init="spectral"), filter_fn=filter_fn)
+    decay = FrobeniusDecay(model, coef=1e-4)
+    optimizer = torch.optim.SGD(param_groups(model, weight_decay=1e-4, decay=decay), lr=0.01, momentum=0.9)
+    model.train()
+    losses = []
+    for _ in range(6):
+        loss = forward(model)
+        optimizer.zero_grad()
+        loss.backward()
+        decay.step()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert report.ratio < 1
+
+
+def test_readme_lines_on_torchvision_resnet18():
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    model = resnet18(num_classes=10)
+    x, y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    train_in_three_lines(model, lambda module, name: name != "conv1", lambda model: F.cross_entropy(model(x), y))
+    model.eval()
+    with torch.no_grad():
+        before = model(x)
+        densify_(model)
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_readme_lines_on_a_transformer_encoder():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    x, target = torch.randn(3, 7, 32), torch.randn(3, 7, 32)
+    train_in_three_lines(model, None, lambda model: F.mse_loss(model(x), target))
+    assert isinstance(model.layers[0].self_attn.out_proj, FactorizedLinear)
+    slow = model(x)
+    model.eval()
+    torch.testing.assert_close(model(x), slow, rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():  # torch's fused path reads .weight of the linear layers
+        torch.testing.assert_close(model(x), slow, rtol=1e-4, atol=1e-5)
+        mask = torch.zeros(3, 7, dtype=torch.bool)
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask), slow, rtol=1e-4, atol=1e-5)
