@@ -17,7 +17,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -37,21 +37,23 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None, **kwargs: Any) -> Any:
         def canonical(word: str) -> str:
             flag, equals, value = word.partition("=")
             dashed = flag.replace("_", "-")
             known = flag.startswith("--") and flag not in self._option_string_actions and dashed in self._option_string_actions
             return dashed + equals + value if known else word
 
-        return super().parse_known_args([canonical(word) for word in (sys.argv[1:] if args is None else args)], namespace)
+        return super().parse_known_args(
+            [canonical(word) for word in (sys.argv[1:] if args is None else args)], namespace, **kwargs
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 @contextlib.contextmanager
-def clean_errors(prog: str) -> Iterator[None]:
+def clean_errors(prog: str) -> Generator[None]:
     """Turn a ValueError or OSError of the preparation of a run into one line on stderr and exit status 2."""
     try:
         yield
@@ -229,8 +231,8 @@ class Run:
             )
 
     @contextlib.contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Record in status.json an exception that ends the run."""
+    def recorded(self) -> Generator[None]:
+        """Record in status.json an exception that ends the run, and unlock the directory in the end."""
         try:
             yield
         except BaseException as error:
@@ -238,6 +240,9 @@ class Run:
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             self.heartbeat({"error": message}, status="stopped" if interrupted else "failed", force=True)
             raise
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
     def finish(self, **fields: Any) -> Path:
         """Write result.json with status "finished", the run's identity and the given fields; returns its path."""

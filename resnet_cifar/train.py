@@ -27,7 +27,7 @@ from common import (
     rank_scale_for_ratio,
 )
 from common.norms import NormRecorder, NormReplay, weight_statistics
-from common.runs import ROOT, Run, clean_errors, environment, seed_everything
+from common.runs import ROOT, Run, clean_errors, config_hash, environment, seed_everything
 from common.surgery import count_parameters
 from common.vision import checkpoints, distributed
 from common.vision.data import load
@@ -35,6 +35,8 @@ from common.vision.flags import configuration
 from common.vision.training import Trainer, evaluate
 from resnet_cifar.flags import DEPTHS, PROGRAM, parse
 from resnet_cifar.models import build, is_factorized
+
+NORMS = "frobnorms.tensor"  # written by --dump-frobnorms
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(json.dumps(describe(args)))
             return
         processes = distributed.start(args.device)
+        if args.amp == "fp16" and processes.device.type == "cpu":
+            raise ValueError("--amp fp16 (--half) needs a GPU: on a CPU use --amp bf16")
         if args.evaluate:
             print(json.dumps(evaluate_checkpoint(args, processes)))
             return
@@ -54,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = {"resume": args.resume is not None, "row": args.row, "row_config": args.row_config, "main": processes.main}
         run = Run(save_dir, config, args.seed, **options)
         if processes.any(run.finished):
+            if args.dump_frobnorms and not (run.path / NORMS).exists():
+                raise ValueError(f"{run.path} holds a finished run without {NORMS}: choose another --save-dir")
             print(f"{run.path} holds a finished run of this configuration and seed: nothing to do", file=sys.stderr)
             print_result(run.path / "result.json", processes)
             return
@@ -106,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metrics = trainer.fit()
         seconds = metrics.pop("seconds")
         if isinstance(hook, NormRecorder) and processes.main:
-            checkpoints.save_file(run.path / "frobnorms.tensor", hook.state_dict())
+            checkpoints.save_file(run.path / NORMS, hook.state_dict())
         if args.densify:
             densify_(model)
             metrics["densified"] = evaluate(model, data, processes)["accuracy"]
@@ -148,7 +154,7 @@ def load_dense(model: nn.Module, path: Path) -> None:
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     """Tenth at one half and at three quarters of the epochs; networks of 56 and more layers warm up at a tenth for one."""
-    drops = sum(epoch >= max(1, int(share * args.epochs)) for share in (0.5, 0.75))
+    drops = sum(epoch >= share * args.epochs for share in (0.5, 0.75))
     warmup = 0.1 if epoch == 0 and DEPTHS[args.arch] >= 56 else 1.0
     return args.lr * 0.1**drops * warmup
 
@@ -161,8 +167,6 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def default_save_dir(args: argparse.Namespace, config: dict[str, Any]) -> Path:
-    from common.runs import config_hash
-
     return ROOT / "results" / PROGRAM / (args.row or f"{args.arch}-{args.data}") / config_hash(config) / f"seed{args.seed}"
 
 

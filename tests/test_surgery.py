@@ -337,7 +337,7 @@ def test_a_state_dict_of_another_architecture_names_the_first_mismatch():
     model[4] = nn.Linear(16 * 4 * 4, 7)
     with pytest.raises(ValueError, match=r"'4.weight' has shape \(10, 256\), expected \(7, 256\)"):
         load_factorized_(model, state)
-    with pytest.raises(ValueError, match="the checkpoint lacks '0.bias'"):
+    with pytest.raises(ValueError, match=r"the checkpoint lacks '0\.bias'"):
         load_factorized_(small_model(), {key: value for key, value in state.items() if key != "0.bias"})
     with pytest.raises(ValueError, match="the model lacks 'extra'"):
         load_factorized_(small_model(), {**state, "extra": torch.zeros(1)})

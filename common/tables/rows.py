@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from importlib import import_module
 from typing import Any
 
@@ -48,12 +49,34 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """A figure of metrics against the epoch, a panel each and a line per row; ``metric/bound`` adds a dotted bound."""
+
+    id: str
+    metrics: tuple[str, ...] = ("test_accuracy", "frobenius_norm")
+
+
+@dataclass(frozen=True)
+class Against:
+    """A figure of final accuracy against a number of the configuration, on a log scale.
+
+    ``series`` names the line a configuration belongs to and ``panel`` the panel.
+    """
+
+    id: str
+    x: str
+    series: Callable[[Mapping[str, Any]], str]
+    panel: Callable[[Mapping[str, Any]], str]
+
+
+@dataclass(frozen=True)
 class Table:
     """Rows that are read together; ``id`` names its folder and ``title`` says what of the paper it is."""
 
     id: str
     title: str
     rows: tuple[Row, ...]
+    figures: tuple[Curves | Against, ...] = ()
 
     def __post_init__(self) -> None:
         if not _SAFE.fullmatch(self.id):
@@ -62,8 +85,6 @@ class Table:
         for row in self.rows:
             if ids.count(row.id) > 1:
                 raise ValueError(f"table {self.id!r} has two rows {row.id!r}")
-            if row.after is not None and row.after not in ids:
-                raise ValueError(f"row {row.id!r} comes after {row.after!r}, which table {self.id!r} does not have")
 
     def row(self, id: str) -> Row:
         return next(row for row in self.rows if row.id == id)
@@ -97,4 +118,31 @@ class Program:
 
 def programs() -> list[Program]:
     """The program of every subproject: each folder with a ``rows.py`` has one, named PROGRAM there."""
-    return [import_module(f"{path.parent.name}.rows").PROGRAM for path in sorted(ROOT.glob("*/rows.py"))]
+    found = [import_module(f"{path.parent.name}.rows").PROGRAM for path in sorted(ROOT.glob("*/rows.py"))]
+    tables = [table.id for program in found for table in program.tables]
+    twice = next((id for id in tables if tables.count(id) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two programs have a table {twice!r}: tables need ids of their own")
+    return found
+
+
+def select(
+    found: Sequence[Program], *, program: str | None = None, table: str | None = None, row: str | None = None
+) -> list[Program]:
+    """The programs reduced to one program, one table, or the rows whose id matches a shell pattern.
+
+    Raises ValueError, listing what there is, where nothing matches.
+    """
+    if program is not None and program not in [p.name for p in found]:
+        raise ValueError(f"there is no program {program!r}: there are {', '.join(p.name for p in found)}")
+    found = [p for p in found if program in (None, p.name)]
+    ids = [t.id for p in found for t in p.tables]
+    if table is not None and table not in ids:
+        raise ValueError(f"there is no table {table!r}: there are {', '.join(ids)}")
+    chosen = []
+    for p in found:
+        tables = [replace(t, rows=tuple(r for r in t.rows if fnmatchcase(r.id, row or "*"))) for t in p.tables]
+        chosen.append(replace(p, tables=tuple(t for t in tables if t.rows and table in (None, t.id))))
+    if not any(p.tables for p in chosen):
+        raise ValueError(f"no row matches {row!r}: python -m common.tables list shows them")
+    return [p for p in chosen if p.tables]

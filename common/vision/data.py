@@ -10,7 +10,7 @@ import gzip
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -185,7 +185,7 @@ def _fashion_mnist(data_dir: Path) -> tuple[Split, Split]:
                 shutil.copyfileobj(packed, unpacked)
             (raw / f".{name}").rename(raw / name)
     elif missing:
-        where = f"install Debian's dataset-fashion-mnist, or put {', '.join(missing)} of {FashionMNIST.mirrors[-1]}, unpacked, in {raw}"
+        where = f"install Debian's dataset-fashion-mnist, or unpack {', '.join(missing)} of {FashionMNIST.mirrors[-1]} in {raw}"
         with _download("fashion_mnist", where):
             FashionMNIST(str(data_dir), download=True)
     splits = []
@@ -203,7 +203,7 @@ def _fashion_mnist(data_dir: Path) -> tuple[Split, Split]:
 
 
 @contextlib.contextmanager
-def _download(name: str, by_hand: str) -> Iterator[None]:
+def _download(name: str, by_hand: str) -> Generator[None]:
     """Run a download with a time-out and its messages on stderr; a failure says how to get the data by hand."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
@@ -252,7 +252,7 @@ def _image_folder(root: Path, image_size: int | None, workers: int) -> tuple[Spl
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[Image.Image]:
+def _opened(path: str) -> Generator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -69,7 +69,7 @@ class Processes:
                 dist.broadcast(buffer, 0)
 
     @contextmanager
-    def main_first(self) -> Iterator[None]:
+    def main_first(self) -> Generator[None]:
         """Let the main process do the block before the others, such as a download."""
         if not self.main:
             dist.barrier()

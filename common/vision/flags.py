@@ -21,7 +21,7 @@ DATASETS: dict[str, tuple[int | None, int | None]] = {  # name: (classes, image 
 # Flags that do not change what is computed, or that are paths; the rest is the configuration.
 _NOT_CONFIGURATION = {
     "data_dir", "device", "workers", "save_dir", "save_every", "print_freq", "tensorboard", "row", "row_config", "resume",
-    "evaluate", "dry_run", "seed", "half",
+    "evaluate", "dry_run", "dump_frobnorms", "seed", "half",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,15 @@ def evaluate(model: nn.Module, data: Data, processes: Processes) -> dict[str, fl
     return {"accuracy": 100 * correct / count, "loss": loss / count}
 
 
+@runtime_checkable
+class Stateful(Protocol):
+    """A hook whose state checkpoints keep."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
 class Trainer:
     """Trains a model for ``args.epochs`` epochs and leaves checkpoints and metrics in the run's directory.
 
@@ -53,7 +62,7 @@ class Trainer:
     architecture:  what rebuilds the dense model, kept in every checkpoint beside the weights.
     schedule:      learning rate of an epoch, counted from 0.
     decay:         Frobenius decay, applied between backward and the optimizer's step.
-    hook:          acts after every step; where it has ``state_dict``, checkpoints keep its state.
+    hook:          acts after every step; where it is :class:`Stateful`, checkpoints keep its state.
     statistics:    called with the learning rate before training and after each epoch; its numbers join the metrics.
 
     A stopped run goes on exactly where it was: batches are functions of seed, epoch and step, and a checkpoint holds the
@@ -80,7 +89,7 @@ class Trainer:
         self.decay, self.hook, self.statistics = decay, hook, statistics
         self.steps_per_epoch = data.steps_per_epoch(args.batch_size, processes.world_size)
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or sys.maxsize)
-        self.network = processes.parallel(torch.compile(model) if args.compile else model)
+        self.network = processes.parallel(cast(nn.Module, torch.compile(model)) if args.compile else model)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
         self.step = 0  # optimizer steps made so far
         self.best = float("-inf")
@@ -99,7 +108,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "hook": self.hook.state_dict() if hasattr(self.hook, "state_dict") else None,
+            "hook": self.hook.state_dict() if isinstance(self.hook, Stateful) else None,
             "step": self.step,
             "totals": self.totals.cpu(),
             "best": self.best,
@@ -119,10 +128,12 @@ class Trainer:
             raise ValueError(f"the checkpoint to resume from is of another configuration: {changes}")
         if state["step"] > self.last_step:
             raise ValueError(f"the checkpoint to resume from is at step {state['step']}, past the last step {self.last_step}")
+        if isinstance(self.hook, Stateful) and state["hook"] is None:
+            raise ValueError("the checkpoint to resume from has no record of norms: it was made without --dump-frobnorms")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        if state["hook"] is not None and hasattr(self.hook, "load_state_dict"):
+        if isinstance(self.hook, Stateful):
             self.hook.load_state_dict(state["hook"])
         self.step, self.best, self.final = state["step"], state["best"], dict(state["final"])
         self.totals = state["totals"].to(self.processes.device)
@@ -216,10 +227,10 @@ class Trainer:
         }
         self._log(record, writer)
         if self.processes.main:
+            accuracies = f"train {record['train_accuracy']:.2f} %, test {record['test_accuracy']:.2f} %"
+            speed = f"lr {lr:g}, {record['images_per_second']:.0f} images/s"
             print(
-                f"epoch {epoch + 1}/{self.args.epochs}: loss {record['train_loss']:.4f}, train {record['train_accuracy']:.2f} %, "
-                f"test {record['test_accuracy']:.2f} %, lr {lr:g}, {record['images_per_second']:.0f} images/s",
-                file=sys.stderr,
+                f"epoch {epoch + 1}/{self.args.epochs}: loss {record['train_loss']:.4f}, {accuracies}, {speed}", file=sys.stderr
             )
         if (epoch + 1) % self.args.save_every == 0 or self.step == self.last_step:
             self._save()
@@ -227,8 +238,7 @@ class Trainer:
     def _train_step(self, batch: Batch) -> Tensor:
         """One optimizer step; returns the sum of the losses, the correct answers and the samples, on the device."""
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.amp)
-        cast = torch.autocast(self.processes.device.type, precision) if precision else nullcontext()
-        with cast:
+        with torch.autocast(self.processes.device.type, precision) if precision else nullcontext():
             logits = self.network(batch.images)
         loss = F.cross_entropy(logits.float(), batch.labels)
         self.optimizer.zero_grad()

@@ -1,0 +1,190 @@
+"""Finished results to tables: Markdown, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from common.runs import config_hash, read_json, write_atomic
+from common.tables.rows import Program, Row, Table
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run, as its result.json tells."""
+
+    path: Path
+    row: str | None
+    config: dict[str, Any]
+    hash: str
+    seed: int
+    final: float
+    best: float
+    parameters: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table: n seeds, mean and sample standard deviation of final and best value, and what is published."""
+
+    row: str
+    n: int
+    parameters: int | None
+    ratio: float | None
+    final_mean: float | None
+    final_std: float | None
+    best_mean: float | None
+    best_std: float | None
+    seconds: float | None
+    published: float | None
+    source: str
+    label: str
+
+
+def parse(path: Path) -> Result:
+    """Read a result.json; raises ValueError saying what is wrong with it."""
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != 1:
+        raise ValueError(f"{path} is not a result of this version")
+    if content.get("status") != "finished":
+        raise ValueError(f"{path} is not finished: its status is {content.get('status')!r}")
+    try:
+        metrics, config = content["metrics"], content["config"]
+        row, seed, parameters, seconds = content["row"], content["seed"], content["parameters"], content["seconds"]
+        final, best = float(metrics["final"]), float(metrics["best"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} lacks or garbles a field: {error}") from error
+    if not isinstance(config, dict) or config_hash(config) != content.get("config_hash"):
+        raise ValueError(f"{path} has a configuration that is not the one its hash was made of")
+    if not (math.isfinite(final) and math.isfinite(best)):
+        raise ValueError(f"{path} has a final or best value that is not finite")
+    return Result(path, row, config, content["config_hash"], seed, final, best, parameters, seconds)
+
+
+def read(directory: Path) -> tuple[list[Result], list[str]]:
+    """Every result.json below a directory that can be counted, and what is wrong with the others.
+
+    Raises ValueError where two results say they are of one row and seed and have different configurations.
+    """
+    results, problems = [], []
+    for path in sorted(directory.rglob("result.json")):
+        try:
+            results.append(parse(path))
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    claims: dict[tuple[str, str, int], Result] = {}
+    for result in results:
+        if result.row is not None:
+            key = (str(result.config.get("program")), result.row, result.seed)
+            other = claims.setdefault(key, result)
+            if other.hash != result.hash:
+                raise ValueError(
+                    f"two results of row {result.row} and seed {result.seed} have different configurations: "
+                    f"{other.path} and {result.path}; move one of them away"
+                )
+    return results, problems
+
+
+def by_configuration(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Results by configuration hash, one a seed: the same seed run twice counts once."""
+    found: dict[str, dict[int, Result]] = {}
+    for result in results:
+        found.setdefault(result.hash, {}).setdefault(result.seed, result)
+    return {hash: [seeds[seed] for seed in sorted(seeds)] for hash, seeds in found.items()}
+
+
+def summarize(row: Row, results: Sequence[Result]) -> Line:
+    """The line of a row from the results of its configuration."""
+    finals, bests = [result.final for result in results], [result.best for result in results]
+    several = len(results) > 1
+    return Line(
+        row=row.id,
+        n=len(results),
+        parameters=results[0].parameters["compressed"] if results else row.parameters,
+        ratio=results[0].parameters["ratio"] if results else None,
+        final_mean=statistics.mean(finals) if results else None,
+        final_std=statistics.stdev(finals) if several else None,
+        best_mean=statistics.mean(bests) if results else None,
+        best_std=statistics.stdev(bests) if several else None,
+        seconds=statistics.mean(result.seconds for result in results) if results else None,
+        published=row.published.value if row.published else None,
+        source=row.published.source if row.published else "",
+        label=row.label,
+    )
+
+
+def lines(program: Program, table: Table, results: dict[str, list[Result]]) -> list[Line]:
+    """The lines of a table; only results of exactly a row's configuration count."""
+    return [summarize(row, results.get(program.config_hash(row), [])) for row in table.rows]
+
+
+def _spread(mean: float | None, std: float | None) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+
+
+def _cells(table_lines: Sequence[Line]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Header, cells and the sources that the published numbers refer to."""
+    sources = list(dict.fromkeys(line.source for line in table_lines if line.source))
+    header = ["Row", "n", "Parameters", "Ratio", "Final", "Best", "Seconds", "Published"]
+    rows = []
+    for line in table_lines:
+        published = "n/a" if line.published is None else f"{line.published:g} [{sources.index(line.source) + 1}]"
+        rows.append(
+            [
+                line.row,
+                str(line.n),
+                f"{line.parameters:,}" if line.parameters else "-",
+                f"{line.ratio:.4f}" if line.ratio else "-",
+                _spread(line.final_mean, line.final_std),
+                _spread(line.best_mean, line.best_std),
+                f"{line.seconds:.0f}" if line.seconds is not None else "-",
+                published,
+            ]
+        )
+    return header, rows, sources
+
+
+NOTE = "Final and best test accuracy in percent, mean ± sample standard deviation over n seeds. Seconds are of one run."
+
+
+def to_markdown(table: Table, table_lines: Sequence[Line]) -> str:
+    header, rows, sources = _cells(table_lines)
+    align = ("left", *["right"] * (len(header) - 1))
+    text = tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align if rows else None)
+    notes = "".join(f"\n[{number}] {source}" for number, source in enumerate(sources, 1))
+    return f"**{table.title}**\n\n{text}\n\n{NOTE}{notes}\n"
+
+
+def to_latex(table: Table, table_lines: Sequence[Line]) -> str:
+    header, rows, sources = _cells(table_lines)
+    text = tabulate(rows, header, tablefmt="latex_booktabs", disable_numparse=True).replace("±", r"$\pm$")
+    return (
+        "".join(f"% {line}\n" for line in (table.title, NOTE, *(f"[{n}] {s}" for n, s in enumerate(sources, 1)))) + text + "\n"
+    )
+
+
+def to_csv(table_lines: Sequence[Line]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [field.name for field in fields(Line)], lineterminator="\n")
+    writer.writeheader()
+    for line in table_lines:
+        writer.writerow({key: "" if value is None else value for key, value in asdict(line).items()})
+    return buffer.getvalue()
+
+
+def write(table: Table, table_lines: Sequence[Line], directory: Path) -> None:
+    """Write table.md, table.csv and table.tex."""
+    write_atomic(directory / "table.md", to_markdown(table, table_lines))
+    write_atomic(directory / "table.csv", to_csv(table_lines))
+    write_atomic(directory / "table.tex", to_latex(table, table_lines))

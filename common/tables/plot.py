@@ -1,0 +1,137 @@
+"""Figures of tables: curves over the epochs, and accuracy against a setting. Readable in print and without color."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from common.tables.collect import Result
+from common.tables.rows import Against, Curves, Program, Table
+
+# Okabe and Ito's palette, told apart by color-blind readers; line styles and markers tell lines apart in gray print.
+COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C8C8C")
+STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
+MARKERS = "osD^vPX*"
+LABELS = {
+    "test_accuracy": "test accuracy (%)",
+    "train_accuracy": "training accuracy (%)",
+    "frobenius_norm": r"Frobenius norm $\|UV^T\|_F$, mean of layers",
+    "nuclear_norm": r"nuclear norm $\|UV^T\|_*$, mean of layers",
+    "effective_lr": r"effective step $\eta/\|UV^T\|_F^2$",
+    "non_orthogonality": "non-orthogonality of factors",
+    "weight_decay": "decay strength",
+    "rank_scale": "rank scale",
+}
+_RC: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+    "svg.hashsalt": "tables",
+}
+
+
+def epochs_of(result: Result) -> list[dict[str, Any]]:
+    """The lines of the run's metrics.jsonl that are of whole epochs."""
+    path = result.path.with_name("metrics.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [record for record in records if not record.get("partial")]
+
+
+def _mean_curve(runs: Sequence[list[dict[str, Any]]], metric: str) -> tuple[list[int], list[float], list[float]]:
+    """Epochs, mean and standard deviation over the runs that have the metric."""
+    values: dict[int, list[float]] = {}
+    for records in runs:
+        for record in records:
+            if metric in record:
+                values.setdefault(record["epoch"], []).append(record[metric])
+    epochs = sorted(values)
+    spreads = [statistics.stdev(values[epoch]) if len(values[epoch]) > 1 else 0.0 for epoch in epochs]
+    return epochs, [statistics.mean(values[epoch]) for epoch in epochs], spreads
+
+
+def curves(figure: Curves, program: Program, table: Table, results: Mapping[str, list[Result]]) -> Figure | None:
+    """Metrics against the epoch: a panel each, a line per row, a band of one standard deviation over its seeds."""
+    runs = {row.id: [epochs_of(result) for result in results.get(program.config_hash(row), [])] for row in table.rows}
+    runs = {id: records for id, records in runs.items() if records}
+    if not runs:
+        return None
+    drawn = Figure(figsize=(4.2 * len(figure.metrics), 3.4 + 0.17 * math.ceil(len(runs) / 3)), layout="constrained")
+    for axes, entry in zip(drawn.subplots(1, len(figure.metrics), squeeze=False)[0], figure.metrics, strict=True):
+        metric, _, bound = entry.partition("/")
+        for index, (id, records) in enumerate(runs.items()):
+            color, style = COLORS[index % len(COLORS)], STYLES[index % len(STYLES)]
+            epochs, means, spreads = _mean_curve(records, metric)
+            axes.plot(epochs, means, color=color, linestyle=style, linewidth=1.5, label=f"{id} (n={len(records)})")
+            low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
+            high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+            axes.fill_between(epochs, low, high, color=color, alpha=0.12, linewidth=0)
+            if bound:
+                epochs, means, _ = _mean_curve(records, bound)
+                axes.plot(epochs, means, color=color, linestyle=":", linewidth=1)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(LABELS.get(metric, metric) + (" (dotted: bound)" if bound else ""))
+    handles, names = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)))
+    drawn.suptitle(table.title, fontsize=10)
+    return drawn
+
+
+def against(figure: Against, program: Program, table: Table, results: Mapping[str, list[Result]]) -> Figure | None:
+    """Final accuracy against a setting: a panel per network and data set, a line per scheme, error bars over seeds."""
+    panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for row in table.rows:
+        found = results.get(program.config_hash(row), [])
+        if found:
+            config, finals = found[0].config, [result.final for result in found]
+            spread = statistics.stdev(finals) if len(finals) > 1 else 0.0
+            point = (config[figure.x], statistics.mean(finals), spread)
+            panels.setdefault(figure.panel(config), {}).setdefault(figure.series(config), []).append(point)
+    if not panels:
+        return None
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    drawn = Figure(figsize=(1.2 + 3.6 * columns, 0.8 + 2.9 * rows), layout="constrained")
+    names = sorted({name for series in panels.values() for name in series})
+    grid = drawn.subplots(rows, columns, squeeze=False).flat
+    for axes, (title, series) in zip(grid, panels.items(), strict=False):
+        for name, points in series.items():
+            index = names.index(name)
+            x, mean, spread = zip(*sorted(points), strict=True)
+            style = {"color": COLORS[index % 8], "linestyle": STYLES[index % 8], "marker": MARKERS[index % 8], "markersize": 4}
+            axes.errorbar(x, mean, spread, capsize=2, linewidth=1.3, label=name, **style)
+        axes.set(xscale="log", xlabel=LABELS.get(figure.x, figure.x), ylabel="final test accuracy (%)", title=title)
+    for axes in list(grid):  # the panels of the grid that are left over
+        axes.remove()
+    handles = {name: handle for axes in drawn.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)))
+    drawn.suptitle(table.title, fontsize=10)
+    return drawn
+
+
+def write(program: Program, table: Table, results: Mapping[str, list[Result]], directory: Path) -> list[Path]:
+    """Write the figures of a table that have results, as PNG and PDF; returns the paths of the PNG files."""
+    paths = []
+    with mpl.rc_context(_RC):
+        for figure in table.figures:
+            if isinstance(figure, Curves):
+                drawn = curves(figure, program, table, results)
+            else:
+                drawn = against(figure, program, table, results)
+            if drawn is not None:
+                directory.mkdir(parents=True, exist_ok=True)
+                path = directory / f"{figure.id}.png"
+                drawn.savefig(path, dpi=160, metadata={"Software": None})
+                drawn.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+                paths.append(path)
+    return paths

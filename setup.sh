@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Set the project up and run it. Usage: bash setup.sh [install | scripts | quickstart | test]
+#   install     (default) a virtual environment in .venv with pinned packages, and the script of every table row
+#   scripts     only write the scripts to generated-scripts/
+#   quickstart  install, train ResNet20 on the embedded digits in six rows of three seeds, print the table
+#   test        install, check style and types, run the tests
+# Each step that is done already is skipped. PYTHON names the Python to make .venv with (3.11 or newer).
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+python=.venv/bin/python
+
+say() { printf '== %s\n' "$*" >&2; }
+die() { printf 'setup.sh: error: %s\n' "$*" >&2; exit 1; }
+
+install() {
+  local base=${PYTHON:-python3} stamp=.venv/installed wanted
+  wanted=$(cat pyproject.toml constraints.txt | cksum)
+  if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    say "packages are installed in .venv"
+    return
+  fi
+  command -v "$base" >/dev/null || die "no $base on PATH: install Python 3.11 or newer, or name one: PYTHON=/path/to/python3 bash setup.sh"
+  "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    die "$base is $("$base" -V 2>&1), and Python 3.11 or newer is needed: name one with PYTHON=/path/to/python3"
+  say "creating .venv with $("$base" -V 2>&1)"
+  "$base" -m venv .venv || die "could not create .venv (on Debian: apt install python3-venv)"
+  say "installing packages; torch alone is some gigabytes, so the first time takes minutes"
+  "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' ||
+    die "pip could not install the packages: the lines above say why; run setup.sh again to go on"
+  printf '%s\n' "$wanted" >"$stamp"
+}
+
+scripts() {
+  [[ -x $python ]] || die "there is no .venv yet: run bash setup.sh first"
+  "$python" -m common.tables emit
+}
+
+quickstart() {
+  local log=results/quickstart/log.txt started=$SECONDS
+  mkdir -p results/quickstart
+  say "training 6 rows of 3 seeds on the embedded digits, one run a core; details in $log"
+  # One thread a run: networks this small gain nothing from a second one.
+  OMP_NUM_THREADS=1 xargs -P "$(getconf _NPROCESSORS_ONLN)" -I{} bash -c '{} >/dev/null && echo "done: ${0##*/}" >&2' {} \
+    <generated-scripts/resnet_cifar/quickstart.txt 2> >(tee -a "$log" | grep --line-buffered '^done: ' >&2) ||
+    die "a run failed: see $log"
+  say "trained in $((SECONDS - started)) seconds"
+  "$python" -m common.tables collect --table quickstart
+}
+
+tests() {
+  .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/ty check && .venv/bin/pytest
+}
+
+case ${1:-install} in
+  install) install && scripts && say "next: bash setup.sh quickstart, or any script in generated-scripts/" ;;
+  scripts) scripts ;;
+  quickstart) install && scripts && quickstart ;;
+  test) install && tests ;;
+  *) die "unknown command '$1': install, scripts, quickstart or test" ;;
+esac

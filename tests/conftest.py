@@ -1,0 +1,47 @@
+"""Fixtures: folders of images, and the real data sets where FNL_DATA names them."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """A folder of 3 classes, 8 training and 4 test images of 16x16 pixels each."""
+    generator = np.random.default_rng(0)
+    root = tmp_path / "images"
+    for split, count in (("train", 8), ("val", 4)):
+        for name in ("ant", "bee", "cat"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def cifar_jpeg(tmp_path_factory):
+    """CIFAR-10 (JPEG), a hundred training and twenty test images of each class, unpacked from FNL_DATA."""
+    source = os.environ.get("FNL_DATA")
+    if source is None:
+        pytest.skip("FNL_DATA names no folder of real data")
+    archive = Path(source) / "cifar10-images.zip"
+    if not archive.exists():
+        pytest.skip(f"{archive} does not exist")
+    root = tmp_path_factory.mktemp("cifar")
+    counts = {}
+    with zipfile.ZipFile(archive) as packed:
+        for name in sorted(packed.namelist()):
+            folder = name.rpartition("/")[0]
+            limit = 100 if "/train/" in name else 20
+            if name.endswith(".jpg") and counts.get(folder, 0) < limit:
+                counts[folder] = counts.get(folder, 0) + 1
+                packed.extract(name, root)
+    return root / "cifar10-images"

@@ -1,0 +1,191 @@
+"""Data sets and batches: contents, distribution, purity, and refusals."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms import v2
+
+from common.vision import data as data_module
+from common.vision.data import IMAGENET, Data, load
+
+
+def pictures(count, size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    return images, torch.arange(count) % 10
+
+
+def make_data(count=50, size=32, **options):
+    return Data(pictures(count, size), pictures(20, size, seed=1), 10, **options)
+
+
+def test_digits():
+    digits = load("digits", None)
+    assert len(digits) == 1437
+    assert len(digits.test_labels) == 360
+    assert digits.image_size == 8
+    assert not digits.flip
+    (batch,) = digits.test_batches(1000)
+    assert batch.images.shape == (360, 3, 8, 8)
+    assert torch.bincount(batch.labels).min() > 30
+
+
+def test_digits_padded_keep_their_pixels():
+    small, large = load("digits", None), load("digits", None, image_size=32)
+    assert torch.equal(large.test_images[:, 12:20, 12:20], small.test_images)
+    assert large.test_images.sum() == small.test_images.sum()
+
+
+def test_test_batches_equal_torchvisions_transforms():
+    data = make_data()
+    transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*IMAGENET)])
+    expected = torch.stack([transform(image) for image in pictures(20, 32, seed=1)[0]])
+    batches = list(data.test_batches(8))
+    assert [len(batch.labels) for batch in batches] == [8, 8, 4]
+    torch.testing.assert_close(torch.cat([batch.images for batch in batches]), expected, rtol=0, atol=1e-5)
+
+
+def test_training_images_are_the_crops_and_flips_that_the_plan_says():
+    """Every augmented image equals torchvision's pad, crop, flip and normalize with the same numbers."""
+    data = make_data()
+    batch = data.train_batch(3, 5, 1, 16)
+    order, augmentation = data._plan(3, 5)
+    for image, label, index in zip(batch.images, batch.labels, order[16:32].tolist(), strict=True):
+        top, left, flip = augmentation[index].tolist()
+        source, source_label = (part[index] for part in pictures(50, 32))
+        expected = v2.functional.crop(v2.functional.pad(source, [4] * 4), top, left, 32, 32)
+        expected = v2.functional.hflip(expected) if flip else expected
+        expected = v2.functional.normalize(expected / 255, *IMAGENET)
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
+        assert label == source_label
+
+
+def test_crops_and_flips_are_uniform_and_differ_between_images():
+    data = make_data(count=9000, size=8)
+    _, augmentation = data._plan(0, 0)
+    for column, values in ((0, 3), (1, 3), (2, 2)):
+        counts = torch.bincount(augmentation[:, column], minlength=values)
+        assert len(counts) == values
+        assert (counts / 9000 - 1 / values).abs().max() < 0.02
+    assert make_data(size=8, flip=False)._plan(0, 0)[1][:, 2].sum() == 0
+
+
+def test_a_batch_is_a_pure_function_of_seed_epoch_and_step():
+    first, second = make_data(), make_data()
+    second.train_batch(9, 9, 0, 7)  # what was asked for before does not matter
+    torch.rand(3)
+    assert torch.equal(first.train_batch(1, 2, 3, 10).images, second.train_batch(1, 2, 3, 10).images)
+    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 2)):
+        assert not torch.equal(first.train_batch(1, 2, 3, 10).images, second.train_batch(*other, 10).images)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_epoch_covers_the_samples_and_processes_share_each_batch(world_size):
+    data = make_data(count=50)
+    steps = data.steps_per_epoch(16, world_size)
+    assert steps == (4 if world_size < 3 else 3)
+    order, _ = data._plan(0, 0)
+    for step in range(steps):
+        parts = [data.train_batch(0, 0, step, 16, rank=rank, world_size=world_size).labels for rank in range(world_size)]
+        assert len({len(part) for part in parts}) == 1
+        labels = data.train_labels[order[step * 16 : step * 16 + 16]]
+        assert torch.equal(torch.cat(parts), labels[: len(labels) // world_size * world_size])
+
+
+def test_processes_share_the_test_split():
+    data = make_data()
+    counts = [sum(len(batch.labels) for batch in data.test_batches(8, rank=rank, world_size=3)) for rank in range(3)]
+    assert sum(counts) == 20
+
+
+def test_image_folder(image_folder):
+    data = load("imagefolder", image_folder)
+    assert (len(data), len(data.test_labels), data.classes, data.image_size) == (24, 12, 3, 16)
+    first = np.asarray(Image.open(image_folder / "val" / "ant" / "0.png"))
+    assert np.array_equal(data.test_images[0].numpy(), first)
+    assert load("imagefolder", image_folder, image_size=20).image_size == 20
+
+
+def test_bad_image_folders_name_what_is_wrong(image_folder):
+    with pytest.raises(ValueError, match="must hold the folders train/ and test/"):
+        load("imagefolder", image_folder / "train")
+    Image.new("RGB", (12, 16)).save(image_folder / "train" / "bee" / "odd.png")
+    with pytest.raises(ValueError, match=r"bee/odd.png is 12x16 pixels where others are 16x16: give --image-size"):
+        load("imagefolder", image_folder)
+    (image_folder / "train" / "bee" / "odd.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"bee/odd.png is not an image that decodes"):
+        load("imagefolder", image_folder)
+    (image_folder / "train" / "dog").mkdir()
+    Image.new("RGB", (16, 16)).save(image_folder / "train" / "dog" / "0.png")
+    with pytest.raises(ValueError, match="'dog' is in one of them only"):
+        load("imagefolder", image_folder)
+
+
+def test_cifar_without_network_says_how_to_get_it(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", refuse)
+    for name, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
+        with pytest.raises(OSError, match=rf"{name} is not here .*no route to host.* unpack http.* so that .*{folder} exists"):
+            load(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_truncated_cifar_names_the_file(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"short")
+    with pytest.raises(ValueError, match="data_batch_1 is truncated or damaged: delete"):
+        load("cifar10", tmp_path)
+
+
+def test_real_cifar_files_are_read(tmp_path, monkeypatch):
+    """A miniature of the Python version of CIFAR-100, with checksums of its own."""
+    import hashlib
+    import pickle
+
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    pixels = np.arange(5 * 3072, dtype=np.uint64).reshape(5, 3072).astype(np.uint8)
+    contents = {
+        "train": {"data": pixels, "fine_labels": [0, 1, 2, 3, 99]},
+        "test": {"data": pixels[:2], "fine_labels": [7, 8]},
+        "meta": {"fine_label_names": [str(i) for i in range(100)]},
+    }
+    md5 = {}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        md5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    kind = torchvision.datasets.CIFAR100
+    monkeypatch.setattr(kind, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(kind, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(kind, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]})
+    data = load("cifar100", tmp_path)
+    assert (len(data), data.classes, data.test_labels.tolist()) == (5, 100, [7, 8])
+    assert torch.equal(data.test_images[1].permute(2, 0, 1).flatten(), torch.from_numpy(pixels[1]))
+
+
+def test_fashion_mnist_from_debians_package(tmp_path, monkeypatch):
+    import gzip
+
+    source = tmp_path / "debian"
+    source.mkdir()
+    for split, count in (("train", 60_000), ("t10k", 10_000)):
+        images = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28)) + bytes(count * 784)
+        labels = bytes([0, 0, 8, 1]) + count.to_bytes(4, "big") + bytes(index % 10 for index in range(count))
+        for kind, content in (("images-idx3", images), ("labels-idx1", labels)):
+            (source / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(content, 1))
+    monkeypatch.setattr(data_module, "_DEBIAN_FASHION_MNIST", source)
+    data = load("fashion_mnist", tmp_path / "data")
+    assert (len(data), len(data.test_labels), data.image_size, data.classes) == (60_000, 10_000, 32, 10)
+    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+    (raw / "t10k-images-idx3-ubyte").write_bytes(b"short")
+    with pytest.raises(ValueError, match="are damaged: delete it"):
+        load("fashion_mnist", tmp_path / "data")
+
+
+def test_cifar_jpeg_is_real_data(cifar_jpeg):
+    data = load("imagefolder", cifar_jpeg)
+    assert (len(data), len(data.test_labels), data.classes, data.image_size) == (1000, 200, 10, 32)

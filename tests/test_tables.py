@@ -1,0 +1,282 @@
+"""Rows, the scripts made of them, and the tables and figures made of results."""
+
+import csv
+import itertools
+import json
+import subprocess
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.runs import ROOT, config_hash, write_json
+from common.tables import collect, plot
+from common.tables.__main__ import main
+from common.tables.emit import emit, quote
+from common.tables.rows import Program, Published, Row, Table, programs, select
+from resnet_cifar.flags import parse
+from resnet_cifar.rows import PROGRAM
+
+
+def every_row():
+    return [(program, table, row) for program in programs() for table in program.tables for row in table.rows]
+
+
+def test_the_settings_of_the_released_code_are_all_here():
+    """168 settings, of which the two normalization scripts are three rows each here, and the additions on top."""
+    rows = {table.id: [row.id for row in table.rows] for table in PROGRAM.tables}
+    controls = [id for id in rows["low-rank"] if "norm-matched" in id]
+    assert len(rows["full"]) == 10
+    assert len(rows["low-rank"]) - len(controls) == 72
+    assert len(rows["overcomplete"]) == 24 + 24 + 24
+    assert len(rows["decay-sweep"]) == 12 + 2
+    assert len(rows["normalization"]) == 2 * 3
+    assert 10 + 72 + 72 + 12 + 2 == 168
+    assert "resnet20-cifar10-0.111-1e-4-regular" in rows["decay-sweep"]
+
+
+def test_every_row_parses_and_has_the_flags_it_says():
+    for program, table, row in every_row():
+        words = program.command(table, row)
+        args = parse([*words[1:], "--seed", "1"])
+        assert args.row == f"{table.id}/{row.id}"
+        assert config_hash(program.configure(row.flags)) == args.row_config
+        if "spectral" in row.id:
+            assert args.init == "spectral"
+        assert args.wd2fd == ("frobenius" in row.id)
+        assert args.square == ("-deep-" in row.id)
+
+
+def test_rows_of_a_table_are_different_configurations():
+    for program in programs():
+        for table in program.tables:
+            hashes = [program.config_hash(row) for row in table.rows]
+            assert len(set(hashes)) == len(hashes), table.id
+
+
+def test_expected_parameter_counts_are_those_of_a_dry_run(capsys):
+    from resnet_cifar.train import main as train
+
+    for _, table, row in every_row():
+        if table.id in ("quickstart", "normalization"):
+            train(["--dry-run", *(flag for flag in row.flags if "{after}" not in flag and flag != "--normalize")])
+            assert json.loads(capsys.readouterr().out)["parameters"]["compressed"] == row.parameters
+
+
+def test_every_emitted_command_reaches_the_program_as_written(tmp_path):
+    """Each script is run by bash with a stand-in for Python that prints its arguments; the real parser reads them."""
+    emit(programs(), tmp_path)
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        '#!/usr/bin/env bash\nprintf "%s\\0" "$@" >>"$RECORD"; printf "\\n" >>"$RECORD"; echo /tmp/a/result.json\n'
+    )
+    stand_in.chmod(0o755)
+    scripts = sorted(tmp_path.glob("*/*/*.sh"))
+    assert len(scripts) == len(every_row())
+    sample = scripts[:: max(1, len(scripts) // 40)] + list(tmp_path.glob("*/normalization/*-normalized.sh"))
+    for script in sample:
+        record = tmp_path / "record"
+        record.unlink(missing_ok=True)
+        environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(stand_in), "RECORD": str(record)}
+        subprocess.run(
+            ["bash", str(script), "4", "7", "--lr", "0.2"], env=environment, cwd="/", check=True, capture_output=True
+        )
+        commands = [line.rstrip("\0").split("\0") for line in record.read_text().splitlines()]
+        parsed = [parse(words[1:]) for words in commands]
+        assert {args.seed for args in parsed} == {4, 7}
+        assert all(args.lr == 0.2 for args in parsed)
+        assert all(words[0].endswith("train.py") for words in commands)
+        if "-normalized" in script.name:
+            assert [args.dump_frobnorms for args in parsed] == [True, False, True, False]
+            assert str(parsed[1].normalize) == "/tmp/a/frobnorms.tensor"
+
+
+def one_row_program(flags=("--epochs", "2"), id="r", **options):
+    return Program("p", "p/train.py", lambda words: {"program": "p", "words": list(words)}, (
+        Table("t", "A title", (Row(id, "a label", tuple(flags), **options),)),
+    ))  # fmt: skip
+
+
+def test_emitting_is_deterministic_and_removes_only_its_own_stale_scripts(tmp_path):
+    emit(programs(), tmp_path)
+    before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    emit(programs(), tmp_path)
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+    emit([one_row_program(id="old")], tmp_path)
+    (tmp_path / "p" / "t" / "mine.sh").write_text("echo mine\n")
+    emit([one_row_program(id="new")], tmp_path)
+    assert sorted(path.name for path in (tmp_path / "p" / "t").iterdir()) == ["mine.sh", "new.sh"]
+    index = list(csv.DictReader((tmp_path / "index.csv").open()))
+    assert [line["row"] for line in index] == ["new"]
+
+
+def test_emitting_takes_no_torch_and_little_time(tmp_path):
+    started = time.perf_counter()
+    code = (
+        "import sys, common.tables.emit as e, common.tables.rows as r, pathlib; e.emit(r.programs(), pathlib.Path(sys.argv[1]))"
+    )
+    check = f"{code}; sys.exit('torch' in sys.modules)"
+    subprocess.run([ROOT / ".venv/bin/python", "-c", check, str(tmp_path)], cwd=ROOT, check=True)
+    assert time.perf_counter() - started < 10
+
+
+HOSTILE = st.text(st.characters(codec="utf-8", exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(HOSTILE | st.sampled_from(["$(touch pwned)", "`id`", "'; rm x; '", "a b", "*", "~", "-n", "\\", '"$HOME"', "\n"]))
+)
+def test_any_words_survive_the_shell(words):
+    words = [word for word in words if "{after}" not in word]
+    printed = subprocess.run(
+        ["bash", "-c", 'printf "%s\\0" ' + " ".join(map(quote, ["x", *words]))], capture_output=True, check=True
+    ).stdout
+    assert printed.decode().split("\0")[1:-1] == words
+
+
+def test_labels_cannot_leave_their_comment(tmp_path):
+    emit([one_row_program(published=Published(1.0, "a\ntouch pwned"))], tmp_path)
+    script = (tmp_path / "p" / "t" / "r.sh").read_text()
+    assert not any(line.startswith("touch") for line in script.splitlines())
+
+
+@pytest.mark.parametrize("id", ["", "a/b", "../x", "a b", ".hidden", "-flag", "$x", "ä"])
+def test_unsafe_ids_are_refused(id):
+    with pytest.raises(ValueError, match="safe file name"):
+        Row(id, "label", ())
+    with pytest.raises(ValueError, match="safe file name"):
+        Table(id, "title", ())
+
+
+def test_selecting_rows():
+    (program,) = select(programs(), table="decay-sweep", row="*-5e-6-*")
+    assert [row.id for row in program.tables[0].rows] == [f"resnet20-cifar10-0.111-5e-6-{m}" for m in ("regular", "frobenius")]
+    for choice, message in (
+        ({"table": "x"}, "there is no table 'x'"),
+        ({"program": "x"}, "there is no program 'x'"),
+        ({"row": "x*"}, "no row matches 'x\\*'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            select(programs(), **choice)
+
+
+counter = itertools.count()
+
+
+def write_result(directory, row_id="r", table="quickstart", *, seed=1, final=90.0, change=None, **fields):
+    """A result as a program writes it, of a real row of the ResNet program."""
+    row = next(row for t in PROGRAM.tables if t.id == table for row in t.rows if row.id == row_id)
+    config = PROGRAM.configure(row.flags) | (change or {})
+    path = directory / f"run{next(counter)}" / "result.json"
+    content = {
+        "format": 1,
+        "status": "finished",
+        "row": f"{table}/{row_id}",
+        "config": config,
+        "config_hash": config_hash(config),
+        "seed": seed,
+        "metrics": {"final": final, "best": final + 1},
+        "parameters": {"original": 100, "compressed": 25, "ratio": 0.25},
+        "seconds": 10.0,
+    }
+    write_json(path, content | fields)
+    return path
+
+
+def test_tables_show_mean_deviation_and_count(tmp_path):
+    for seed, final in ((1, 90.0), (2, 92.0), (3, 94.0)):
+        write_result(tmp_path, "spectral", seed=seed, final=final)
+    write_result(tmp_path, "full", final=96.5)
+    results, problems = collect.read(tmp_path)
+    assert problems == []
+    table = next(table for table in PROGRAM.tables if table.id == "quickstart")
+    lines = {line.row: line for line in collect.lines(PROGRAM, table, collect.by_configuration(results))}
+    spectral = lines["spectral"]
+    assert (spectral.n, spectral.final_mean, spectral.final_std, spectral.best_mean) == (3, 92.0, 2.0, 93.0)
+    assert (lines["full"].n, lines["full"].final_std) == (1, None)
+    assert (lines["regular"].n, lines["regular"].final_mean) == (0, None)
+    markdown = collect.to_markdown(table, list(lines.values()))
+    assert "92.00 ± 2.00" in markdown
+    assert "n/a" in markdown
+    latex = collect.to_latex(table, list(lines.values()))
+    assert r"92.00 $\pm$ 2.00" in latex
+    collect.write(table, list(lines.values()), tmp_path / "out")
+    header, *_ = (tmp_path / "out" / "table.csv").read_text().splitlines()
+    assert {"row", "n", "parameters", "final_mean", "final_std", "best_mean", "seconds"} <= set(header.split(","))
+
+
+def test_only_results_of_exactly_the_row_count(tmp_path):
+    write_result(tmp_path, "spectral", final=10.0, change={"epochs": 1}, row=None)
+    results, _ = collect.read(tmp_path)
+    table = next(table for table in PROGRAM.tables if table.id == "quickstart")
+    assert all(line.n == 0 for line in collect.lines(PROGRAM, table, collect.by_configuration(results)))
+
+
+def test_the_same_seed_twice_counts_once(tmp_path):
+    write_result(tmp_path, "spectral")
+    write_result(tmp_path, "spectral")
+    (counted,) = collect.by_configuration(collect.read(tmp_path)[0]).values()
+    assert len(counted) == 1
+
+
+def test_mixed_configurations_of_one_row_and_seed_stop_the_table(tmp_path):
+    first = write_result(tmp_path, "spectral")
+    second = write_result(tmp_path, "spectral", change={"epochs": 1})
+    with pytest.raises(ValueError, match="different configurations") as error:
+        collect.read(tmp_path)
+    assert str(first) in str(error.value)
+    assert str(second) in str(error.value)
+
+
+def test_bad_results_are_named_and_not_counted(tmp_path, capsys):
+    write_result(tmp_path, "spectral")
+    bad = [
+        (write_result(tmp_path, "full", format=0), "not a result of this version"),
+        (write_result(tmp_path, "full", status="running"), "is not finished"),
+        (write_result(tmp_path, "full", metrics={"final": 1.0}), "lacks or garbles"),
+        (write_result(tmp_path, "full", metrics={"final": float("nan"), "best": 1.0}), "not finite"),
+        (write_result(tmp_path, "full", config_hash="0"), "is not the one its hash"),
+    ]
+    half = tmp_path / "half" / "result.json"
+    half.parent.mkdir()
+    half.write_text('{"format": 1, "sta')
+    bad.append((half, "is not a JSON file"))
+    results, problems = collect.read(tmp_path)
+    assert len(results) == 1
+    for path, message in bad:
+        assert any(str(path) in problem and message in problem for problem in problems), message
+
+
+def with_curves(path, values):
+    records = [{"epoch": epoch, "test_accuracy": value, "frobenius_norm": 9 - epoch} for epoch, value in enumerate(values)]
+    path.with_name("metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_collect_prints_and_writes_tables_and_figures(tmp_path, capsys):
+    for seed in (1, 2):
+        with_curves(write_result(tmp_path, "spectral", seed=seed), [10, 50, 90 + seed])
+    main(["collect", "--table", "quickstart", "--results", str(tmp_path)])
+    assert "Quickstart" in capsys.readouterr().out
+    written = {path.name for path in (tmp_path / "quickstart").iterdir()}
+    assert written == {"table.md", "table.csv", "table.tex", "curves.png", "curves.pdf"}
+
+
+def test_accuracy_against_a_setting(tmp_path):
+    for decay in ("5e-6", "1e-4", "5e-3"):
+        for method in ("regular", "frobenius"):
+            write_result(tmp_path, f"resnet20-cifar10-0.111-{decay}-{method}", "decay-sweep")
+    table = next(table for table in PROGRAM.tables if table.id == "decay-sweep")
+    drawn = plot.against(table.figures[0], PROGRAM, table, collect.by_configuration(collect.read(tmp_path)[0]))
+    (axes,) = drawn.axes
+    names = set(axes.get_legend_handles_labels()[1])
+    assert names == {"regular, weight decay", "regular, Frobenius decay"}
+
+
+def test_errors_of_the_command_are_one_line(capsys):
+    for words in (["list", "--row", "nothing*"], ["collect", "--table", "nothing"], ["explode"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
