@@ -45,6 +45,7 @@ quickstart() {
     die "a run failed: see $log"
   say "trained in $((SECONDS - started)) seconds"
   "$python" -m common.tables collect --table quickstart
+  say "figure: $("$python" -m common.tables plot --table quickstart)"
 }
 
 tests() {

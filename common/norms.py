@@ -70,22 +70,29 @@ class NormRecorder:
         self._norms = list(state["norms"])
 
 
+def load_record(path: Path) -> dict[str, Any]:
+    """The record of norms in a file that ``--dump-frobnorms`` wrote; raises ValueError where it is not one."""
+    try:
+        record = torch.load(path, map_location="cpu", weights_only=True)
+        return {"layers": list(record["layers"]), "norms": record["norms"], "path": path}
+    except FileNotFoundError as error:
+        raise ValueError(f"--normalize {path} does not exist: a run with --dump-frobnorms writes frobnorms.tensor") from error
+    except Exception as error:
+        raise ValueError(
+            f"--normalize {path} is not a file that --dump-frobnorms wrote: {str(error).splitlines()[0]}"
+        ) from error
+
+
 class NormReplay:
     """After every optimizer step, scales the factors of each layer alike so that ||W||_F is that of a recorded run.
 
     Raises ValueError, before any training, where the record is of other layers or of fewer than ``steps`` steps.
     """
 
-    def __init__(self, layers: Mapping[str, FactorizedMatrix], path: Path, steps: int, device: torch.device) -> None:
-        try:
-            record = torch.load(path, map_location=device, weights_only=True)
-            names, norms = list(record["layers"]), record["norms"]
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"--normalize {path} does not exist: a run with --dump-frobnorms writes frobnorms.tensor"
-            ) from error
-        except Exception as error:
-            raise ValueError(f"--normalize {path} is not a file that --dump-frobnorms wrote: {error}") from error
+    def __init__(
+        self, layers: Mapping[str, FactorizedMatrix], record: Mapping[str, Any], steps: int, device: torch.device
+    ) -> None:
+        names, norms, path = record["layers"], record["norms"], record["path"]
         if names != list(layers):
             lacking = [name for name in layers if name not in names] or ["none"]
             unknown = [name for name in names if name not in layers] or ["none"]
@@ -95,7 +102,7 @@ class NormReplay:
             )
         if len(norms) < steps:
             raise ValueError(f"--normalize {path} holds the norms of {len(norms)} steps, and this run makes {steps}")
-        self.layers, self._norms = layers, norms
+        self.layers, self._norms = layers, norms.to(device)
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:

@@ -26,7 +26,7 @@ from common import (
     param_groups,
     rank_scale_for_ratio,
 )
-from common.norms import NormRecorder, NormReplay, weight_statistics
+from common.norms import NormRecorder, NormReplay, load_record, weight_statistics
 from common.runs import ROOT, Run, clean_errors, config_hash, environment, seed_everything
 from common.surgery import count_parameters
 from common.vision import checkpoints, distributed
@@ -64,13 +64,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_result(run.path / "result.json", processes)
             return
 
-        # Data and model.
+        # Files that flags name are read before anything that takes long; then data and model.
+        checkpoint = find_checkpoint(args.resume, run.path)
+        dense = checkpoints.model_state(args.pretrained) if args.pretrained else None
+        record = load_record(args.normalize) if args.normalize else None
         with processes.main_first():
             data = load(args.data, args.data_dir, image_size=args.image_size, workers=args.workers, device=processes.device)
         if args.num_classes not in (None, data.classes):
             raise ValueError(f"--num-classes {args.num_classes}, but {args.data_dir} has {data.classes} classes")
         seed_everything(args.seed)
-        model, report = build_model(args, data.classes)
+        model, report = build_model(args, data.classes, dense)
         model.to(processes.device)
         layers: dict[str, Any] = {name: module for name, module in model.named_modules() if is_factorized(module, name)}
 
@@ -83,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)
 
         hook: NormRecorder | NormReplay | None = None
-        if args.normalize:
+        if record is not None:
             steps = args.epochs * data.steps_per_epoch(args.batch_size, processes.world_size)
-            hook = NormReplay(layers, args.normalize, min(steps, args.max_steps or steps), processes.device)
+            hook = NormReplay(layers, record, min(steps, args.max_steps or steps), processes.device)
         elif args.dump_frobnorms:
             hook = NormRecorder(layers)
 
@@ -102,9 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             hook=hook,
             statistics=partial(weight_statistics, layers),
         )
-        state = find_checkpoint(args.resume, run.path)
-        if state is not None:
-            trainer.load_state_dict(state)
+        if checkpoint is not None:
+            trainer.load_state_dict(checkpoint)
         run.begin()
 
     log(processes, report, decays, decay)
@@ -130,11 +132,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_result(result, processes)
 
 
-def build_model(args: argparse.Namespace, classes: int) -> tuple[nn.Module, FactorizationReport]:
-    """The network of the flags: dense, then filled from --pretrained, then factorized."""
+def build_model(
+    args: argparse.Namespace, classes: int, dense: dict[str, torch.Tensor] | None = None
+) -> tuple[nn.Module, FactorizationReport]:
+    """The network of the flags: built, filled with the weights of --pretrained, and factorized."""
     model = build(args.arch, classes)
-    if args.pretrained:
-        load_dense(model, args.pretrained)
+    if dense is not None and load_factorized_(model, dense).layers:
+        raise ValueError(f"--pretrained {args.pretrained} is factorized already: give a dense checkpoint, or --resume this one")
     if not (args.rank_scale or args.target_ratio):
         count = count_parameters(model)
         return model, FactorizationReport((), count, count)
@@ -143,13 +147,6 @@ def build_model(args: argparse.Namespace, classes: int) -> tuple[nn.Module, Fact
     init = {"regular": "kaiming"}.get(args.init, args.init)
     config = LowRankConfig(scale, init=init, depth=depth, residual=args.residual)
     return model, factorize_(model, config, filter_fn=is_factorized)
-
-
-def load_dense(model: nn.Module, path: Path) -> None:
-    """Load --pretrained; raises ValueError where it does not fit, or is factorized already."""
-    report = load_factorized_(model, checkpoints.model_state(path))
-    if report.layers:
-        raise ValueError(f"--pretrained {path} is factorized already: give a dense checkpoint, or --resume this one")
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
@@ -162,7 +159,8 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """What --dry-run prints: the configuration, the factorized layers, and the parameters of the model."""
     seed_everything(args.seed)
-    _, report = build_model(args, args.num_classes)
+    dense = checkpoints.model_state(args.pretrained) if args.pretrained else None
+    _, report = build_model(args, args.num_classes, dense)
     return {"config": {**configuration(PROGRAM, args), "seed": args.seed}, **report.to_dict()}
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def summarize(row: Row, results: Sequence[Result]) -> Line:
     )
 
 
-def lines(program: Program, table: Table, results: dict[str, list[Result]]) -> list[Line]:
+def lines(program: Program, table: Table, results: Mapping[str, list[Result]]) -> list[Line]:
     """The lines of a table; only results of exactly a row's configuration count."""
     return [summarize(row, results.get(program.config_hash(row), [])) for row in table.rows]
 
@@ -133,7 +133,7 @@ def _spread(mean: float | None, std: float | None) -> str:
     return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
 
 
-def _cells(table_lines: Sequence[Line]) -> tuple[list[str], list[list[str]], list[str]]:
+def cells(table_lines: Sequence[Line]) -> tuple[list[str], list[list[str]], list[str]]:
     """Header, cells and the sources that the published numbers refer to."""
     sources = list(dict.fromkeys(line.source for line in table_lines if line.source))
     header = ["Row", "n", "Parameters", "Ratio", "Final", "Best", "Seconds", "Published"]
@@ -159,7 +159,7 @@ NOTE = "Final and best test accuracy in percent, mean ± sample standard deviati
 
 
 def to_markdown(table: Table, table_lines: Sequence[Line]) -> str:
-    header, rows, sources = _cells(table_lines)
+    header, rows, sources = cells(table_lines)
     align = ("left", *["right"] * (len(header) - 1))
     text = tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align if rows else None)
     notes = "".join(f"\n[{number}] {source}" for number, source in enumerate(sources, 1))
@@ -167,7 +167,7 @@ def to_markdown(table: Table, table_lines: Sequence[Line]) -> str:
 
 
 def to_latex(table: Table, table_lines: Sequence[Line]) -> str:
-    header, rows, sources = _cells(table_lines)
+    header, rows, sources = cells(table_lines)
     text = tabulate(rows, header, tablefmt="latex_booktabs", disable_numparse=True).replace("±", r"$\pm$")
     return (
         "".join(f"% {line}\n" for line in (table.title, NOTE, *(f"[{n}] {s}" for n, s in enumerate(sources, 1)))) + text + "\n"

@@ -1,0 +1,91 @@
+"""Where the runs of rows stand: finished, running, stopped, failed or missing, and the GPU-hours that are left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from common.runs import config_hash, read_json
+from common.tables.rows import Program, Row
+
+STALE = 300  # seconds without a heartbeat after which a run no longer counts as running
+_STATES = ("finished", "running", "stopped", "failed")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run's state, the share of its steps that are done, and its last error."""
+
+    state: str
+    done: float = 0.0
+    error: str = ""
+
+
+def _state(directory: Path, hash: str, seed: int, now: float) -> RunState:
+    result = directory / "result.json"
+    if result.exists():
+        content = read_json(result)
+        if (content.get("status"), content.get("config_hash"), content.get("seed")) == ("finished", hash, seed):
+            return RunState("finished", 1.0)
+    status: dict[str, Any] = read_json(directory / "status.json") if (directory / "status.json").exists() else {}
+    done = status.get("step", 0) / status.get("steps", 1)
+    if status.get("status") == "running":
+        fresh = now - status["time"] < STALE
+        return RunState("running" if fresh else "failed", done, "" if fresh else "no heartbeat: killed, or its machine is gone")
+    if status.get("status") == "stopped":
+        return RunState("stopped", done)
+    return RunState("failed", done, status.get("error", "no status"))
+
+
+def scan(directory: Path) -> dict[tuple[str, int], RunState]:
+    """State of every run below a directory, by configuration hash and seed; of several, the furthest."""
+    found: dict[tuple[str, int], RunState] = {}
+    now = time.time()
+    for path in sorted(directory.rglob("config.json")):
+        try:
+            config = read_json(path)
+            seed = config.pop("seed")
+            key = (config_hash(config), seed)
+            state = _state(path.parent, *key, now)
+        except (ValueError, OSError, KeyError, AttributeError):
+            continue  # not a run's
+        best = found.setdefault(key, state)
+        if (_STATES.index(state.state), -state.done) < (_STATES.index(best.state), -best.done):
+            found[key] = state
+    return found
+
+
+def hours_left(row: Row, states: Sequence[RunState]) -> float:
+    return row.hours * sum(1 - state.done for state in states)
+
+
+def render(programs: Sequence[Program], found: Mapping[tuple[str, int], RunState], *, all_rows: bool) -> str:
+    """A line per row that was begun (or every row), last errors, and totals."""
+    lines, errors = [], []
+    totals = dict.fromkeys((*_STATES, "missing"), 0)
+    hours, rows = 0.0, 0
+    for program in programs:
+        for table in program.tables:
+            for row in table.rows:
+                hash = program.config_hash(row)
+                states = {seed: found.get((hash, seed), RunState("missing")) for seed in row.seeds}
+                counts = {name: sum(state.state == name for state in states.values()) for name in totals}
+                left = hours_left(row, list(states.values()))
+                rows, hours = rows + 1, hours + left
+                totals = {name: totals[name] + counts[name] for name in totals}
+                if all_rows or counts["missing"] < len(states):
+                    lines.append([f"{table.id}/{row.id}", *(counts[name] or "" for name in totals), f"{left:.1f}"])
+                errors += [
+                    f"{table.id}/{row.id} seed {s}: {state.error}" for s, state in states.items() if state.state == "failed"
+                ]
+    text = tabulate(lines, ["row", *totals, "GPU-hours left"], tablefmt="simple", disable_numparse=True)
+    summary = ", ".join(f"{count} {name}" for name, count in totals.items() if count)
+    hidden = f" ({rows - len(lines)} rows not begun are not shown; --all shows them)" if len(lines) < rows else ""
+    return "\n".join(
+        [text, *(f"failed: {error}" for error in errors), f"{rows} rows{hidden}: {summary}; {hours:.1f} GPU-hours left"]
+    )

@@ -1,0 +1,170 @@
+"""Rows on Slurm: the requeue path directly, and a real single-node Slurm where Debian's packages are installed."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from common.runs import REQUEUE, ROOT, read_json
+from common.tables import slurm
+from common.tables.rows import programs, select
+from common.vision import checkpoints
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def wait_for(condition, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+def steps(directory):
+    path = directory / "checkpoint.pt"
+    return checkpoints.load(path)["step"] if path.exists() else 0
+
+
+def test_a_job_runs_the_commands_in_order_and_knows_the_last_result(tmp_path):
+    first = "import sys; print('/a/b/result.json')"
+    second = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2]); print('/c/result.json')"
+    done = slurm.RowJob([["-c", first], ["-c", second, str(tmp_path / "out"), "{after}/x"]])()
+    assert done == "/c/result.json"
+    assert (tmp_path / "out").read_text() == "/a/b/x"
+
+
+def test_a_command_that_asks_to_be_queued_again_is_run_again_and_a_failure_is_one(tmp_path):
+    marker = tmp_path / "marker"
+    code = f"import pathlib, sys; p = pathlib.Path({str(marker)!r}); n = p.exists(); p.touch(); sys.exit(0 if n else {REQUEUE})"
+    slurm.RowJob([["-c", code]])()
+    with pytest.raises(subprocess.CalledProcessError):
+        slurm.RowJob([["-c", "import sys; sys.exit(2)"]])()
+
+
+def test_a_checkpoint_waits_for_the_program_to_save(tmp_path):
+    saved, ready = tmp_path / "saved", tmp_path / "ready"
+    code = (
+        "import pathlib, signal, sys, time\n"
+        f"def save(*_): time.sleep(1); pathlib.Path({str(saved)!r}).touch(); sys.exit(0)\n"
+        f"signal.signal(signal.SIGUSR2, save); pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
+    )
+    job = slurm.RowJob([["-c", code]])
+    thread = threading.Thread(target=job)
+    thread.start()
+    wait_for(ready.exists)
+    again = job.checkpoint()
+    assert saved.exists()
+    assert again.function.commands == job.commands
+    thread.join()
+
+
+def test_jobs_are_the_rows_with_what_comes_before():
+    (program,) = select(programs(), table="normalization", row="*-regular-normalized")
+    whole = next(table for table in programs()[0].tables if table.id == "normalization")
+    job = slurm.job(program, whole, program.tables[0].rows[0], 2, ["--epochs", "1"])
+    first, second = job.commands
+    assert "--dump-frobnorms" in first
+    assert "{after}/frobnorms.tensor" in second
+    assert second[-4:] == ["--seed", "2", "--epochs", "1"]
+
+
+def test_no_slurm_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="there is no Slurm here"):
+        slurm.submit([], tmp_path)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A Slurm of this machine alone, on the loopback interface."""
+    path = f"{os.environ['PATH']}:/usr/sbin"
+    if not all(shutil.which(program, path=path) for program in ("slurmctld", "slurmd", "sbatch", "srun")):
+        pytest.skip("Slurm is not installed (Debian: slurmctld slurmd slurm-client)")
+    if os.geteuid() != 0:
+        pytest.skip("slurmd needs root")
+    host = socket.gethostname().partition(".")[0]
+    (tmp_path / "state").mkdir()
+    (tmp_path / "slurm.conf").write_text(f"""
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/none
+CredType=cred/none
+MpiDefault=none
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+StateSaveLocation={tmp_path}/state
+SlurmdSpoolDir={tmp_path}/spool
+SlurmctldPidFile={tmp_path}/slurmctld.pid
+SlurmdPidFile={tmp_path}/slurmd.pid
+SlurmctldLogFile={tmp_path}/slurmctld.log
+SlurmdLogFile={tmp_path}/slurmd.log
+SlurmctldPort={free_port()}
+SlurmdPort={free_port()}
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=1000 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+""")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    daemons = [
+        subprocess.Popen([name, "-D"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for name in ("slurmctld", "slurmd")
+    ]
+    try:
+        idle = ["sinfo", "--noheader", "--format=%t"]
+        wait_for(lambda: subprocess.run(idle, capture_output=True, text=True).stdout.strip() == "idle", 40)
+        yield
+    finally:
+        subprocess.run(["scancel", "--user", "root"], capture_output=True)
+        for daemon in reversed(daemons):
+            daemon.terminate()
+            daemon.wait()
+
+
+@pytest.mark.slow
+def test_a_preempted_row_is_queued_again_and_ends_as_if_nothing_had_happened(cluster, tmp_path):
+    flags = ["--epochs", "40", "--device", "cpu", "--save-dir"]
+    (program,) = select(programs(), table="quickstart", row="spectral+frobenius")
+    row = replace(program.tables[0].rows[0], seeds=(1,))
+    table = replace(program.tables[0], rows=(row,))
+    one = replace(program, tables=(table,))
+    (job,) = slurm.submit([one], tmp_path / "logs", parallel=1, gpus=0, cpus=1, flags=[*flags, str(tmp_path / "run")])
+    wait_for(lambda: steps(tmp_path / "run") > 40)
+    preempt = subprocess.Popen(["scancel", "--signal=USR2", job.job_id], stderr=subprocess.DEVNULL)  # it returns late
+    log = tmp_path / "logs" / f"{job.job_id}_0_log.out"
+    wait_for(lambda: "Requeued job" in log.read_text())
+    stopped = steps(tmp_path / "run")
+    assert 40 < stopped < 920
+    assert read_json(tmp_path / "run" / "status.json")["status"] == "stopped"
+
+    # Slurm holds a requeued job back for two minutes; an administrator can let it go at once.
+    release = ["scontrol", "update", f"JobId={job.job_id}", "StartTime=now"]
+    wait_for(lambda: subprocess.run(release, capture_output=True).returncode == 0)
+    wait_for((tmp_path / "run" / "result.json").exists, 150)
+    preempt.kill()
+    preempt.wait()
+
+    (words,) = slurm.job(program, table, row, 1, [*flags, str(tmp_path / "whole")]).commands
+    subprocess.run([sys.executable, *words], cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    final = [read_json(tmp_path / name / "result.json")["metrics"] for name in ("run", "whole")]
+    assert final[0] == final[1]
+    assert signal.SIGUSR2.name in log.read_text()
