@@ -44,8 +44,8 @@ quickstart() {
     <generated-scripts/resnet_cifar/quickstart.txt 2> >(tee -a "$log" | grep --line-buffered '^done: ' >&2) ||
     die "a run failed: see $log"
   say "trained in $((SECONDS - started)) seconds"
-  "$python" -m common.tables collect --table quickstart
   say "figure: $("$python" -m common.tables plot --table quickstart)"
+  "$python" -m common.tables collect --table quickstart
 }
 
 tests() {

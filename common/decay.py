@@ -40,6 +40,10 @@ class FactorPair:
                 raise ValueError(
                     f"the view of factor pair {self.name!r} copies its Parameters: use view, unflatten, mT or slices"
                 )
+        if any(stride == 0 for stride in (*u.stride(), *vt.stride())):
+            raise ValueError(
+                f"the view of factor pair {self.name!r} repeats memory (expand): decay each group of heads as its own pair"
+            )
         if u.ndim != 3 or vt.ndim != 3 or u.shape[0] != vt.shape[0] or u.shape[2] != vt.shape[1]:
             raise ValueError(
                 f"the view of factor pair {self.name!r} must give (heads, m, r) and (heads, r, n), "
@@ -52,7 +56,7 @@ class FrobeniusDecay:
 
     Covers the factors of every :class:`Factorized` layer of the model and the Parameters of ``pairs``. Call
     :meth:`step` after backward (and after unscaling, under AMP) and before gradient clipping and the optimizer; it
-    computes outside autocast and in at least float32. Factors that need no gradient are left alone; a covered
+    computes outside autocast and, for matrices, in at least float32. Factors that need no gradient are left alone; a covered
     Parameter without a gradient receives one, as if the penalty had been part of the loss.
 
     With ``decoupled`` the gradient is not added to ``.grad`` but applied to the weights, times the learning rate given to
@@ -68,10 +72,11 @@ class FrobeniusDecay:
         self._layers = [module for module in model.modules() if isinstance(module, Factorized)]
         if not self._layers and not self.pairs:
             raise ValueError(f"nothing to decay: {type(model).__name__} has no factorized layer and no factor pair was given")
-        self._groups: dict[tuple[torch.Size, ...], list[tuple[nn.Parameter, ...]]] = {}  # equal shapes share one product
+        self._groups: dict[Any, list[tuple[nn.Parameter, ...]]] = {}  # factors of equal shapes share one batched product
         for layer in self._layers:
             if isinstance(layer, FactorizedMatrix):
-                self._groups.setdefault(tuple(f.shape for f in layer.factors()), []).append(layer.factors())
+                key = (layer.u.device, *(factor.shape for factor in layer.factors()))
+                self._groups.setdefault(key, []).append(layer.factors())
 
     def parameters(self) -> list[nn.Parameter]:
         """The covered Parameters, each once."""

@@ -33,10 +33,19 @@ class Factorized(nn.Module):
         raise NotImplementedError
 
     def frobenius_grads(self) -> list[Tensor]:
-        """Gradients of 1/2 ||weight||_F^2 with respect to each factor, by autograd; override with a closed form."""
-        with torch.enable_grad():
-            penalty = self.to_dense().square().sum() / 2
-            return list(torch.autograd.grad(penalty, self.factors()))
+        """Gradients of 1/2 ||weight||_F^2 with respect to each factor, zero for frozen ones.
+
+        By autograd, in the dtype of the factors; a subclass may override it with a closed form.
+        """
+        grads = [torch.zeros_like(factor) for factor in self.factors()]
+        wanted = [index for index, factor in enumerate(self.factors()) if factor.requires_grad]
+        if wanted:
+            with torch.enable_grad():
+                penalty = self.to_dense().square().sum() / 2
+                found = torch.autograd.grad(penalty, [self.factors()[index] for index in wanted])
+            for index, grad in zip(wanted, found, strict=True):
+                grads[index] = grad
+        return grads
 
     @property
     def weight(self) -> Tensor:

@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 
+def to_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU where its device has no such type (Apple's GPU)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def unroll(kernel: Tensor) -> Tensor:
     """Matrix of a convolution kernel: (out, in, kh, kw) -> (out * kh, in * kw).
 
@@ -34,8 +39,8 @@ def spectral_init(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Spectral initialization: factors U_r sqrt(S_r) and sqrt(S_r) V_r^T of the truncated SVD (paper, section 3.1).
 
     Returns ``u_mr`` and ``vt_rn``; their product is the best rank-r approximation of the matrix (Eckart-Young). Columns
-    beyond min(m, n) carry no singular value: they are zero in U and random in V^T, which leaves the product as it is
-    but, unlike zeros in both, lets gradient descent use them. Half-precision input is decomposed in float32.
+    beyond the rank of the matrix carry no singular value: they are zero in U and random in V^T, which leaves the product
+    as it is but, unlike zeros in both, lets gradient descent use them. Half-precision input is decomposed in float32.
 
     Raises ValueError for a rank below 1 or a matrix that is not finite.
     """
@@ -45,11 +50,13 @@ def spectral_init(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"cannot decompose a {tuple(matrix_mn.shape)} matrix that holds NaN or infinite values")
     wide = matrix_mn.detach().to(torch.promote_types(matrix_mn.dtype, torch.float32))
     u, s, vt = torch.linalg.svd(wide, full_matrices=False)
-    root = s[:rank].sqrt()
-    u, vt = u[:, :rank] * root, root[:, None] * vt[:rank]
-    surplus = rank - root.numel()
+    tolerance = s[:1] * max(wide.shape) * torch.finfo(s.dtype).eps
+    live = int((s[:rank] > tolerance).sum())
+    root = s[:live].sqrt()
+    u, vt = u[:, :live] * root, root[:, None] * vt[:live]
+    surplus = rank - live
     if surplus > 0:
-        std = (s.mean() / wide.shape[1]).sqrt()
+        std = ((s.mean() if live else s.new_ones(())) / wide.shape[1]).sqrt()
         u = torch.cat([u, u.new_zeros(u.shape[0], surplus)], dim=1)
         vt = torch.cat([vt, torch.randn(surplus, vt.shape[1], dtype=vt.dtype, device=vt.device) * std])
     return u.to(matrix_mn.dtype).contiguous(), vt.to(matrix_mn.dtype).contiguous()
@@ -110,7 +117,7 @@ def frobenius_norm(factors: Sequence[Tensor]) -> Tensor:
 
 def nuclear_norm(factors: Sequence[Tensor]) -> Tensor:
     """Nuclear norm of the product, in float64: singular values of R_U M R_V^T after QR of the outer factors."""
-    chain = [factor.double() for factor in factors]
+    chain = [to_float64(factor) for factor in factors]
     if len(chain) > 1:
         chain[0] = torch.linalg.qr(chain[0])[1]
         chain[-1] = torch.linalg.qr(chain[-1].mT)[1].mT
@@ -122,7 +129,7 @@ def nuclear_norm_bound(factors: Sequence[Tensor]) -> Tensor:
 
     (||U||_F^2 + ||V||_F^2) / 2 for two factors, times the spectral norm ||M||_2 for three.
     """
-    u, *middle, vt = (factor.double() for factor in factors)
+    u, *middle, vt = (to_float64(factor) for factor in factors)
     bound = (u.square().sum((-2, -1)) + vt.square().sum((-2, -1))) / 2
     return bound * torch.linalg.matrix_norm(middle[0], ord=2) if middle else bound
 
@@ -139,6 +146,7 @@ def rescale(factors: Sequence[Tensor], norm: Tensor | float) -> list[Tensor]:
 
     Norms are compared in float64, where the squares of tiny float32 factors do not underflow.
     """
-    current = frobenius_norm([factor.double() for factor in factors])
-    scale = torch.where(current > 0, norm / current, torch.ones_like(current)) ** (1 / len(factors))
-    return [factor * scale[..., None, None].to(factor.dtype) for factor in factors]
+    current = frobenius_norm([to_float64(factor) for factor in factors])
+    target = torch.as_tensor(norm, dtype=current.dtype, device=current.device)
+    scale = torch.where(current > 0, target / current, torch.ones_like(current)) ** (1 / len(factors))
+    return [factor * scale[..., None, None].to(factor) for factor in factors]

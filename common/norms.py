@@ -32,7 +32,10 @@ def weight_statistics(layers: Mapping[str, nn.Module], lr: float) -> dict[str, f
     """
     values: dict[str, list[Tensor]] = {}
     for layer in layers.values():
-        factors = [factor.double() for factor in _factors(layer)]
+        factors = [linalg.to_float64(factor) for factor in _factors(layer)]
+        if not all(factor.isfinite().all() for factor in factors):
+            values.setdefault("frobenius_norm", []).append(torch.tensor(float("nan")))
+            continue
         norm = linalg.frobenius_norm(factors)
         row = {
             "frobenius_norm": norm,
@@ -52,7 +55,7 @@ def weight_statistics(layers: Mapping[str, nn.Module], lr: float) -> dict[str, f
 class NormRecorder:
     """Keeps ||W||_F of each layer after every optimizer step."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, FactorizedMatrix]) -> None:
         self.layers = dict(layers)
         self._norms: list[Tensor] = []
 
@@ -67,7 +70,8 @@ class NormRecorder:
         return {"layers": list(self.layers), "norms": norms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._norms = list(state["norms"])
+        device = next(iter(self.layers.values())).u.device
+        self._norms = list(state["norms"].to(device))
 
 
 def load_record(path: Path) -> dict[str, Any]:
@@ -78,9 +82,7 @@ def load_record(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"--normalize {path} does not exist: a run with --dump-frobnorms writes frobnorms.tensor") from error
     except Exception as error:
-        raise ValueError(
-            f"--normalize {path} is not a file that --dump-frobnorms wrote: {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"--normalize {path} is not a file that --dump-frobnorms wrote") from error
 
 
 class NormReplay:

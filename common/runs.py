@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import random
@@ -83,7 +84,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=2, allow_nan=True) + "\n")
+    write_atomic(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The value with null, which is JSON, for numbers that are not finite, which are not."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
@@ -92,6 +102,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
+
+
+def digest(path: Path) -> str:
+    """12 hexadecimal digits that tell a file's content or, of a folder, the names and sizes of its files, from others."""
+    if not path.is_dir():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    files = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
 
 
 def seed_everything(seed: int) -> None:
@@ -141,6 +159,8 @@ class Run:
     """The directory of one run. Making the object only checks; :meth:`begin` creates, locks and writes.
 
     config:    resolved configuration without seed, device, workers and paths; its hash is the run's identity.
+    inputs:    digests of the files the run reads (see :func:`digest`): other content is another run, though its paths are
+               no part of the configuration.
     resume:    whether the directory may hold an unfinished run of this configuration, to be gone on with. One that
                stopped at another ``max_steps`` counts as this run too: the steps already made are the same.
     row:       name of the table row the run is for, and ``row_config`` the hash that row must have; flags that change the
@@ -156,13 +176,14 @@ class Run:
         config: Mapping[str, Any],
         seed: int,
         *,
+        inputs: Mapping[str, str] | None = None,
         resume: bool = False,
         row: str | None = None,
         row_config: str | None = None,
         main: bool = True,
     ) -> None:
         self.path, self.config, self.seed, self.resume, self.main = path, dict(config), seed, resume, main
-        self.hash = config_hash(self.config)
+        self.hash, self.inputs = config_hash(self.config), dict(inputs or {})
         self.row = row if row_config in (None, self.hash) else None
         self.finished = False
         self._lock: IO[str] | None = None
@@ -178,7 +199,7 @@ class Run:
                 raise ValueError(f"{self.path} holds {foreign[0]} but no config.json: choose another --save-dir")
             return
         held = read_json(config_path)
-        ours = {**self.config, "seed": self.seed}
+        ours = self._record()
         differing = sorted(key for key in held.keys() | ours.keys() if held.get(key) != ours.get(key))
         if differing and not (self.resume and differing == ["max_steps"]):
             changes = ", ".join(f"{key} {held.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
@@ -188,6 +209,9 @@ class Run:
             self.finished = True
         elif not self.resume:
             raise ValueError(f"{self.path} holds an unfinished run of this configuration: --resume auto goes on with it")
+
+    def _record(self) -> dict[str, Any]:
+        return {**self.config, "seed": self.seed, "inputs": self.inputs}
 
     def begin(self) -> None:
         """Create and lock the directory and record the configuration; raises ValueError where another process holds it."""
@@ -200,14 +224,14 @@ class Run:
         except BlockingIOError as error:
             raise ValueError(f"{self.path} is in use by another process") from error
         self._check()
-        write_json(self.path / "config.json", {**self.config, "seed": self.seed})
+        write_json(self.path / "config.json", self._record())
         self.heartbeat({}, force=True)
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         if self.main:
             with open(self.path / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
     def truncate_log(self, epoch: int) -> None:
         """Drop the lines of epochs after ``epoch``: those that a checkpoint of that epoch does not know of."""
@@ -248,7 +272,13 @@ class Run:
         """Write result.json with status "finished", the run's identity and the given fields; returns its path."""
         path = self.path / "result.json"
         if self.main:
-            identity = {"row": self.row, "config": self.config, "config_hash": self.hash, "seed": self.seed}
+            identity = {
+                "row": self.row,
+                "config": self.config,
+                "config_hash": self.hash,
+                "seed": self.seed,
+                "inputs": self.inputs,
+            }
             write_json(path, {"format": 1, "status": "finished", **identity, **fields})
             self.heartbeat({}, status="finished", force=True)
         return path

@@ -149,6 +149,8 @@ def _checked(module: nn.Module, name: str) -> Donor:
         raise ValueError(f"cannot factorize {name!r}: {kind} has a forward of its own; {remedy}")
     if parametrize.is_parametrized(module):
         raise ValueError(f"cannot factorize {name!r}: its weight is parametrized; remove the parametrization or {remedy}")
+    if "weight" not in module._parameters:
+        raise ValueError(f"cannot factorize {name!r}: a hook computes its weight (weight_norm, pruning); remove it or {remedy}")
     if isinstance(module.weight, nn.UninitializedParameter):
         raise ValueError(
             f"cannot factorize {name!r}: {kind} has no weight yet; run one batch through the model first or {remedy}"
@@ -228,18 +230,17 @@ def _initialize(layer: FactorizedMatrix, donor: Donor, config: LowRankConfig) ->
         matrix = matrix.index_fill(0, torch.tensor(layer.padding_idx, device=matrix.device), 0)
     if callable(config.init):
         layer.set_factors(*config.init(matrix, layer.rank))
-    elif config.init == "kaiming":
-        layer.reset_factors()
-    else:
+    elif config.init == "spectral":
         u, vt = linalg.spectral_init(matrix, layer.rank)
-        if config.init == "spectral":
-            layer.set_factors(*((u, torch.eye(layer.rank), vt) if layer.depth == 3 else (u, vt)))
-        else:
-            layer.reset_factors()
-            layer.set_factors(*linalg.rescale(layer.factors(), linalg.frobenius_norm([u.double(), vt.double()])))
+        layer.set_factors(*((u, torch.eye(layer.rank), vt) if layer.depth == 3 else (u, vt)))
+    else:
+        layer.reset_factors()
     if config.residual:
         with torch.no_grad():
             layer.m.add_(torch.randn_like(layer.m), alpha=config.residual)
+    if config.init == "norm-matched":
+        spectral = [linalg.to_float64(factor) for factor in linalg.spectral_init(matrix, layer.rank)]
+        layer.set_factors(*linalg.rescale(layer.factors(), linalg.frobenius_norm(spectral)))
 
 
 def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -294,19 +295,18 @@ def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Fact
     model is rebuilt from its checkpoint alone. A dense state dict is loaded as it is. Raises ValueError, with the
     model as it was, naming the first mismatch.
     """
-    modules = dict(model.named_modules())
     original = count_parameters(model)
-    layers = {}
-    for key, vt in state_dict.items():
-        name, _, leaf = key.rpartition(".")
-        donor = modules.get(name)
-        if leaf == "vt" and isinstance(donor, _DONORS):
-            depth = 3 if f"{name}.m" in state_dict else 2
-            layers[name] = (donor, _skeleton(_checked(donor, name), vt.shape[0], depth, "auto"))
+    layers: dict[str, tuple[Donor, FactorizedMatrix]] = {}
+    made: dict[nn.Module, FactorizedMatrix] = {}  # a module that is used twice becomes one layer used twice
     expected = dict(model.state_dict())
-    for name, (_, layer) in layers.items():
-        del expected[f"{name}.weight"]
-        expected |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
+    for name, donor in model.named_modules(remove_duplicate=False):
+        if f"{name}.vt" in state_dict and isinstance(donor, _DONORS):
+            if donor not in made:
+                rank, depth = state_dict[f"{name}.vt"].shape[0], 3 if f"{name}.m" in state_dict else 2
+                made[donor] = _skeleton(_checked(donor, name), rank, depth, "auto")
+                layers[name] = (donor, made[donor])
+            del expected[f"{name}.weight"]
+            expected |= {f"{name}.{key}": value for key, value in made[donor].state_dict().items()}
     for key in [*expected, *state_dict]:
         if key not in state_dict or key not in expected:
             side = "the checkpoint lacks" if key in expected else "the model lacks"
@@ -378,13 +378,13 @@ def rank_scale_for_ratio(
             f"target ratio {target} is below the floor: rank 1 everywhere leaves {floor:,} of {original:,} parameters, "
             f"a ratio of {floor / original:.6f}{largest}"
         )
-    top = 1.0
-    while count(top) < target * original:
-        top *= 2
-    steps = sorted({(k + 0.5) / d for _, d in free for k in range(1, math.ceil(top * d) + 2)})
-    middles = [steps[0] / 2] + [(low + high) / 2 for low, high in pairwise(steps)]
-    low, high = 0, len(middles) - 1
-    while low < high:  # first step whose count reaches the target
-        middle = (low + high) // 2
-        low, high = (low, middle) if count(middles[middle]) >= target * original else (middle + 1, high)
-    return min(middles[max(low - 1, 0) : low + 1], key=lambda scale: abs(count(scale) - target * original))
+    wanted = target * original
+    low, high = 0.0, 1.0
+    while count(high) < wanted:
+        low, high = high, 2 * high
+    for _ in range(60):  # the step of the count that crosses the target
+        middle = (low + high) / 2
+        low, high = (low, middle) if count(middle) >= wanted else (middle, high)
+    ranks = {d: round(high * d) for _, d in free}
+    edges = sorted({0.0} | {(k + 0.5) / d for d, rank in ranks.items() for k in range(max(1, rank - 2), rank + 3)})
+    return min(((a + b) / 2 for a, b in pairwise(edges)), key=lambda scale: abs(count(scale) - wanted))

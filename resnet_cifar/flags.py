@@ -55,6 +55,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             if getattr(args, name):
                 flag = "--" + name.replace("_", "-")
                 parser.error(f"{flag} needs factorized layers: give --rank-scale or --target-ratio above 0")
+    if args.dump_frobnorms and args.normalize:
+        parser.error("--dump-frobnorms and --normalize exclude each other: the norms of a replay are those of its file")
+    if max(args.rank_scale, args.target_ratio) > 100:
+        parser.error(f"--rank-scale and --target-ratio are at most 100, got {max(args.rank_scale, args.target_ratio):g}")
     if args.residual and not args.square:
         parser.error(f"--residual {args.residual} is noise on M, the middle one of three factors: give --square too")
     args.init = "spectral" if args.spectral else args.init or "regular"

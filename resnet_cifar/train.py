@@ -31,7 +31,7 @@ from common.runs import ROOT, Run, clean_errors, config_hash, environment, seed_
 from common.surgery import count_parameters
 from common.vision import checkpoints, distributed
 from common.vision.data import load
-from common.vision.flags import configuration
+from common.vision.flags import configuration, inputs
 from common.vision.training import Trainer, evaluate
 from resnet_cifar.flags import DEPTHS, PROGRAM, parse
 from resnet_cifar.models import build, is_factorized
@@ -48,15 +48,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         processes = distributed.start(args.device)
         if args.amp == "fp16" and processes.device.type == "cpu":
             raise ValueError("--amp fp16 (--half) needs a GPU: on a CPU use --amp bf16")
+        if args.batch_size % processes.world_size:
+            raise ValueError(f"--batch-size {args.batch_size} does not split over {processes.world_size} processes")
         if args.evaluate:
-            print(json.dumps(evaluate_checkpoint(args, processes)))
+            measured = evaluate_checkpoint(args, processes)
+            if processes.main:
+                print(json.dumps(measured))
+            distributed.stop()
             return
 
         # The run: its directory is checked now and made once everything else has proved right.
         config = configuration(PROGRAM, args)
         save_dir = args.save_dir or default_save_dir(args, config)
+        # Files that flags name are read before anything that takes long.
+        checkpoint = find_checkpoint(args.resume, save_dir)
+        dense = load_dense(args)
+        record = load_record(args.normalize) if args.normalize else None
         options = {"resume": args.resume is not None, "row": args.row, "row_config": args.row_config, "main": processes.main}
-        run = Run(save_dir, config, args.seed, **options)
+        run = Run(save_dir, config, args.seed, inputs=inputs(args), **options)
         if processes.any(run.finished):
             if args.dump_frobnorms and not (run.path / NORMS).exists():
                 raise ValueError(f"{run.path} holds a finished run without {NORMS}: choose another --save-dir")
@@ -64,10 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_result(run.path / "result.json", processes)
             return
 
-        # Files that flags name are read before anything that takes long; then data and model.
-        checkpoint = find_checkpoint(args.resume, run.path)
-        dense = checkpoints.model_state(args.pretrained) if args.pretrained else None
-        record = load_record(args.normalize) if args.normalize else None
+        # Data and model.
         with processes.main_first():
             data = load(args.data, args.data_dir, image_size=args.image_size, workers=args.workers, device=processes.device)
         if args.num_classes not in (None, data.classes):
@@ -149,6 +155,11 @@ def build_model(
     return model, factorize_(model, config, filter_fn=is_factorized)
 
 
+def load_dense(args: argparse.Namespace) -> dict[str, torch.Tensor] | None:
+    """Weights of --pretrained."""
+    return checkpoints.model_state(checkpoints.load(args.pretrained), args.pretrained) if args.pretrained else None
+
+
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     """Tenth at one half and at three quarters of the epochs; networks of 56 and more layers warm up at a tenth for one."""
     drops = sum(epoch >= share * args.epochs for share in (0.5, 0.75))
@@ -159,8 +170,7 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
 def describe(args: argparse.Namespace) -> dict[str, Any]:
     """What --dry-run prints: the configuration, the factorized layers, and the parameters of the model."""
     seed_everything(args.seed)
-    dense = checkpoints.model_state(args.pretrained) if args.pretrained else None
-    _, report = build_model(args, args.num_classes, dense)
+    _, report = build_model(args, args.num_classes, load_dense(args))
     return {"config": {**configuration(PROGRAM, args), "seed": args.seed}, **report.to_dict()}
 
 
@@ -176,15 +186,17 @@ def find_checkpoint(resume: str | None, directory: Path) -> dict[str, Any] | Non
 
 def evaluate_checkpoint(args: argparse.Namespace, processes: distributed.Processes) -> dict[str, float]:
     """Accuracy of the model that --resume names, rebuilt from its checkpoint alone."""
-    path = Path(args.resume)
-    if args.resume == "auto":
-        if args.save_dir is None:
-            raise ValueError("--evaluate --resume auto needs --save-dir: the run to evaluate")
-        path = args.save_dir / checkpoints.LATEST
-    architecture = checkpoints.load(path).get("architecture", {"arch": args.arch, "num_classes": args.num_classes})
-    data = load(args.data, args.data_dir, image_size=args.image_size, workers=args.workers, device=processes.device)
+    if args.resume == "auto" and args.save_dir is None:
+        raise ValueError("--evaluate --resume auto needs --save-dir: the run to evaluate")
+    path = Path(args.save_dir if args.resume == "auto" else args.resume)
+    state = find_checkpoint(args.resume, path)
+    if state is None:
+        raise ValueError(f"there is no checkpoint in {path}")
+    architecture = state.get("architecture", {"arch": args.arch, "num_classes": args.num_classes})
+    with processes.main_first():
+        data = load(args.data, args.data_dir, image_size=args.image_size, workers=args.workers, device=processes.device)
     model = build(architecture["arch"], architecture["num_classes"] or data.classes)
-    load_factorized_(model, checkpoints.model_state(path))
+    load_factorized_(model, checkpoints.model_state(state, path))
     if model.linear.out_features != data.classes:
         raise ValueError(f"{path} tells {model.linear.out_features} classes apart, and {args.data} has {data.classes}")
     return evaluate(model.to(processes.device), data, processes)

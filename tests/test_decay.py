@@ -77,6 +77,11 @@ def test_missing_gradients_are_made_and_frozen_factors_left_alone():
     assert model[1].vt.grad is not None
     assert model[1].u.grad is None
     assert model[0].bias.grad is None
+    other = Kronecker()
+    other.a.requires_grad_(False)
+    FrobeniusDecay(nn.Sequential(other), 0.1).step()
+    assert other.a.grad is None
+    torch.testing.assert_close(other.b.grad, 0.1 * other.a.square().sum() * other.b)
 
 
 def test_half_precision_accumulates_in_float32():
@@ -138,6 +143,8 @@ def test_bad_pairs_are_refused():
     q = nn.Parameter(torch.randn(6, 8))
     with pytest.raises(ValueError, match="'qk' copies"):
         FactorPair("qk", q, q, lambda u, vt: (u.repeat(2, 1, 1), vt[None]))
+    with pytest.raises(ValueError, match="repeats memory"):
+        FactorPair("qk", q, q, lambda u, vt: (u.view(2, 3, 8).mT, vt.view(2, 3, 8)[:1].expand(2, 3, 8)))
     with pytest.raises(ValueError, match=r"\(heads, m, r\)"):
         FactorPair("qk", q, q, lambda u, vt: (u[None], vt[None]))
 

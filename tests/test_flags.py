@@ -36,7 +36,7 @@ def fails(capsys, command, message, cwd=None):
         ("--rank-scale nan", "must be finite and not negative, got nan"),
         ("--lr inf", "must be finite and not negative, got inf"),
         ("--momentum 1.5", "--momentum must be in [0, 1), got 1.5"),
-        ("--seed -1", "must not be negative, got -1"),
+        ("--seed -1", "must not be negative and below 2^63, got -1"),
         ("--rank-scale 0.1 --target-ratio 0.1", "exclude each other"),
         ("--spectral", "--spectral needs factorized layers"),
         ("--wd2fd", "--wd2fd needs factorized layers"),
@@ -46,6 +46,9 @@ def fails(capsys, command, message, cwd=None):
         ("--normalize x", "--normalize needs factorized layers"),
         ("--rank-scale 0.1 --residual 0.1", "give --square too"),
         ("--rank-scale 0.1 --spectral --init norm-matched", "exclude each other"),
+        ("--rank-scale 0.1 --dump-frobnorms --normalize x", "exclude each other"),
+        ("--rank-scale 1e12", "at most 100, got 1e+12"),
+        ("--seed 99999999999999999999", "below 2^63"),
         ("--half --amp bf16", "exclude each other"),
         ("--data digits --image-size 4", "must be at least 8 for digits, got 4"),
         ("--data digits --num-classes 3", "digits has 10, got 3"),
@@ -106,7 +109,9 @@ def test_a_pretrained_checkpoint_must_be_dense_and_fit(capsys, tmp_path):
     fails(capsys, command, "is factorized already")
     fails(capsys, command.replace("resnet20", "resnet32"), "the checkpoint lacks 'layer1.3.")
     torch.save({"model": {"a": torch.zeros(1)}, "code": print}, tmp_path / "code.pt")
-    fails(capsys, f"{FACTORIZED} --save-dir {tmp_path}/b --pretrained {tmp_path}/code.pt", "is not a checkpoint that loads")
+    fails(
+        capsys, f"{FACTORIZED} --save-dir {tmp_path}/b --pretrained {tmp_path}/code.pt", "objects whose loading could run code"
+    )
 
 
 def test_dry_run_prints_one_json_object(capsys):

@@ -48,6 +48,15 @@ def test_surplus_columns_are_not_dead():
     assert (u.grad[:, 4:] != 0).all()
 
 
+@pytest.mark.parametrize("matrix", [torch.zeros(5, 4), torch.ones(5, 4), torch.diag(torch.tensor([3.0, 1.0, 0.0, 0.0]))])
+def test_columns_beyond_the_rank_of_the_matrix_are_not_dead(matrix):
+    u, vt = linalg.spectral_init(matrix, 4)
+    torch.testing.assert_close(u @ vt, matrix)
+    rank = int(torch.linalg.matrix_rank(matrix))
+    assert (u[:, rank:] == 0).all()
+    assert (vt[rank:].norm(dim=1) > 0.01).all()
+
+
 def test_spectral_init_refuses_what_it_cannot_decompose():
     with pytest.raises(ValueError, match="NaN"):
         linalg.spectral_init(torch.tensor([[1.0, float("nan")]]), 1)

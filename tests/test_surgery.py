@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from common import (
     FactorizedConv2d,
@@ -83,6 +83,14 @@ def test_regular_initialization_has_the_norm_that_the_method_notes_measured():
             values.append(frobenius_norm(model[0].factors()).item())
     assert sum(norms["kaiming"]) / 5 == pytest.approx(27.6, rel=0.02)
     assert sum(norms["spectral"]) / 5 == pytest.approx(6.67, rel=0.02)
+
+
+def test_norm_matched_factors_have_the_norm_with_noise_too():
+    models = [nn.Sequential(nn.Linear(20, 30)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    factorize_(models[0], LowRankConfig(0.5))
+    factorize_(models[1], LowRankConfig(0.5, depth=3, residual=0.3, init="norm-matched"))
+    torch.testing.assert_close(frobenius_norm(models[1][0].factors()), frobenius_norm(models[0][0].factors()))
 
 
 def test_residual_noise_on_the_middle_factor():
@@ -176,6 +184,8 @@ def tied():
         (nn.Sequential(Scaled(4, 4)), "'0': Scaled has a forward of its own"),
         (nn.Sequential(nn.LazyLinear(4)), "has no weight yet"),
         (nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))), "parametriz"),
+        (nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4))), "'0': a hook computes its weight"),
+        (nn.Sequential(prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5)), "'0': a hook computes its weight"),
         (nn.Sequential(nn.Embedding(4, 4, sparse=True)), "embedding with sparse"),
         (nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), "embedding with max_norm"),
         (tied(), "'in': its weight is tied to 'out'"),
@@ -329,6 +339,18 @@ def test_a_factorized_model_is_rebuilt_from_its_state_dict_alone(depth):
     assert [layer.rank for layer in report.layers] == [model[2].rank, model[4].rank]
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(rebuilt.eval()(x), model.eval()(x))
+
+
+def test_a_module_used_twice_is_rebuilt_as_one():
+    def make():
+        layer = nn.Linear(6, 6)
+        return nn.Sequential(layer, nn.ReLU(), layer)
+
+    model, rebuilt = make(), make()
+    factorize_(model, LowRankConfig(0.5))
+    assert len(load_factorized_(rebuilt, model.state_dict()).layers) == 1
+    assert rebuilt[0] is rebuilt[2]
+    torch.testing.assert_close(rebuilt(torch.ones(1, 6)), model(torch.ones(1, 6)))
 
 
 def test_a_state_dict_of_another_architecture_names_the_first_mismatch():

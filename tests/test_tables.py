@@ -1,8 +1,10 @@
 """Rows, the scripts made of them, and the tables and figures made of results."""
 
 import csv
+import html.parser
 import itertools
 import json
+import re
 import subprocess
 import time
 
@@ -32,7 +34,6 @@ def test_the_settings_of_the_released_code_are_all_here():
     assert len(rows["overcomplete"]) == 24 + 24 + 24
     assert len(rows["decay-sweep"]) == 12 + 2
     assert len(rows["normalization"]) == 2 * 3
-    assert 10 + 72 + 72 + 12 + 2 == 168
     assert "resnet20-cifar10-0.111-1e-4-regular" in rows["decay-sweep"]
 
 
@@ -78,7 +79,7 @@ def test_every_emitted_command_reaches_the_program_as_written(tmp_path):
     for script in sample:
         record = tmp_path / "record"
         record.unlink(missing_ok=True)
-        environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(stand_in), "RECORD": str(record)}
+        environment = {"PATH": "/usr/bin:/bin", "LAUNCHER": str(stand_in), "RECORD": str(record)}
         subprocess.run(
             ["bash", str(script), "4", "7", "--lr", "0.2"], env=environment, cwd="/", check=True, capture_output=True
         )
@@ -90,6 +91,16 @@ def test_every_emitted_command_reaches_the_program_as_written(tmp_path):
         if "-normalized" in script.name:
             assert [args.dump_frobnorms for args in parsed] == [True, False, True, False]
             assert str(parsed[1].normalize) == "/tmp/a/frobnorms.tensor"
+
+
+def test_a_script_stops_where_its_first_command_fails(tmp_path):
+    emit(programs(), tmp_path)
+    (tmp_path / "fail").write_text("#!/usr/bin/env bash\necho x >>$RECORD; exit 75\n")
+    (tmp_path / "fail").chmod(0o755)
+    script = next(tmp_path.glob("*/normalization/*-normalized.sh"))
+    environment = {"PATH": "/usr/bin:/bin", "LAUNCHER": str(tmp_path / "fail"), "RECORD": str(tmp_path / "record")}
+    assert subprocess.run(["bash", str(script)], env=environment).returncode == 75
+    assert (tmp_path / "record").read_text() == "x\n"
 
 
 def one_row_program(flags=("--epochs", "2"), id="r", **options):
@@ -224,8 +235,11 @@ def test_the_same_seed_twice_counts_once(tmp_path):
 def test_mixed_configurations_of_one_row_and_seed_stop_the_table(tmp_path):
     first = write_result(tmp_path, "spectral")
     second = write_result(tmp_path, "spectral", change={"epochs": 1})
+    results, _ = collect.read(tmp_path)
+    table = next(table for table in PROGRAM.tables if table.id == "quickstart")
     with pytest.raises(ValueError, match="different configurations") as error:
-        collect.read(tmp_path)
+        collect.check(table, results)
+    collect.check(PROGRAM.tables[0], results)  # other tables stand
     assert str(first) in str(error.value)
     assert str(second) in str(error.value)
 
@@ -236,9 +250,11 @@ def test_bad_results_are_named_and_not_counted(tmp_path, capsys):
         (write_result(tmp_path, "full", format=0), "not a result of this version"),
         (write_result(tmp_path, "full", status="running"), "is not finished"),
         (write_result(tmp_path, "full", metrics={"final": 1.0}), "lacks or garbles"),
-        (write_result(tmp_path, "full", metrics={"final": float("nan"), "best": 1.0}), "not finite"),
         (write_result(tmp_path, "full", config_hash="0"), "is not the one its hash"),
     ]
+    nan = write_result(tmp_path, "full", final=1.0)
+    nan.write_text(nan.read_text().replace('"final": 1.0', '"final": NaN'))
+    bad.append((nan, "not finite"))
     half = tmp_path / "half" / "result.json"
     half.parent.mkdir()
     half.write_text('{"format": 1, "sta')
@@ -260,7 +276,10 @@ def test_collect_prints_and_writes_tables_and_figures(tmp_path, capsys):
     main(["collect", "--table", "quickstart", "--results", str(tmp_path)])
     assert "Quickstart" in capsys.readouterr().out
     written = {path.name for path in (tmp_path / "quickstart").iterdir()}
-    assert written == {"table.md", "table.csv", "table.tex", "curves.png", "curves.pdf"}
+    assert written == {"table.md", "table.csv", "table.tex"}
+    main(["plot", "--results", str(tmp_path)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "quickstart" / "curves.png")
+    assert {"curves.png", "curves.pdf"} <= {path.name for path in (tmp_path / "quickstart").iterdir()}
 
 
 def test_accuracy_against_a_setting(tmp_path):
@@ -280,3 +299,70 @@ def test_errors_of_the_command_are_one_line(capsys):
             main(words)
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def write_run(directory, row_id, seed, status=None, table="quickstart", **progress):
+    """The files of a run that has begun."""
+    row = next(row for t in PROGRAM.tables if t.id == table for row in t.rows if row.id == row_id)
+    path = directory / f"run{next(counter)}"
+    write_json(path / "config.json", {**PROGRAM.configure(row.flags), "seed": seed})
+    if status is not None:
+        write_json(path / "status.json", {"status": status, "time": time.time()} | progress)
+
+
+def test_status_counts_each_seed_once_and_says_why_runs_failed(tmp_path, capsys):
+    result = write_result(tmp_path, "full", seed=1)
+    write_json(result.with_name("config.json"), {**json.loads(result.read_text())["config"], "seed": 1})
+    write_run(tmp_path, "full", 1, "running", step=1, steps=10)  # the finished one counts
+    write_run(tmp_path, "full", 2, "running", step=5, steps=10)
+    write_run(tmp_path, "full", 3, "failed", error="RuntimeError: loss is nan")
+    write_run(tmp_path, "spectral", 1, "stopped", step=5, steps=10)
+    write_run(tmp_path, "spectral", 2, "running", time=time.time() - 3600, step=5, steps=10)
+    write_run(tmp_path, "resnet20-cifar10-0.111-5e-6-regular", 1, "running", "decay-sweep", step=3, steps=4)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text("[]")
+    main(["status", "--results", str(tmp_path), "--table", "quickstart"])
+    printed = capsys.readouterr().out
+    lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith("quickstart/")}
+    assert lines["quickstart/full"] == ["1", "1", "1", "0.0"]
+    assert lines["quickstart/spectral"] == ["1", "1", "1", "0.0"]
+    assert "failed: quickstart/full seed 3: RuntimeError: loss is nan" in printed
+    assert "seed 2: no heartbeat" in printed
+    assert "6 rows (4 rows not begun are not shown; --all shows them)" in printed
+    main(["status", "--results", str(tmp_path), "--table", "decay-sweep", "--row", "*-5e-6-regular"])
+    assert f"{50 / 60 * 2.25:.1f} GPU-hours left" in capsys.readouterr().out
+
+
+def test_the_page_stands_alone_and_escapes(tmp_path, capsys):
+    for seed in (1, 2):
+        with_curves(write_result(tmp_path, "spectral", seed=seed), [10, 90 + seed])
+    (tmp_path / "<b>").mkdir()
+    (tmp_path / "<b>" / "result.json").write_text("{")
+    main(["collect", "--html", "--results", str(tmp_path)])
+    page = (tmp_path / "index.html").read_text()
+    assert "92.00" not in page
+    assert "90.00 ± 0.00" in page
+    assert page.count("<img ") == 1
+    assert not re.search(r'(src|href)="(https?:|//)', page)
+    assert "<b>" not in page
+    for target in re.findall(r'href="([^#"]+)"', page):
+        assert target.endswith((".sh", "result.json"))
+    html.parser.HTMLParser().feed(page)
+
+
+def test_the_machinery_is_fast_enough(tmp_path):
+    """600 scripts under 2 seconds and 2,000 results under 5 (benchmarks/tables.py), with room for a slow machine."""
+    from benchmarks.tables import program, write_results
+
+    made = program()
+    started = time.perf_counter()
+    emit([made], tmp_path / "scripts")
+    emitted = time.perf_counter() - started
+    write_results(made, tmp_path / "results")
+    started = time.perf_counter()
+    results = collect.by_configuration(collect.read(tmp_path / "results")[0])
+    lines = [line for table in made.tables for line in collect.lines(made, table, results)]
+    collected = time.perf_counter() - started
+    assert sum(line.n for line in lines) == 2000
+    assert emitted < 6
+    assert collected < 6

@@ -33,7 +33,7 @@ def train(capsys):
     """Run the program in this process; returns the directory of its run."""
 
     def run(*flags, base=BASE):
-        main([*base, *map(str, flags)])
+        main([str(word) for word in (*base, *flags)])
         return Path(capsys.readouterr().out.strip()).parent
 
     return run
@@ -117,14 +117,15 @@ def test_a_resumed_run_is_the_uninterrupted_run(train, tmp_path, stop):
     assert torch.equal(*norms)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
-def test_a_signal_saves_and_exits_to_be_queued_again(train, tmp_path, monkeypatch, number):
-    flags = ["--epochs", 1, "--resume", "auto", "--save-dir"]
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 4), (signal.SIGUSR2, 4), (signal.SIGTERM, 11)])
+def test_a_signal_saves_and_exits_to_be_queued_again(train, tmp_path, monkeypatch, number, at):
+    """Within an epoch, and during its last step: then the epoch is evaluated and recorded first."""
+    flags = ["--epochs", 2, "--resume", "auto", "--save-dir"]
     whole = train(*flags, tmp_path / "whole")
     batch = Data.train_batch
 
     def interrupt(self, seed, epoch, step, *args, **kwargs):
-        if step == 4:
+        if (epoch, step) == (0, at):
             signal.raise_signal(number)
         return batch(self, seed, epoch, step, *args, **kwargs)
 
@@ -132,7 +133,7 @@ def test_a_signal_saves_and_exits_to_be_queued_again(train, tmp_path, monkeypatc
     with pytest.raises(SystemExit) as stop:
         train(*flags, tmp_path / "parts")
     assert stop.value.code == REQUEUE
-    assert checkpoints.load(tmp_path / "parts" / "checkpoint.pt")["step"] == 5
+    assert checkpoints.load(tmp_path / "parts" / "checkpoint.pt")["step"] == at + 1
     assert read_json(tmp_path / "parts" / "status.json")["status"] == "stopped"
     monkeypatch.undo()
     parts = train(*flags, tmp_path / "parts")
@@ -149,6 +150,23 @@ def test_resume_auto_falls_back_to_the_previous_checkpoint(train, tmp_path, caps
     train(*flags, tmp_path / "parts")
     assert_same(weights(whole), weights(tmp_path / "parts"))
     assert metrics(whole) == metrics(tmp_path / "parts")
+
+
+def test_other_inputs_are_another_run(train, tmp_path, capsys, image_folder):
+    folder = ["--data", "imagefolder", "--data-dir", image_folder, "--arch", "resnet20", "--max-steps", 1]
+    run = train("--save-dir", tmp_path / "r", base=folder)
+    assert train("--save-dir", tmp_path / "r", "--num-classes", 3, base=folder) == run
+    (image_folder / "train" / "ant" / "0.png").rename(image_folder / "train" / "bee" / "8.png")
+    with pytest.raises(SystemExit):
+        train("--save-dir", tmp_path / "r", base=folder)
+    assert "another configuration (inputs" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_records_null(train, tmp_path):
+    run = train("--lr", 1e30, "--epochs", 1, "--save-dir", tmp_path / "r")
+    assert metrics(run)[-1]["frobenius_norm"] is None
+    assert metrics(run)[-1]["train_loss"] is None
+    assert read_json(run / "result.json")["metrics"]["final_loss"] is None
 
 
 def test_finished_runs_are_skipped(train, tmp_path, capsys):
@@ -168,6 +186,10 @@ def test_evaluate_rebuilds_the_model_from_its_checkpoint_alone(train, tmp_path, 
         evaluated = json.loads(capsys.readouterr().out)
         assert evaluated["accuracy"] == pytest.approx(result["metrics"]["final"], abs=0.3)
     assert weights(run)["layer1.0.conv1.m"].shape == (5, 5)
+    (run / "checkpoint.pt").rename(run / "checkpoint-previous.pt")
+    (run / "checkpoint.pt").write_bytes(b"damaged")
+    main(["--data", "digits", "--evaluate", "--resume", "auto", "--save-dir", str(run)])
+    assert json.loads(capsys.readouterr().out)["accuracy"] == result["metrics"]["final"]
 
 
 def test_pretrained_dense_weights_factorized_at_full_rank_keep_their_accuracy(train, tmp_path, capsys):
@@ -176,7 +198,7 @@ def test_pretrained_dense_weights_factorized_at_full_rank_keep_their_accuracy(tr
     # As other code saves it: under "state_dict", with the prefix of DataParallel.
     torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "dense.th")
     model = build("resnet20", 10)
-    load_factorized_(model, checkpoints.model_state(tmp_path / "dense.th"))
+    load_factorized_(model, checkpoints.model_state(checkpoints.load(tmp_path / "dense.th"), tmp_path / "dense.th"))
     factorize_(model, LowRankConfig(2.0), filter_fn=is_factorized)
     torch.save({"model": model.state_dict()}, tmp_path / "full-rank.pt")
     capsys.readouterr()

@@ -92,6 +92,7 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
             lines = collect.lines(program, table, results)
             if not any(line.n for line in lines) and args.table is None:
                 continue
+            collect.check(table, found)
             if args.command == "collect":
                 collect.write(table, lines, out / table.id)
                 print(collect.to_markdown(table, lines))

@@ -71,27 +71,27 @@ def parse(path: Path) -> Result:
 
 
 def read(directory: Path) -> tuple[list[Result], list[str]]:
-    """Every result.json below a directory that can be counted, and what is wrong with the others.
-
-    Raises ValueError where two results say they are of one row and seed and have different configurations.
-    """
+    """Every result.json below a directory that can be counted, and what is wrong with the others."""
     results, problems = [], []
     for path in sorted(directory.rglob("result.json")):
         try:
             results.append(parse(path))
         except (ValueError, OSError) as error:
             problems.append(str(error))
-    claims: dict[tuple[str, str, int], Result] = {}
+    return results, problems
+
+
+def check(table: Table, results: Iterable[Result]) -> None:
+    """Raise ValueError where two results claim one row and seed of the table and have different configurations."""
+    claims: dict[tuple[str, int], Result] = {}
     for result in results:
-        if result.row is not None:
-            key = (str(result.config.get("program")), result.row, result.seed)
-            other = claims.setdefault(key, result)
+        if result.row is not None and result.row.startswith(f"{table.id}/"):
+            other = claims.setdefault((result.row, result.seed), result)
             if other.hash != result.hash:
                 raise ValueError(
                     f"two results of row {result.row} and seed {result.seed} have different configurations: "
                     f"{other.path} and {result.path}; move one of them away"
                 )
-    return results, problems
 
 
 def by_configuration(results: Iterable[Result]) -> dict[str, list[Result]]:
@@ -184,7 +184,9 @@ def to_csv(table_lines: Sequence[Line]) -> str:
 
 
 def write(table: Table, table_lines: Sequence[Line], directory: Path) -> None:
-    """Write table.md, table.csv and table.tex."""
-    write_atomic(directory / "table.md", to_markdown(table, table_lines))
+    """Write table.md (with the figures that are there), table.csv and table.tex."""
+    drawn = [figure.id for figure in table.figures if (directory / f"{figure.id}.png").exists()]
+    figures = "".join(f"\n![{id}]({id}.png)\n" for id in drawn)
+    write_atomic(directory / "table.md", to_markdown(table, table_lines) + figures)
     write_atomic(directory / "table.csv", to_csv(table_lines))
     write_atomic(directory / "table.tex", to_latex(table, table_lines))

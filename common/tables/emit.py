@@ -21,13 +21,14 @@ _SCRIPT = """\
 # {id}: {label}
 # {facts}
 # Usage: bash {path} [SEED ...] [FLAG ...]
-#   Seeds default to {seeds}; flags go to the program. A seed with a finished result of this configuration is skipped.
-#   PYTHON names another interpreter or launcher, such as "torchrun --nproc-per-node 4".
+#   Seeds default to {seeds}; flags go to the program (not --save-dir: each run has its own directory).
+#   A seed with a finished result of this configuration is skipped.
+#   LAUNCHER replaces the interpreter, for example LAUNCHER="torchrun --nproc-per-node 4".
 set -euo pipefail
 root=$(cd -- "$(dirname -- "${{BASH_SOURCE[0]}}")/{up}" && pwd)
 export PYTHONPATH="$root${{PYTHONPATH:+:$PYTHONPATH}}"
 python=("$root/.venv/bin/python")
-if [[ -n ${{PYTHON:-}} ]]; then read -ra python <<<"$PYTHON"; fi
+if [[ -n ${{LAUNCHER:-}} ]]; then read -ra python <<<"$LAUNCHER"; fi
 seeds=()
 while [[ ${{1:-}} =~ ^[0-9]+$ ]]; do seeds+=("$1") && shift; done
 if [[ ${{#seeds[@]}} -eq 0 ]]; then seeds=({seeds}); fi
@@ -53,7 +54,11 @@ def script(program: Program, table: Table, row: Row) -> str:
     """The shell script of a row."""
     commands = [f"  {_command(program, table, row)}"]
     if row.after is not None:
-        commands.insert(0, f'  after=$(dirname -- "$({_command(program, table, table.row(row.after))})")')
+        commands = [
+            f"  result=$({_command(program, table, table.row(row.after))})",
+            '  after=$(dirname -- "$result")',
+            *commands,
+        ]
     published = f"{row.published.value} ({row.published.source})" if row.published else "n/a"
     count = f"{row.parameters:,}" if row.parameters else "n/a"
     cost = f"about {row.hours:.2g} GPU-hours a seed" if row.hours else "minutes on a CPU"

@@ -53,7 +53,7 @@ def _mean_curve(runs: Sequence[list[dict[str, Any]]], metric: str) -> tuple[list
     values: dict[int, list[float]] = {}
     for records in runs:
         for record in records:
-            if metric in record:
+            if record.get(metric) is not None:
                 values.setdefault(record["epoch"], []).append(record[metric])
     epochs = sorted(values)
     spreads = [statistics.stdev(values[epoch]) if len(values[epoch]) > 1 else 0.0 for epoch in epochs]
@@ -103,7 +103,7 @@ def against(figure: Against, program: Program, table: Table, results: Mapping[st
     rows = math.ceil(len(panels) / columns)
     drawn = Figure(figsize=(1.2 + 3.6 * columns, 0.8 + 2.9 * rows), layout="constrained")
     names = sorted({name for series in panels.values() for name in series})
-    grid = drawn.subplots(rows, columns, squeeze=False).flat
+    grid = list(drawn.subplots(rows, columns, squeeze=False).flat)
     for axes, (title, series) in zip(grid, panels.items(), strict=False):
         for name, points in series.items():
             index = names.index(name)
@@ -111,7 +111,7 @@ def against(figure: Against, program: Program, table: Table, results: Mapping[st
             style = {"color": COLORS[index % 8], "linestyle": STYLES[index % 8], "marker": MARKERS[index % 8], "markersize": 4}
             axes.errorbar(x, mean, spread, capsize=2, linewidth=1.3, label=name, **style)
         axes.set(xscale="log", xlabel=LABELS.get(figure.x, figure.x), ylabel="final test accuracy (%)", title=title)
-    for axes in list(grid):  # the panels of the grid that are left over
+    for axes in grid[len(panels) :]:
         axes.remove()
     handles = {name: handle for axes in drawn.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)))

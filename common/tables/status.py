@@ -49,10 +49,10 @@ def scan(directory: Path) -> dict[tuple[str, int], RunState]:
     for path in sorted(directory.rglob("config.json")):
         try:
             config = read_json(path)
-            seed = config.pop("seed")
+            seed, _ = config.pop("seed"), config.pop("inputs", None)
             key = (config_hash(config), seed)
             state = _state(path.parent, *key, now)
-        except (ValueError, OSError, KeyError, AttributeError):
+        except (ValueError, OSError, KeyError, TypeError, AttributeError):
             continue  # not a run's
         best = found.setdefault(key, state)
         if (_STATES.index(state.state), -state.done) < (_STATES.index(best.state), -best.done):

@@ -38,7 +38,9 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is not a checkpoint that loads: {str(error).splitlines()[0]}") from error
+        foreign = "weights_only" in str(error)
+        reason = "it holds objects whose loading could run code" if foreign else "it is damaged"
+        raise ValueError(f"{path} is not a checkpoint that loads: {reason}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
     return state
@@ -55,9 +57,8 @@ def newest(directory: Path) -> dict[str, Any] | None:
     return None
 
 
-def model_state(path: Path) -> dict[str, torch.Tensor]:
+def model_state(state: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
     """The model's state dict in a checkpoint, of this project or of another: under "model", "state_dict", or at the top."""
-    state = load(path)
     for key in ("model", "state_dict"):
         if isinstance(state.get(key), dict):
             state = state[key]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.runs import ROOT, FlagParser
+from common.runs import ROOT, FlagParser, digest
 
 DATASETS: dict[str, tuple[int | None, int | None]] = {  # name: (classes, image size in pixels); None: as on disk
     "digits": (10, 8),
@@ -21,7 +21,7 @@ DATASETS: dict[str, tuple[int | None, int | None]] = {  # name: (classes, image 
 # Flags that do not change what is computed, or that are paths; the rest is the configuration.
 _NOT_CONFIGURATION = {
     "data_dir", "device", "workers", "save_dir", "save_every", "print_freq", "tensorboard", "row", "row_config", "resume",
-    "evaluate", "dry_run", "dump_frobnorms", "seed", "half",
+    "evaluate", "dry_run", "dump_frobnorms", "seed", "half", "num_classes",
 }  # fmt: skip
 
 
@@ -41,8 +41,8 @@ def non_negative(text: str) -> float:
 
 def natural(text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must not be negative and below 2^63, got {text}")
     return value
 
 
@@ -112,10 +112,18 @@ def resolve(parser: FlagParser, args: argparse.Namespace) -> None:
         parser.error("--dry-run with --data imagefolder needs --num-classes")
 
 
+def inputs(args: argparse.Namespace) -> dict[str, str]:
+    """Digests of the files and folders that flags name and that a run learns from."""
+    paths = {name: getattr(args, name, None) for name in ("pretrained", "normalize")}
+    if args.data == "imagefolder":
+        paths["data"] = args.data_dir
+    return {name: digest(path) for name, path in paths.items() if path is not None and path.exists()}
+
+
 def configuration(program: str, args: argparse.Namespace) -> dict[str, Any]:
     """The resolved configuration: everything that changes the result, without seed, device, workers and paths.
 
-    A flag that names a file is recorded as whether it was given.
+    A flag that names a file is recorded as whether it was given; :func:`inputs` tells what is in it.
     """
     config = {key: value for key, value in vars(args).items() if key not in _NOT_CONFIGURATION}
     return {"program": program} | {

@@ -22,7 +22,7 @@ from common.vision.data import Batch, Data
 from common.vision.distributed import Processes
 
 _EVALUATION_BATCH = 1000
-_AGREE_EVERY = 10  # steps between asking whether any process was told to stop
+_AGREE_EVERY = 10  # steps between asking the other processes whether they were told to stop
 
 
 class StepHook(Protocol):
@@ -36,12 +36,14 @@ def evaluate(model: nn.Module, data: Data, processes: Processes) -> dict[str, fl
     """Accuracy in percent and mean cross-entropy on the test split."""
     model.eval()
     processes.share_buffers(model)
-    totals = torch.zeros(2, dtype=torch.float64, device="cpu")
+    totals = torch.zeros(2, dtype=torch.float64)
     for batch in data.test_batches(_EVALUATION_BATCH, rank=processes.rank, world_size=processes.world_size):
         logits = model(batch.images).float()
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-        totals += torch.stack([loss, (logits.argmax(1) == batch.labels).sum().to(loss.dtype)]).double().cpu()
-    loss, correct = processes.sum(totals.to(processes.device if processes.world_size > 1 else "cpu")).tolist()
+        totals += torch.stack([loss, (logits.argmax(1) == batch.labels).sum().to(loss.dtype)]).cpu()
+    if processes.world_size > 1:
+        totals = processes.sum(totals.to(processes.device))
+    loss, correct = totals.tolist()
     count = len(data.test_labels)
     return {"accuracy": 100 * correct / count, "loss": loss / count}
 
@@ -98,6 +100,7 @@ class Trainer:
         self.seconds = 0.0
         self._started = time.monotonic()
         self._told_to_stop = False
+        self._agree_every = 1 if processes.world_size == 1 else _AGREE_EVERY
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -136,7 +139,8 @@ class Trainer:
         if isinstance(self.hook, Stateful):
             self.hook.load_state_dict(state["hook"])
         self.step, self.best, self.final = state["step"], state["best"], dict(state["final"])
-        self.totals = state["totals"].to(self.processes.device)
+        if self.processes.main:  # the sum over all processes, which is taken again at the end of the epoch
+            self.totals = state["totals"].to(self.processes.device)
         self.seconds = state["seconds"]
         checkpoints.set_random_state(state["random"])
 
@@ -151,7 +155,7 @@ class Trainer:
                 self._log({"epoch": 0, "step": 0, **self._statistics(0)}, writer)
             while self.step < self.last_step:
                 self._train_epoch(writer)
-            if self.step % self.steps_per_epoch:  # --max-steps ends within an epoch: not an epoch's result, not its best
+            if self.step % self.steps_per_epoch:  # --max-steps ends within an epoch; no checkpoint keeps this result
                 epoch = self.step // self.steps_per_epoch
                 self.final = evaluate(self.model, self.data, self.processes)
                 record = {"epoch": epoch + 1, "step": self.step, "test_accuracy": self.final["accuracy"]}
@@ -174,7 +178,7 @@ class Trainer:
         lr = self.schedule(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        started = time.monotonic()
+        started, before = time.monotonic(), self.processes.sum(self.totals.clone())[2].item()  # samples before a resume
         progress = tqdm(
             total=self.steps_per_epoch,
             initial=first,
@@ -200,16 +204,14 @@ class Trainer:
             if not progress.disable and self.step % self.args.print_freq == 0:
                 progress.set_postfix(loss=f"{(self.totals[0] / self.totals[2]).item():.4f}")
             self.run.heartbeat({"epoch": epoch, "epochs": self.args.epochs, "step": self.step, "steps": self.last_step})
-            if self._must_stop() and self.step < self.last_step:
-                self._save()
-                print(f"told to stop: saved a checkpoint at step {self.step}", file=sys.stderr)
-                raise SystemExit(REQUEUE)
+            if step + 1 < last and self.step % self._agree_every == 0:
+                self._stop_if_told()
         progress.close()
         if last < self.steps_per_epoch:
             self._save()
             return
-        seconds = time.monotonic() - started
         loss, correct, samples = self.processes.sum(self.totals).tolist()
+        seconds = time.monotonic() - started
         self.totals.zero_()
         self.final = evaluate(self.model, self.data, self.processes)
         self.best = max(self.best, self.final["accuracy"])
@@ -223,7 +225,7 @@ class Trainer:
             "test_accuracy": self.final["accuracy"],
             **self._statistics(epoch),
             "seconds": seconds,
-            "images_per_second": (last - first) * self.args.batch_size / seconds,
+            "images_per_second": (samples - before) / seconds,
         }
         self._log(record, writer)
         if self.processes.main:
@@ -234,6 +236,8 @@ class Trainer:
             )
         if (epoch + 1) % self.args.save_every == 0 or self.step == self.last_step:
             self._save()
+        if self.step < self.last_step:
+            self._stop_if_told()
 
     def _train_step(self, batch: Batch) -> Tensor:
         """One optimizer step; returns the sum of the losses, the correct answers and the samples, on the device."""
@@ -256,16 +260,20 @@ class Trainer:
         return self.statistics(self.schedule(epoch)) if self.statistics is not None else {}
 
     def _save(self) -> None:
+        totals = self.processes.sum(self.totals.clone())
         if self.processes.main:
-            checkpoints.save(self.run.path, self.state_dict())
+            checkpoints.save(self.run.path, self.state_dict() | {"totals": totals.cpu()})
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._told_to_stop = True
 
-    def _must_stop(self) -> bool:
-        if self.processes.world_size == 1:
-            return self._told_to_stop
-        return self.step % _AGREE_EVERY == 0 and self.processes.any(self._told_to_stop)
+    def _stop_if_told(self) -> None:
+        """Where a signal told any process to stop, save a checkpoint and exit."""
+        if self._told_to_stop if self.processes.world_size == 1 else self.processes.any(self._told_to_stop):
+            self._save()
+            if self.processes.main:
+                print(f"told to stop: saved a checkpoint at step {self.step}", file=sys.stderr)
+            raise SystemExit(REQUEUE)
 
     def _tensorboard(self) -> Any:
         if not (self.args.tensorboard and self.processes.main):
