@@ -188,6 +188,7 @@ class Run:
         self.finished = False
         self._lock: IO[str] | None = None
         self._last_beat = 0.0
+        self._progress: dict[str, Any] = {}
         if main:
             self._check()
 
@@ -248,11 +249,11 @@ class Run:
     def heartbeat(self, progress: Mapping[str, Any], *, status: str = "running", force: bool = False) -> None:
         """Say in status.json that the run is alive, at most every 20 seconds."""
         now = time.time()
+        self._progress |= progress
         if self.main and (force or now - self._last_beat > 20):
             self._last_beat = now
-            write_json(
-                self.path / "status.json", {"status": status, "time": now, "row": self.row, "seed": self.seed, **progress}
-            )
+            record = {"status": status, "time": now, "row": self.row, "seed": self.seed, **self._progress}
+            write_json(self.path / "status.json", record)
 
     @contextlib.contextmanager
     def recorded(self) -> Generator[None]:

@@ -124,7 +124,7 @@ def decay_sweep() -> Table:
             label = f" at rank scale 0.111, strength {decay}: {words}"
             flags = ("--weight-decay", decay, *flags)
             rows.append(make_row(f"-0.111-{decay}-{method}", label, *flags, depth=20, scale="0.111"))
-    title = "Accuracy against the strength of weight decay and of Frobenius decay (a figure)"
+    title = "Accuracy against the strength of weight decay and of Frobenius decay"
     return Table("decay-sweep", title, tuple(rows), (Against("accuracy-decay", "weight_decay", scheme, network),))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,22 @@ from common.tables.rows import Against, Curves, Program, Table
 
 # Okabe and Ito's palette, told apart by color-blind readers; line styles and markers tell lines apart in gray print.
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C8C8C")
-STYLES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
+STYLES = (
+    "-",
+    "--",
+    "-.",
+    (0, (8, 2)),
+    (0, (5, 1, 1, 1)),
+    (0, (3, 1, 1, 1, 1, 1)),
+    (0, (2, 1)),
+    (0, (8, 2, 2, 2)),
+)  # dots are bounds
 MARKERS = "osD^vPX*"
 LABELS = {
     "test_accuracy": "test accuracy (%)",
     "train_accuracy": "training accuracy (%)",
-    "frobenius_norm": r"Frobenius norm $\|UV^T\|_F$, mean of layers",
-    "nuclear_norm": r"nuclear norm $\|UV^T\|_*$, mean of layers",
+    "frobenius_norm": r"Frobenius norm $\|UV^T\|_F$",
+    "nuclear_norm": r"nuclear norm $\|UV^T\|_*$",
     "effective_lr": r"effective step $\eta/\|UV^T\|_F^2$",
     "non_orthogonality": "non-orthogonality of factors",
     "weight_decay": "decay strength",
@@ -66,13 +77,16 @@ def curves(figure: Curves, program: Program, table: Table, results: Mapping[str,
     runs = {id: records for id, records in runs.items() if records}
     if not runs:
         return None
+    # What all names begin with is left out of the legend. By character is meant: names are no paths.
+    shared = os.path.commonprefix(list(runs)).rfind("-") + 1 if len(runs) > 1 else 0  # noqa: RUF071
     drawn = Figure(figsize=(4.2 * len(figure.metrics), 3.4 + 0.17 * math.ceil(len(runs) / 3)), layout="constrained")
     for axes, entry in zip(drawn.subplots(1, len(figure.metrics), squeeze=False)[0], figure.metrics, strict=True):
         metric, _, bound = entry.partition("/")
         for index, (id, records) in enumerate(runs.items()):
             color, style = COLORS[index % len(COLORS)], STYLES[index % len(STYLES)]
             epochs, means, spreads = _mean_curve(records, metric)
-            axes.plot(epochs, means, color=color, linestyle=style, linewidth=1.5, label=f"{id} (n={len(records)})")
+            label = f"{id[shared:]} (n={len(records)})"
+            axes.plot(epochs, means, color=color, linestyle=style, linewidth=1.5, label=label)
             low = [mean - spread for mean, spread in zip(means, spreads, strict=True)]
             high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
             axes.fill_between(epochs, low, high, color=color, alpha=0.12, linewidth=0)
@@ -83,7 +97,7 @@ def curves(figure: Curves, program: Program, table: Table, results: Mapping[str,
         axes.set_ylabel(LABELS.get(metric, metric) + (" (dotted: bound)" if bound else ""))
     handles, names = drawn.axes[0].get_legend_handles_labels()
     drawn.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)))
-    drawn.suptitle(table.title, fontsize=10)
+    drawn.suptitle(textwrap.fill(table.title, int(13 * drawn.get_figwidth())), fontsize=10)
     return drawn
 
 
@@ -110,12 +124,15 @@ def against(figure: Against, program: Program, table: Table, results: Mapping[st
             x, mean, spread = zip(*sorted(points), strict=True)
             style = {"color": COLORS[index % 8], "linestyle": STYLES[index % 8], "marker": MARKERS[index % 8], "markersize": 4}
             axes.errorbar(x, mean, spread, capsize=2, linewidth=1.3, label=name, **style)
+        ticks = sorted({point[0] for points in series.values() for point in points})
         axes.set(xscale="log", xlabel=LABELS.get(figure.x, figure.x), ylabel="final test accuracy (%)", title=title)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
+        axes.minorticks_off()
     for axes in grid[len(panels) :]:
         axes.remove()
     handles = {name: handle for axes in drawn.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)))
-    drawn.suptitle(table.title, fontsize=10)
+    drawn.suptitle(textwrap.fill(table.title, int(13 * drawn.get_figwidth())), fontsize=10)
     return drawn
 
 
