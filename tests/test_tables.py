@@ -4,8 +4,10 @@ import csv
 import html.parser
 import itertools
 import json
+import os
 import re
 import subprocess
+import sys
 import time
 
 import pytest
@@ -366,3 +368,20 @@ def test_the_machinery_is_fast_enough(tmp_path):
     assert sum(line.n for line in lines) == 2000
     assert emitted < 6
     assert collected < 6
+
+
+@pytest.mark.parametrize("program", programs(), ids=lambda program: program.name)
+def test_a_row_of_each_program_runs_for_two_steps(program, tmp_path):
+    emit([program], tmp_path / "scripts")
+    path = tmp_path / "scripts" / program.name / program.tables[0].id / f"{program.tables[0].rows[0].id}.sh"
+    (tmp_path / "a/b/c").mkdir(parents=True)
+    script = tmp_path / "a/b/c/row.sh"  # the root of the project is three folders up
+    script.write_text(path.read_text())
+    (tmp_path / program.name).symlink_to(ROOT / program.name)
+    environment = {**os.environ, "LAUNCHER": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    flags = ["1", "--data", "digits", "--max-steps", "2", "--save-dir", str(tmp_path / "run")]
+    done = subprocess.run(["bash", str(script), *flags], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert done.stdout.strip() == str(tmp_path / "run" / "result.json")
+    assert (result["config"]["max_steps"], result["row"], result["seed"]) == (2, None, 1)
