@@ -16,7 +16,7 @@ DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110, 1202)}
 def make_parser() -> FlagParser:
     parser = FlagParser(prog=f"{PROGRAM}/train.py", description="Train a ResNet on small images, dense or factorized.")
     parser.add_argument("-a", "--arch", choices=DEPTHS, default="resnet32")
-    flags.add_flags(parser, epochs=200)
+    flags.add_flags(parser, epochs=200, datasets=("digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder"))
     method = parser.add_argument_group("factorization (both convolutions of every block)")
     method.add_argument(
         "--rank-scale", type=flags.non_negative, default=0.0, help="rank as a share of out_channels * 3; 0 is dense"
@@ -46,21 +46,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     flags.resolve(parser, args)
-    if args.rank_scale and args.target_ratio:
-        parser.error(f"--rank-scale {args.rank_scale} and --target-ratio {args.target_ratio} exclude each other: give one")
-    if args.spectral and args.init not in (None, "spectral"):
-        parser.error(f"--spectral and --init {args.init} exclude each other: give one")
-    if not (args.rank_scale or args.target_ratio):
-        for name in ("spectral", "init", "wd2fd", "no_frob", "square", "dump_frobnorms", "normalize", "densify"):
-            if getattr(args, name):
-                flag = "--" + name.replace("_", "-")
-                parser.error(f"{flag} needs factorized layers: give --rank-scale or --target-ratio above 0")
+    needing = ("spectral", "init", "wd2fd", "no_frob", "square", "dump_frobnorms", "normalize", "densify")
+    flags.resolve_factorization(parser, args, needing)
     if args.dump_frobnorms and args.normalize:
         parser.error("--dump-frobnorms and --normalize exclude each other: the norms of a replay are those of its file")
-    if max(args.rank_scale, args.target_ratio) > 100:
-        parser.error(f"--rank-scale and --target-ratio are at most 100, got {max(args.rank_scale, args.target_ratio):g}")
     if args.residual and not args.square:
         parser.error(f"--residual {args.residual} is noise on M, the middle one of three factors: give --square too")
-    args.init = "spectral" if args.spectral else args.init or "regular"
-    del args.spectral
     return args

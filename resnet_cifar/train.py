@@ -6,33 +6,18 @@ Prints the path of the run's result.json on stdout; all else goes to stderr.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from common import (
-    FactorizationReport,
-    FrobeniusDecay,
-    LowRankConfig,
-    densify_,
-    factorize_,
-    load_factorized_,
-    param_groups,
-    rank_scale_for_ratio,
-)
+from common import FactorizationReport, FrobeniusDecay, LowRankConfig, factorize_, param_groups, rank_scale_for_ratio
 from common.norms import NormRecorder, NormReplay, load_record, weight_statistics
-from common.runs import ROOT, Run, clean_errors, config_hash, environment, seed_everything
-from common.surgery import count_parameters
-from common.vision import checkpoints, distributed
-from common.vision.data import load
-from common.vision.flags import configuration, inputs
-from common.vision.training import Trainer, evaluate
+from common.runs import clean_errors, seed_everything
+from common.vision import checkpoints, distributed, session
+from common.vision.training import Trainer
 from resnet_cifar.flags import DEPTHS, PROGRAM, parse
 from resnet_cifar.models import build, is_factorized
 
@@ -41,54 +26,39 @@ NORMS = "frobnorms.tensor"  # written by --dump-frobnorms
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    architecture = {"arch": args.arch, "num_classes": args.num_classes}
     with clean_errors(f"{PROGRAM}/train.py"):
         if args.dry_run:
-            print(json.dumps(describe(args)))
+            seed_everything(args.seed)
+            _, report = make_model(args, architecture, session.load_dense(args))
+            print(session.describe(PROGRAM, args, report))
             return
-        processes = distributed.start(args.device)
-        if args.amp == "fp16" and processes.device.type == "cpu":
-            raise ValueError("--amp fp16 (--half) needs a GPU: on a CPU use --amp bf16")
-        if args.batch_size % processes.world_size:
-            raise ValueError(f"--batch-size {args.batch_size} does not split over {processes.world_size} processes")
+        processes = session.start(args)
         if args.evaluate:
-            measured = evaluate_checkpoint(args, processes)
-            if processes.main:
-                print(json.dumps(measured))
-            distributed.stop()
+            session.evaluate_checkpoint(args, processes, architecture, build_dense)
             return
 
-        # The run: its directory is checked now and made once everything else has proved right.
-        config = configuration(PROGRAM, args)
-        save_dir = args.save_dir or default_save_dir(args, config)
-        # Files that flags name are read before anything that takes long.
-        checkpoint = find_checkpoint(args.resume, save_dir)
-        dense = load_dense(args)
+        # The run is checked now and begun once all else has proved right; files that flags name are read before the data.
+        directory = session.save_dir(PROGRAM, args, f"{args.arch}-{args.data}")
+        checkpoint = session.find_checkpoint(args.resume, directory)
+        dense = session.load_dense(args)
         record = load_record(args.normalize) if args.normalize else None
-        options = {"resume": args.resume is not None, "row": args.row, "row_config": args.row_config, "main": processes.main}
-        run = Run(save_dir, config, args.seed, inputs=inputs(args), **options)
-        if processes.any(run.finished):
-            if args.dump_frobnorms and not (run.path / NORMS).exists():
-                raise ValueError(f"{run.path} holds a finished run without {NORMS}: choose another --save-dir")
-            print(f"{run.path} holds a finished run of this configuration and seed: nothing to do", file=sys.stderr)
-            print_result(run.path / "result.json", processes)
+        run = session.open_run(PROGRAM, args, processes, directory, needs=NORMS if args.dump_frobnorms else None)
+        if run is None:
             return
 
         # Data and model.
-        with processes.main_first():
-            data = load(args.data, args.data_dir, image_size=args.image_size, workers=args.workers, device=processes.device)
-        if args.num_classes not in (None, data.classes):
-            raise ValueError(f"--num-classes {args.num_classes}, but {args.data_dir} has {data.classes} classes")
+        data = session.load_data(args, processes)
+        architecture["num_classes"] = data.classes
         seed_everything(args.seed)
-        model, report = build_model(args, data.classes, dense)
+        model, report = make_model(args, architecture, dense)
         model.to(processes.device)
         layers: dict[str, Any] = {name: module for name, module in model.named_modules() if is_factorized(module, name)}
 
         # Optimizer and decay: what Frobenius decay covers gets no weight decay, and with --no-frob the factors get neither.
         decay = FrobeniusDecay(model, args.weight_decay) if args.wd2fd and not args.no_frob else None
-        groups = param_groups(
-            model, weight_decay=args.weight_decay, decay=decay, factor_weight_decay=0.0 if args.no_frob else None
-        )
-        decays = [{"parameters": len(group["params"]), **{k: group[k] for k in ("name", "weight_decay")}} for group in groups]
+        undecayed = 0.0 if args.no_frob else None
+        groups = param_groups(model, weight_decay=args.weight_decay, decay=decay, factor_weight_decay=undecayed)
         optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)
 
         hook: NormRecorder | NormReplay | None = None
@@ -104,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run,
             args,
             processes,
-            architecture={"arch": args.arch, "num_classes": data.classes},
+            architecture=architecture,
             optimizer=optimizer,
             schedule=partial(learning_rate, args),
             decay=decay,
@@ -115,39 +85,31 @@ def main(argv: Sequence[str] | None = None) -> None:
             trainer.load_state_dict(checkpoint)
         run.begin()
 
-    log(processes, report, decays, decay)
+    session.announce(processes, report, groups, decay)
     with run.recorded():
         metrics = trainer.fit()
-        seconds = metrics.pop("seconds")
         if isinstance(hook, NormRecorder) and processes.main:
             checkpoints.save_file(run.path / NORMS, hook.state_dict())
         if args.densify:
-            densify_(model)
-            metrics["densified"] = evaluate(model, data, processes)["accuracy"]
-            if processes.main:
-                state = {"architecture": trainer.architecture, "model": model.state_dict()}
-                checkpoints.save_file(run.path / "densified.pt", state)
-        result = run.finish(
-            metrics=metrics,
-            parameters=report.to_dict()["parameters"],
-            decays=[*decays, {"name": "frobenius", "coef": decay.coef}] if decay else decays,
-            seconds=seconds,
-            environment=environment(processes.device, processes.world_size),
-        )
+            metrics["densified"] = session.fold(trainer)
+        result = session.finish(trainer, metrics, report, groups)
     distributed.stop()
-    print_result(result, processes)
+    if processes.main:
+        print(result)
 
 
-def build_model(
-    args: argparse.Namespace, classes: int, dense: dict[str, torch.Tensor] | None = None
+def build_dense(architecture: Mapping[str, Any]) -> nn.Module:
+    return build(architecture["arch"], architecture["num_classes"])
+
+
+def make_model(
+    args: argparse.Namespace, architecture: Mapping[str, Any], dense: dict[str, torch.Tensor] | None
 ) -> tuple[nn.Module, FactorizationReport]:
     """The network of the flags: built, filled with the weights of --pretrained, and factorized."""
-    model = build(args.arch, classes)
-    if dense is not None and load_factorized_(model, dense).layers:
-        raise ValueError(f"--pretrained {args.pretrained} is factorized already: give a dense checkpoint, or --resume this one")
+    model = build_dense(architecture)
+    session.fill(model, dense, args.pretrained)
     if not (args.rank_scale or args.target_ratio):
-        count = count_parameters(model)
-        return model, FactorizationReport((), count, count)
+        return model, session.dense_report(model)
     depth = 3 if args.square else 2
     scale = args.rank_scale or rank_scale_for_ratio(model, args.target_ratio, filter_fn=is_factorized, depth=depth)
     init = {"regular": "kaiming"}.get(args.init, args.init)
@@ -155,67 +117,11 @@ def build_model(
     return model, factorize_(model, config, filter_fn=is_factorized)
 
 
-def load_dense(args: argparse.Namespace) -> dict[str, torch.Tensor] | None:
-    """Weights of --pretrained."""
-    return checkpoints.model_state(checkpoints.load(args.pretrained), args.pretrained) if args.pretrained else None
-
-
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     """Tenth at one half and at three quarters of the epochs; networks of 56 and more layers warm up at a tenth for one."""
     drops = sum(epoch >= share * args.epochs for share in (0.5, 0.75))
     warmup = 0.1 if epoch == 0 and DEPTHS[args.arch] >= 56 else 1.0
     return args.lr * 0.1**drops * warmup
-
-
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """What --dry-run prints: the configuration, the factorized layers, and the parameters of the model."""
-    seed_everything(args.seed)
-    _, report = build_model(args, args.num_classes, load_dense(args))
-    return {"config": {**configuration(PROGRAM, args), "seed": args.seed}, **report.to_dict()}
-
-
-def default_save_dir(args: argparse.Namespace, config: dict[str, Any]) -> Path:
-    return ROOT / "results" / PROGRAM / (args.row or f"{args.arch}-{args.data}") / config_hash(config) / f"seed{args.seed}"
-
-
-def find_checkpoint(resume: str | None, directory: Path) -> dict[str, Any] | None:
-    if resume is None:
-        return None
-    return checkpoints.newest(directory) if resume == "auto" else checkpoints.load(Path(resume))
-
-
-def evaluate_checkpoint(args: argparse.Namespace, processes: distributed.Processes) -> dict[str, float]:
-    """Accuracy of the model that --resume names, rebuilt from its checkpoint alone."""
-    if args.resume == "auto" and args.save_dir is None:
-        raise ValueError("--evaluate --resume auto needs --save-dir: the run to evaluate")
-    path = Path(args.save_dir if args.resume == "auto" else args.resume)
-    state = find_checkpoint(args.resume, path)
-    if state is None:
-        raise ValueError(f"there is no checkpoint in {path}")
-    architecture = state.get("architecture", {"arch": args.arch, "num_classes": args.num_classes})
-    with processes.main_first():
-        data = load(args.data, args.data_dir, image_size=args.image_size, workers=args.workers, device=processes.device)
-    model = build(architecture["arch"], architecture["num_classes"] or data.classes)
-    load_factorized_(model, checkpoints.model_state(state, path))
-    if model.linear.out_features != data.classes:
-        raise ValueError(f"{path} tells {model.linear.out_features} classes apart, and {args.data} has {data.classes}")
-    return evaluate(model.to(processes.device), data, processes)
-
-
-def log(processes: distributed.Processes, report: FactorizationReport, decays: list[dict[str, Any]], decay: Any) -> None:
-    """Say on stderr what was factorized and which parameters get which decay."""
-    if not processes.main:
-        return
-    print(report, file=sys.stderr)
-    for group in decays:
-        print(f"weight decay {group['weight_decay']:g} on {group['parameters']} tensors ({group['name']})", file=sys.stderr)
-    if decay is not None:
-        print(f"Frobenius decay {decay.coef:g} on {len(decay.parameters())} factors", file=sys.stderr)
-
-
-def print_result(path: Path, processes: distributed.Processes) -> None:
-    if processes.main:
-        print(path)
 
 
 if __name__ == "__main__":

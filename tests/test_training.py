@@ -71,7 +71,7 @@ def test_it_learns_and_records(train, tmp_path):
     assert result["metrics"]["final"] > 50
     assert result["metrics"]["best"] >= result["metrics"]["final"]
     assert result["parameters"] == {"original": 269_722, "compressed": 63_850, "ratio": 63_850 / 269_722}
-    assert {"name": "frobenius", "coef": 1e-4} in result["decays"]
+    assert {"group": "factors", "tensors": 36, "frobenius_decay": 1e-4} in result["decays"]
     assert result["environment"]["torch"] == torch.__version__
     records = metrics(run)
     assert [record["epoch"] for record in records] == [0, 1, 2, 3]
@@ -220,7 +220,7 @@ def test_normalization_replays_the_recorded_norms(train, tmp_path):
         load_factorized_(model, weights(norm))
         reached = torch.stack([frobenius_norm(model.get_submodule(layer).factors()) for layer in record["layers"]])
         torch.testing.assert_close(reached, record["norms"][-1])
-        assert read_json(norm / "result.json")["decays"][1] == {"parameters": 36, "name": "factors", "weight_decay": 0.0}
+        assert read_json(norm / "result.json")["decays"][1] == {"group": "factors", "tensors": 36, "weight_decay": 0.0}
 
 
 def test_normalization_of_three_factors(train, tmp_path):

@@ -24,12 +24,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from common.vision import tiny_imagenet
 from common.vision.flags import DATASETS
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of a channel, on [0, 1]
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 Split = tuple[Tensor, Tensor]  # images (N, 3, H, W) uint8, labels (N) int64
 
 
@@ -42,9 +44,9 @@ class Batch:
 class Data:
     """A training and a test split on one device.
 
-    Training images get a random crop after zero padding by an eighth of their size, a random horizontal flip where
-    ``flip``, and normalization: the distribution of torchvision's RandomCrop, RandomHorizontalFlip, ToTensor and
-    Normalize, drawn for each image.
+    Training images get a random crop after zero padding (by an eighth of their size unless ``padding`` tells), a random
+    horizontal flip where ``flip``, and normalization: the distribution of torchvision's RandomCrop, RandomHorizontalFlip,
+    ToTensor and Normalize, drawn for each image.
     """
 
     def __init__(
@@ -54,12 +56,13 @@ class Data:
         classes: int,
         *,
         flip: bool = True,
-        statistics: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET,
+        padding: int | None = None,
+        statistics: Statistics = IMAGENET,
         device: torch.device | str = "cpu",
     ) -> None:
         self.classes, self.flip, self.device = classes, flip, torch.device(device)
         self.image_size = train[0].shape[-1]
-        self.padding = self.image_size // 8
+        self.padding = self.image_size // 8 if padding is None else padding
         # Rows of pixels are stored channels last, so that a crop copies whole pixels.
         padded = F.pad(train[0], (self.padding,) * 4)
         self.train_images = padded.permute(0, 2, 3, 1).contiguous().to(self.device)
@@ -118,6 +121,7 @@ def load(
     *,
     image_size: int | None = None,
     workers: int = 4,
+    statistics: Statistics = IMAGENET,
     device: torch.device | str = "cpu",
 ) -> Data:
     """Load a data set of :data:`DATASETS`, downloading CIFAR and Fashion-MNIST where they are missing.
@@ -126,13 +130,17 @@ def load(
     """
     if name == "imagefolder":
         train, test, classes = _image_folder(data_dir, image_size, workers)
-        return Data(train, test, classes, device=device)
+        return Data(train, test, classes, statistics=statistics, device=device)
+    if name == "tiny_imagenet":
+        train, test, classes = _image_folder(tiny_imagenet.prepare(data_dir), image_size or 64, workers)
+        return Data(train, test, classes, statistics=statistics, padding=4, device=device)
     classes, native = DATASETS[name]
     assert classes is not None
     readers = {"digits": _digits, "fashion_mnist": partial(_fashion_mnist, data_dir)}
     train, test = readers.get(name, partial(_cifar, name, data_dir))()
     size = image_size or native
-    return Data(_zero_pad(train, size), _zero_pad(test, size), classes, flip=name != "digits", device=device)
+    train, test = _zero_pad(train, size), _zero_pad(test, size)
+    return Data(train, test, classes, flip=name != "digits", statistics=statistics, device=device)
 
 
 def _zero_pad(split: Split, size: int | None) -> Split:
@@ -159,7 +167,7 @@ def _cifar(name: str, data_dir: Path) -> tuple[Split, Split]:
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     folder = data_dir / kind.base_folder
     if not folder.exists():
-        with _download(name, f"unpack {kind.url} (MD5 {kind.tgz_md5}) in {data_dir}, so that {folder} exists"):
+        with downloading(name, f"unpack {kind.url} (MD5 {kind.tgz_md5}) in {data_dir}, so that {folder} exists"):
             kind(str(data_dir), train=True, download=True)
     for file, md5 in kind.train_list + kind.test_list + [[kind.meta["filename"], kind.meta["md5"]]]:
         if not torchvision.datasets.utils.check_integrity(str(folder / file), md5):
@@ -186,7 +194,7 @@ def _fashion_mnist(data_dir: Path) -> tuple[Split, Split]:
             (raw / f".{name}").rename(raw / name)
     elif missing:
         where = f"install Debian's dataset-fashion-mnist, or unpack {', '.join(missing)} of {FashionMNIST.mirrors[-1]} in {raw}"
-        with _download("fashion_mnist", where):
+        with downloading("fashion_mnist", where):
             FashionMNIST(str(data_dir), download=True)
     splits = []
     for train, count in ((True, 60_000), (False, 10_000)):
@@ -203,7 +211,7 @@ def _fashion_mnist(data_dir: Path) -> tuple[Split, Split]:
 
 
 @contextlib.contextmanager
-def _download(name: str, by_hand: str) -> Generator[None]:
+def downloading(name: str, by_hand: str) -> Generator[None]:
     """Run a download with a time-out and its messages on stderr; a failure says how to get the data by hand."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)

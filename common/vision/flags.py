@@ -15,6 +15,7 @@ DATASETS: dict[str, tuple[int | None, int | None]] = {  # name: (classes, image 
     "cifar10": (10, 32),
     "cifar100": (100, 32),
     "fashion_mnist": (10, 32),
+    "tiny_imagenet": (None, 64),  # 200 classes, counted
     "imagefolder": (None, None),
 }
 
@@ -46,10 +47,12 @@ def natural(text: str) -> int:
     return value
 
 
-def add_flags(parser: FlagParser, *, epochs: int, datasets: Sequence[str] = tuple(DATASETS)) -> None:
+def add_flags(parser: FlagParser, *, epochs: int, datasets: Sequence[str]) -> None:
     """Add the flags that all image programs share: data, loop, device and run directory."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data", choices=datasets, default="cifar10", help="data set; digits is embedded and needs no download")
+    data.add_argument(
+        "--data", "--dataset", choices=datasets, default="cifar10", help="data set; digits is embedded and needs no download"
+    )
     data.add_argument(
         "--data-dir",
         type=Path,
@@ -63,7 +66,7 @@ def add_flags(parser: FlagParser, *, epochs: int, datasets: Sequence[str] = tupl
     data.add_argument("-j", "--workers", type=positive_int, default=4, metavar="N", help="threads that decode image folders")
 
     loop = parser.add_argument_group("training")
-    loop.add_argument("--epochs", type=positive_int, default=epochs, metavar="N")
+    loop.add_argument("--epochs", "--epoch", type=positive_int, default=epochs, metavar="N")
     loop.add_argument("--max-steps", type=positive_int, metavar="N", help="stop after N optimizer steps in all")
     loop.add_argument("-b", "--batch-size", type=positive_int, default=128, metavar="N", help="over all processes together")
     loop.add_argument("--lr", "--learning-rate", type=non_negative, default=0.1, help="initial learning rate")
@@ -77,7 +80,10 @@ def add_flags(parser: FlagParser, *, epochs: int, datasets: Sequence[str] = tupl
     run = parser.add_argument_group("run")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, or the number of a GPU")
     run.add_argument(
-        "--save-dir", type=Path, help="directory of the run (default: results/<program>/<row or run>/<configuration>)"
+        "--save-dir",
+        "--log-dir",
+        type=Path,
+        help="directory of the run (default: results/<program>/<row or run>/<configuration>)",
     )
     run.add_argument("--save-every", type=positive_int, default=1, metavar="N", help="epochs between checkpoints")
     run.add_argument(
@@ -108,8 +114,30 @@ def resolve(parser: FlagParser, args: argparse.Namespace) -> None:
     args.image_size = args.image_size or size
     if args.evaluate and not args.resume:
         parser.error("--evaluate needs --resume PATH: the checkpoint to evaluate")
+    if args.dry_run and args.data == "tiny_imagenet":
+        args.num_classes = args.num_classes or 200
     if args.dry_run and args.num_classes is None:
         parser.error("--dry-run with --data imagefolder needs --num-classes")
+
+
+def resolve_factorization(parser: FlagParser, args: argparse.Namespace, needing: Sequence[str]) -> None:
+    """Check --rank-scale, --target-ratio, --spectral and --init, and merge the last two into ``args.init``.
+
+    ``needing`` names the flags that make no sense where nothing is factorized.
+    """
+    if args.rank_scale and args.target_ratio:
+        parser.error(f"--rank-scale {args.rank_scale} and --target-ratio {args.target_ratio} exclude each other: give one")
+    if max(args.rank_scale, args.target_ratio) > 100:
+        parser.error(f"--rank-scale and --target-ratio are at most 100, got {max(args.rank_scale, args.target_ratio):g}")
+    if args.spectral and args.init not in (None, "spectral"):
+        parser.error(f"--spectral and --init {args.init} exclude each other: give one")
+    if not (args.rank_scale or args.target_ratio):
+        for name in needing:
+            if getattr(args, name):
+                flag = "--" + name.replace("_", "-")
+                parser.error(f"{flag} needs factorized layers: give --rank-scale or --target-ratio above 0")
+    args.init = "spectral" if args.spectral else args.init or "regular"
+    del args.spectral
 
 
 def inputs(args: argparse.Namespace) -> dict[str, str]:
