@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 import time
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,8 +21,12 @@ from common.tables import collect, plot
 from common.tables.__main__ import main
 from common.tables.emit import emit, quote
 from common.tables.rows import Program, Published, Row, Table, programs, select
-from resnet_cifar.flags import parse
 from resnet_cifar.rows import PROGRAM
+
+
+def parser_of(program):
+    """The function that reads the program's command line."""
+    return import_module(f"{program.name}.flags").parse
 
 
 def every_row():
@@ -42,13 +48,13 @@ def test_the_settings_of_the_released_code_are_all_here():
 def test_every_row_parses_and_has_the_flags_it_says():
     for program, table, row in every_row():
         words = program.command(table, row)
-        args = parse([*words[1:], "--seed", "1"])
+        args = parser_of(program)([*words[1:], "--seed", "1"])
         assert args.row == f"{table.id}/{row.id}"
         assert config_hash(program.configure(row.flags)) == args.row_config
         if "spectral" in row.id:
             assert args.init == "spectral"
         assert args.wd2fd == ("frobenius" in row.id)
-        assert args.square == ("-deep-" in row.id)
+        assert getattr(args, "square", False) == ("-deep-" in row.id)
 
 
 def test_rows_of_a_table_are_different_configurations():
@@ -86,7 +92,8 @@ def test_every_emitted_command_reaches_the_program_as_written(tmp_path):
             ["bash", str(script), "4", "7", "--lr", "0.2"], env=environment, cwd="/", check=True, capture_output=True
         )
         commands = [line.rstrip("\0").split("\0") for line in record.read_text().splitlines()]
-        parsed = [parse(words[1:]) for words in commands]
+        read = import_module(f"{Path(commands[0][0]).parent.name}.flags").parse
+        parsed = [read(words[1:]) for words in commands]
         assert {args.seed for args in parsed} == {4, 7}
         assert all(args.lr == 0.2 for args in parsed)
         assert all(words[0].endswith("train.py") for words in commands)
@@ -379,7 +386,19 @@ def test_a_row_of_each_program_runs_for_two_steps(program, tmp_path):
     script.write_text(path.read_text())
     (tmp_path / program.name).symlink_to(ROOT / program.name)
     environment = {**os.environ, "LAUNCHER": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    flags = ["1", "--data", "digits", "--max-steps", "2", "--save-dir", str(tmp_path / "run")]
+    flags = [
+        "1",
+        "--data",
+        "digits",
+        "--image-size",
+        "32",
+        "--batch-size",
+        "8",
+        "--max-steps",
+        "2",
+        "--save-dir",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(["bash", str(script), *flags], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
