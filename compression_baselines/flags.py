@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from common.runs import FlagParser
 from common.vision import flags
@@ -22,22 +21,9 @@ def make_parser() -> FlagParser:
     flags.add_flags(parser, epochs=200, datasets=DATASETS)
     parser.set_defaults(weight_decay=None)
     parser.add_argument("--auto-resume", dest="resume", action="store_const", const="auto", help="short for --resume auto")
-    method = parser.add_argument_group("factorization (every convolution but the first)")
-    method.add_argument(
-        "--rank-scale", type=flags.non_negative, default=0.0, help="rank as a share of out_channels * kernel; 0 is dense"
-    )
-    method.add_argument(
-        "--target-ratio", type=flags.non_negative, default=0.0, help="instead of --rank-scale: parameters to keep"
-    )
-    method.add_argument("--spectral", action="store_true", help="spectral initialization, short for --init spectral")
-    method.add_argument("--init", choices=("regular", "spectral", "norm-matched"), help="initialization (default: regular)")
-    method.add_argument("--wd2fd", action="store_true", help="Frobenius decay on the factors in place of their weight decay")
+    method = flags.add_factorization_flags(parser, "every convolution but the first")
     method.add_argument("--kaiming", action="store_true", help="VGG: Kaiming initialization of classifier and of each factor")
-    method.add_argument("--pretrained", type=Path, metavar="FILE", help="dense checkpoint to load before factorizing")
-    method.add_argument(
-        "--densify", action="store_true", help="also fold the trained factors, and evaluate and write that model"
-    )
-    method.add_argument(
+    parser.add_argument(
         "--measure", action="store_true", help="also measure size, multiply-adds, latency and memory (measure.json)"
     )
     return parser

@@ -97,6 +97,23 @@ def add_flags(parser: FlagParser, *, epochs: int, datasets: Sequence[str]) -> No
     run.add_argument("--row-config", help="hash of the configuration that row has")
 
 
+def add_factorization_flags(parser: FlagParser, what: str) -> argparse._ArgumentGroup:
+    """Add the flags of factorized training; ``what`` says which layers they factorize. Returns the group, for more."""
+    method = parser.add_argument_group(f"factorization ({what})")
+    method.add_argument(
+        "--rank-scale", type=non_negative, default=0.0, help="rank as a share of out_channels * kernel; 0 is dense"
+    )
+    method.add_argument("--target-ratio", type=non_negative, default=0.0, help="instead of --rank-scale: parameters to keep")
+    method.add_argument("--spectral", action="store_true", help="spectral initialization, short for --init spectral")
+    method.add_argument("--init", choices=("regular", "spectral", "norm-matched"), help="initialization (default: regular)")
+    method.add_argument("--wd2fd", action="store_true", help="Frobenius decay on the factors in place of their weight decay")
+    method.add_argument("--pretrained", type=Path, metavar="FILE", help="dense checkpoint to load before factorizing")
+    method.add_argument(
+        "--densify", action="store_true", help="also fold the trained factors, and evaluate and write that model"
+    )
+    return method
+
+
 def resolve(parser: FlagParser, args: argparse.Namespace) -> None:
     """Complete the shared flags in place; ends in one line on stderr where they contradict each other."""
     if args.half:
