@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import shutil
-import socket
-import sys
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.vision import tiny_imagenet
+from common.vision.downloads import downloading
 from common.vision.flags import DATASETS
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of a channel, on [0, 1]
@@ -208,23 +207,6 @@ def _fashion_mnist(data_dir: Path) -> tuple[Split, Split]:
             )
         splits.append(_zero_pad((split.data[:, None].repeat(1, 3, 1, 1), split.targets), 32))
     return splits[0], splits[1]
-
-
-@contextlib.contextmanager
-def downloading(name: str, by_hand: str) -> Generator[None]:
-    """Run a download with a time-out and its messages on stderr; a failure says how to get the data by hand."""
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    except (OSError, RuntimeError, EOFError, shutil.ReadError) as error:
-        raise OSError(
-            f"{name} is not here and could not be downloaded ({error}). On a machine with a network, {by_hand}; "
-            "or train on embedded data with --data digits, or on a folder of images with --data imagefolder --data-dir PATH"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
 
 
 def _image_folder(root: Path, image_size: int | None, workers: int) -> tuple[Split, Split, int]:

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from common.runs import ROOT, FlagParser, clean_errors
+from common.vision.downloads import downloading
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
@@ -84,8 +85,6 @@ def prepare(data_dir: Path, *, complete: bool = False) -> Path:
     root = find(data_dir)
     if root is None:
         from torchvision.datasets.utils import download_url, extract_archive
-
-        from common.vision.data import downloading
 
         with downloading(
             "tiny_imagenet", f"unpack {URL} (MD5 {MD5}) in {data_dir}, so that {data_dir / FOLDER / 'train'} exists"
