@@ -38,13 +38,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.resolve(parser, args)
     flags.resolve_factorization(parser, args, ("spectral", "init", "wd2fd", "densify"))
     if args.network == "vgg":
-        args.depth = args.depth or 19
+        args.depth = 19 if args.depth is None else args.depth
         if args.depth not in VGG_DEPTHS:
             parser.error(f"--depth of vgg must be 11, 13, 16 or 19, got {args.depth}")
         if args.width is not None:
             parser.error(f"--width is for resnet, got {args.width} with vgg")
     else:
-        args.depth, args.width = args.depth or 32, args.width or 64
+        args.depth, args.width = 32 if args.depth is None else args.depth, args.width or 64
         if args.depth < 8 or args.depth % 6 != 2:
             parser.error(f"--depth of resnet must be 6n + 2 and at least 8, got {args.depth}")
         if args.kaiming:

@@ -10,7 +10,7 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,25 @@ from common.layers import Factorized
 from common.runs import FlagParser, clean_errors, environment
 from common.surgery import count_parameters, densify_
 from common.vision import checkpoints, session
+from common.vision.distributed import find_device
+from common.vision.flags import positive_int
 from compression_baselines.models import build
 
 BATCHES = (1, 128)
+FILE = "measure.json"  # written by train.py --measure
+ARCHITECTURE = ("network", "depth", "width", "kaiming", "num_classes")
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make and that are alive at once; ``peak`` is the most."""
+    """Counts the bytes of the tensors that operations make and that are alive at once; ``peak`` is the most.
 
-    def __init__(self) -> None:
+    Tensors that are there before, such as weights and views of them, are not counted.
+    """
+
+    def __init__(self, before: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._seen: set[int] = set()
+        self._seen = {tensor.untyped_storage()._cdata for tensor in before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -80,7 +87,7 @@ def latency(model: nn.Module, x: torch.Tensor, repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def cost(model: nn.Module, image_size: int, repeats: int = 10) -> dict[str, Any]:
+def cost(model: nn.Module, image_size: int, repeats: int = 5) -> dict[str, Any]:
     """Size of a model, and its multiply-adds, latency (seconds) and peak activations (bytes) at batch 1 and 128."""
     model.eval()
     device = next(model.parameters()).device
@@ -88,7 +95,7 @@ def cost(model: nn.Module, image_size: int, repeats: int = 10) -> dict[str, Any]
     torch.save(model.state_dict(), file)
     found: dict[str, Any] = {
         "parameters": count_parameters(model),
-        "nonzero": sum(int(torch.count_nonzero(parameter)) for parameter in model.parameters()),
+        "nonzero": sum(int(torch.count_nonzero(p)) if p.ndim > 1 else p.numel() for p in model.parameters()),  # of weights
         "index_bits": index_bits(model),
         "checkpoint_bytes": file.tell(),
     }
@@ -96,7 +103,7 @@ def cost(model: nn.Module, image_size: int, repeats: int = 10) -> dict[str, Any]
         x = torch.randn(batch, 3, image_size, image_size, device=device).to(memory_format=torch.channels_last)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(x)
-        with torch.no_grad(), PeakMemory() as memory:
+        with torch.no_grad(), PeakMemory([x, *model.parameters(), *model.buffers()]) as memory:
             model(x)
         found[f"batch{batch}"] = {
             "multiply_adds": counter.get_total_flops() // 2,
@@ -139,15 +146,16 @@ def show(measured: Mapping[str, Any], file: Any = None) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = FlagParser(prog="compression_baselines/measure.py", description="Measure what a trained network costs.")
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--image-size", type=positive_int, help="pixels (default: those the checkpoint was trained on)")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, cuda:1, mps, or the number of a GPU")
     args = parser.parse_args(argv)
     with clean_errors(parser.prog):
         state = checkpoints.load(args.checkpoint)
         if "architecture" not in state:
             raise ValueError(f"{args.checkpoint} does not tell its architecture: it is not a checkpoint of this program")
-        model = session.rebuild(state, args.checkpoint, state["architecture"], build).to(args.device)
-        measured = costs(model, build(state["architecture"]), args.image_size)
+        model = session.rebuild(state, args.checkpoint, dict.fromkeys(ARCHITECTURE), build).to(find_device(args.device))
+        size = args.image_size or state.get("config", {}).get("image_size") or 32
+        measured = costs(model, build(state["architecture"]), size)
     show(measured)
     print(json.dumps(measured))
 

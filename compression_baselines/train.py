@@ -33,7 +33,7 @@ CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    architecture = {key: getattr(args, key) for key in ("network", "depth", "width", "kaiming", "num_classes")}
+    architecture = {key: getattr(args, key) for key in measure.ARCHITECTURE}
     statistics = STATISTICS.get(args.data, CIFAR10)
     with clean_errors(f"{PROGRAM}/train.py"):
         if args.dry_run:
@@ -50,12 +50,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         directory = session.save_dir(PROGRAM, args, f"{args.network}{args.depth}-{args.data}")
         checkpoint = session.find_checkpoint(args.resume, directory)
         dense = session.load_dense(args)
-        run = session.open_run(PROGRAM, args, processes, directory)
+        needs = [measure.FILE] * args.measure + [session.FOLDED] * args.densify
+        run = session.open_run(PROGRAM, args, processes, directory, needs)
         if run is None:
             return
 
         # Data and model.
         data = session.load_data(args, processes, statistics=statistics)
+        if args.network == "vgg" and data.image_size < 32:
+            raise ValueError(
+                f"vgg halves its images five times and needs 32 pixels, got {data.image_size}: give --image-size 32"
+            )
         architecture["num_classes"] = data.classes
         seed_everything(args.seed)
         model, report = make_model(args, architecture, dense)
@@ -88,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metrics = trainer.fit()
         if args.measure and processes.main:
             costs = measure.costs(copy.deepcopy(model), build(architecture), data.image_size)
-            write_json(run.path / "measure.json", costs)
+            write_json(run.path / measure.FILE, costs)
             measure.show(costs)
         if args.densify:
             metrics["densified"] = session.fold(trainer)

@@ -54,7 +54,8 @@ def make_row(
     data: str = "cifar10",
     scale: str = "0",
     deep: bool = False,
-    after: str | None = None,
+    after: Row | None = None,
+    place: tuple[str, str] | None = None,
     published: Published | None = None,
 ) -> Row:
     """A row of one network and data set; dense at scale 0."""
@@ -72,6 +73,7 @@ def make_row(
         parameters=parameters,
         published=published,
         after=after,
+        place=place,
     )
 
 
@@ -92,7 +94,8 @@ def low_rank() -> Table:
                 for method in SCHEMES + CONTROLS:
                     flags, words = METHODS[method]
                     label = f" at rank scale {scale}: {words}"
-                    rows.append(make_row(f"-{scale}-{method}", label, *flags, depth=depth, data=data, scale=scale))
+                    place = (f"{scale} {method}", f"ResNet{depth} {DATA[data]}")
+                    rows.append(make_row(f"-{scale}-{method}", label, *flags, depth=depth, data=data, scale=scale, place=place))
     title = "Low-rank ResNets at rank scales 1/27, 1/9 and 1/3, with norm-matched controls"
     return Table("low-rank", title, tuple(rows), (Against("accuracy-rank", "rank_scale", scheme, network),))
 
@@ -111,7 +114,9 @@ def overcomplete() -> Table:
                 for method in methods:
                     flags, scheme = METHODS[method]
                     label = f"{words}: {scheme}"
-                    rows.append(make_row(f"-{kind}-{method}", label, *flags, depth=depth, data=data, scale=scale, deep=deep))
+                    place = (f"{kind} {method}", f"ResNet{depth} {DATA[data]}")
+                    id = f"-{kind}-{method}"
+                    rows.append(make_row(id, label, *flags, depth=depth, data=data, scale=scale, deep=deep, place=place))
     return Table("overcomplete", "Overcomplete training (the paper's Table 3)", tuple(rows))
 
 
@@ -129,21 +134,20 @@ def decay_sweep() -> Table:
 
 
 def normalization() -> Table:
+    replay = ("--no-frob", "--normalize", "{after}/frobnorms.tensor")
     rows = []
     for init in ("regular", "spectral"):
         flags, words = METHODS[init][0], f" at rank scale 0.111, {init} initialization"
-        for kind, decay, label, after in (
-            ("none", ("--no-frob",), "no decay on the factors", None),
-            ("frobenius", ("--wd2fd", "--dump-frobnorms"), "Frobenius decay", None),
-            (
-                "normalized",
-                ("--no-frob", "--normalize", "{after}/frobnorms.tensor"),
-                "no decay, norms of the Frobenius run replayed",
-                f"resnet20-cifar10-0.111-{init}-frobenius",
-            ),
+        frobenius: Row | None = None
+        for kind, label, more in (
+            ("none", "no decay on the factors", ("--no-frob",)),
+            ("frobenius", "Frobenius decay", ("--wd2fd", "--dump-frobnorms")),
+            ("normalized", "no decay, norms of the Frobenius run replayed", replay),
         ):
-            id = f"-0.111-{init}-{kind}"
-            rows.append(make_row(id, f"{words}: {label}", *flags, *decay, depth=20, scale="0.111", after=after))
+            after = frobenius if kind == "normalized" else None
+            row = make_row(f"-0.111-{init}-{kind}", f"{words}: {label}", *flags, *more, depth=20, scale="0.111", after=after)
+            frobenius = row if kind == "frobenius" else frobenius
+            rows.append(row)
     figure = Curves("norms", ("test_accuracy", "frobenius_norm", "nuclear_norm/nuclear_norm_bound"))
     return Table("normalization", "What Frobenius decay does beyond keeping norms small (figure 1)", tuple(rows), (figure,))
 

@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint = session.find_checkpoint(args.resume, directory)
         dense = session.load_dense(args)
         record = load_record(args.normalize) if args.normalize else None
-        run = session.open_run(PROGRAM, args, processes, directory, needs=NORMS if args.dump_frobnorms else None)
+        needs = [NORMS] * args.dump_frobnorms + [session.FOLDED] * args.densify
+        run = session.open_run(PROGRAM, args, processes, directory, needs)
         if run is None:
             return
 

@@ -103,7 +103,7 @@ def test_tiny_imagenet_is_sorted_by_class_once(tiny):
     assert (len(data), data.classes, data.image_size, data.padding) == (24, 4, 64, 4)
     assert data.test_labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert (tiny / "val" / "n01" / "images" / "val_3.JPEG").read_bytes() == image
-    assert sorted(path.name for path in tiny.iterdir()) == ["train", "val", "wnids.txt"]
+    assert sorted(path.name for path in tiny.iterdir()) == [".lock", "train", "val", "wnids.txt"]
     before = (tiny / "val").stat().st_mtime_ns
     load("tiny_imagenet", tiny.parent)
     assert (tiny / "val").stat().st_mtime_ns == before
@@ -118,9 +118,17 @@ def test_broken_tiny_imagenets_name_what_is_missing(tiny):
     annotations.write_text(text + "val_99.JPEG\tn01\t0\t0\t1\t1\n")
     with pytest.raises(ValueError, match=r"val_99.JPEG, which val_annotations.txt lists, is missing"):
         load("tiny_imagenet", tiny.parent)
-    assert sorted(path.name for path in tiny.iterdir()) == ["train", "val", "wnids.txt"]  # nothing half-built
+    assert sorted(path.name for path in tiny.iterdir()) == [".lock", "train", "val", "wnids.txt"]  # nothing half-built
     assert (tiny / "val" / "images" / "val_3.JPEG").exists()
+    annotations.write_text(text + "\n")
+    with pytest.raises(ValueError, match="names no image and class in line 9"):
+        load("tiny_imagenet", tiny.parent)
+    annotations.write_text("".join(text.splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match=r"does not list val_\d.JPEG"):
+        load("tiny_imagenet", tiny.parent)
+    assert len(list((tiny / "val" / "images").iterdir())) == 8
     annotations.write_text(text)
+    (tiny / "val").rename(tiny / ".val.unsorted")  # as an interruption between the renames leaves it
     (tiny / "train" / "n02" / "images" / "n02_5.JPEG").unlink()
     with pytest.raises(ValueError, match=r"train/n02 has 5 images, expected 6"):
         load("tiny_imagenet", tiny.parent)
@@ -189,6 +197,12 @@ def test_it_trains_measures_folds_resumes_and_evaluates(train, tmp_path, capsys)
     main(["--dataset", "digits", "--evaluate", "--resume", str(run / "densified.pt")])
     accuracy = json.loads(capsys.readouterr().out)["accuracy"]
     assert accuracy == read_json(run / "result.json")["metrics"]["densified"]
+    with pytest.raises(SystemExit):
+        measure.main([str(run / "checkpoint.pt"), "--device", "tpu"])
+    torch.save({"architecture": {"arch": "resnet20"}, "model": {}}, tmp_path / "other.pt")
+    with pytest.raises(SystemExit):
+        measure.main([str(tmp_path / "other.pt")])
+    assert "is of another program: its architecture lacks 'network'" in capsys.readouterr().err
     measure.main([str(run / "checkpoint.pt"), "--image-size", "16"])
     measured = json.loads(capsys.readouterr().out)
     assert measured["models"]["as trained"]["parameters"] == costs["as trained"]["parameters"]
@@ -215,6 +229,13 @@ def test_multiply_adds_and_memory_are_those_of_a_known_layer():
     chain = nn.Sequential(*(nn.Conv2d(3, 3, 1, bias=False) for _ in range(4)))
     one = 128 * 3 * 16 * 16 * 4
     assert measure.cost(chain, 16, repeats=1)["batch128"]["peak_activation_bytes"] == 2 * one  # input and output of a layer
+    thin = nn.Sequential(nn.Conv2d(256, 256, 3, padding=1, bias=False))
+    factorize_(thin, LowRankConfig(0.1, init="kaiming"))
+    x = torch.zeros(1, 256, 2, 2)
+    with torch.no_grad(), measure.PeakMemory([x, *thin.parameters()]) as memory:
+        thin(x)
+    assert memory.live == 0  # views of the factors are not counted, and the output is gone
+    assert 4 * 4 * (77 + 256) <= memory.peak < 100_000
     assert found["index_bits"] == 0
     with torch.no_grad():
         model[0].weight.zero_()
@@ -234,6 +255,8 @@ def fails(capsys, command, message):
     ("command", "message"),
     [
         ("--network alexnet", "invalid choice: 'alexnet'"),
+        ("--network resnet --depth 0", "must be 6n + 2 and at least 8, got 0"),
+        ("--network vgg --data digits --image-size 8", "needs 32 pixels, got 8"),
         ("--network resnet --depth 30", "must be 6n + 2 and at least 8, got 30"),
         ("--network vgg --depth 18", "must be 11, 13, 16 or 19, got 18"),
         ("--network vgg --width 32", "--width is for resnet"),

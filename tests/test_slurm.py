@@ -67,8 +67,7 @@ def test_a_checkpoint_waits_for_the_program_to_save(tmp_path):
 
 def test_jobs_are_the_rows_with_what_comes_before():
     (program,) = select(programs(), table="normalization", row="*-regular-normalized")
-    whole = next(table for table in programs()[0].tables if table.id == "normalization")
-    job = slurm.job(program, whole, program.tables[0].rows[0], 2, ["--epochs", "1"])
+    job = slurm.job(program, program.tables[0], program.tables[0].rows[0], 2, ["--epochs", "1"])
     first, second = job.commands
     assert "--dump-frobnorms" in first
     assert "{after}/frobnorms.tensor" in second

@@ -102,6 +102,13 @@ def test_every_emitted_command_reaches_the_program_as_written(tmp_path):
             assert str(parsed[1].normalize) == "/tmp/a/frobnorms.tensor"
 
 
+def test_lists_leave_out_what_another_row_runs_first(tmp_path):
+    emit(programs(), tmp_path)
+    lines = (tmp_path / "resnet_cifar" / "normalization.txt").read_text().splitlines()
+    assert len(lines) == 2 * 2 * 3
+    assert not any("-frobenius.sh" in line for line in lines)
+
+
 def test_a_script_stops_where_its_first_command_fails(tmp_path):
     emit(programs(), tmp_path)
     (tmp_path / "fail").write_text("#!/usr/bin/env bash\necho x >>$RECORD; exit 75\n")
@@ -125,8 +132,10 @@ def test_emitting_is_deterministic_and_removes_only_its_own_stale_scripts(tmp_pa
     assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
     emit([one_row_program(id="old")], tmp_path)
     (tmp_path / "p" / "t" / "mine.sh").write_text("echo mine\n")
+    (tmp_path / "p" / "t" / "copy.sh").write_text((tmp_path / "p" / "t" / "old.sh").read_text() + "echo mine\n")
     emit([one_row_program(id="new")], tmp_path)
-    assert sorted(path.name for path in (tmp_path / "p" / "t").iterdir()) == ["mine.sh", "new.sh"]
+    assert sorted(path.name for path in (tmp_path / "p" / "t").iterdir()) == ["copy.sh", "mine.sh", "new.sh"]
+    assert not (tmp_path / "resnet_cifar" / "full.txt").exists()
     index = list(csv.DictReader((tmp_path / "index.csv").open()))
     assert [line["row"] for line in index] == ["new"]
 
@@ -173,6 +182,7 @@ def test_unsafe_ids_are_refused(id):
 def test_selecting_rows():
     (program,) = select(programs(), table="decay-sweep", row="*-5e-6-*")
     assert [row.id for row in program.tables[0].rows] == [f"resnet20-cifar10-0.111-5e-6-{m}" for m in ("regular", "frobenius")]
+    assert len(select(programs(), row="decay-sweep/*")[0].tables[0].rows) == 14
     for choice, message in (
         ({"table": "x"}, "there is no table 'x'"),
         ({"program": "x"}, "there is no program 'x'"),
@@ -253,6 +263,38 @@ def test_mixed_configurations_of_one_row_and_seed_stop_the_table(tmp_path):
     assert str(second) in str(error.value)
 
 
+def test_results_of_an_older_configuration_are_named_and_conflicts_stop_only_their_table(tmp_path, capsys):
+    write_result(tmp_path, "full", final=96.0)
+    write_result(tmp_path, "spectral", seed=2, change={"epochs": 1})
+    main(["collect", "--results", str(tmp_path)])
+    assert "is of row quickstart/spectral in another configuration" in capsys.readouterr().err
+    write_result(tmp_path, "resnet20-cifar10-full", "full")
+    write_result(tmp_path, "spectral", seed=2)
+    with pytest.raises(SystemExit):
+        main(["collect", "--html", "--results", str(tmp_path)])
+    output = capsys.readouterr()
+    assert "Full networks" in output.out
+    assert "different configurations" in output.err
+    assert (tmp_path / "index.html").exists()
+
+
+def test_results_made_from_different_files_are_not_mixed(tmp_path):
+    write_result(tmp_path, "spectral", inputs={"normalize": "a"})
+    write_result(tmp_path, "spectral", inputs={"normalize": "b"})
+    with pytest.raises(ValueError, match="made from different files"):
+        collect.by_configuration(collect.read(tmp_path)[0])
+
+
+def test_the_papers_shape_has_a_line_per_scheme(tmp_path):
+    write_result(tmp_path, "resnet32-cifar10-0.111-spectral", "low-rank", final=92.5)
+    table = next(table for table in PROGRAM.tables if table.id == "low-rank")
+    lines = collect.lines(PROGRAM, table, collect.by_configuration(collect.read(tmp_path)[0]))
+    text = collect.in_papers_shape(table, lines)
+    assert len(text.splitlines()) == 2 + 3 * 6 + 1
+    (line,) = [line for line in text.splitlines() if line.startswith("| 0.111 spectral ")]
+    assert "92.50 (n=1); n/a" in line
+
+
 def test_bad_results_are_named_and_not_counted(tmp_path, capsys):
     write_result(tmp_path, "spectral")
     bad = [
@@ -260,6 +302,10 @@ def test_bad_results_are_named_and_not_counted(tmp_path, capsys):
         (write_result(tmp_path, "full", status="running"), "is not finished"),
         (write_result(tmp_path, "full", metrics={"final": 1.0}), "lacks or garbles"),
         (write_result(tmp_path, "full", config_hash="0"), "is not the one its hash"),
+        (write_result(tmp_path, "full", seed="2"), "lacks or garbles"),
+        (write_result(tmp_path, "full", row=5), "lacks or garbles"),
+        (write_result(tmp_path, "full", seconds=None), "lacks or garbles"),
+        (write_result(tmp_path, "full", parameters={}), "lacks or garbles"),
     ]
     nan = write_result(tmp_path, "full", final=1.0)
     nan.write_text(nan.read_text().replace('"final": 1.0', '"final": NaN'))
@@ -302,8 +348,13 @@ def test_accuracy_against_a_setting(tmp_path):
     assert names == {"regular, weight decay", "regular, Frobenius decay"}
 
 
-def test_errors_of_the_command_are_one_line(capsys):
-    for words in (["list", "--row", "nothing*"], ["collect", "--table", "nothing"], ["explode"]):
+def test_errors_of_the_command_are_one_line(capsys, tmp_path):
+    for words in (
+        ["status", "--results", str(tmp_path / "x")],
+        ["list", "--row", "nothing*"],
+        ["collect", "--table", "nothing"],
+        ["explode"],
+    ):
         with pytest.raises(SystemExit) as stop:
             main(words)
         assert stop.value.code == 2
@@ -330,8 +381,12 @@ def test_status_counts_each_seed_once_and_says_why_runs_failed(tmp_path, capsys)
     write_run(tmp_path, "resnet20-cifar10-0.111-5e-6-regular", 1, "running", "decay-sweep", step=3, steps=4)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "config.json").write_text("[]")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text("{")
     main(["status", "--results", str(tmp_path), "--table", "quickstart"])
-    printed = capsys.readouterr().out
+    output = capsys.readouterr()
+    printed = output.out
+    assert f"not read: {tmp_path}/half/config.json is not a JSON file" in output.err
     lines = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line.startswith("quickstart/")}
     assert lines["quickstart/full"] == ["1", "1", "1", "0.0"]
     assert lines["quickstart/spectral"] == ["1", "1", "1", "0.0"]

@@ -59,7 +59,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.command == "list":
             print_rows(chosen)
         elif args.command == "status":
-            print(status.render(chosen, status.scan(args.results), all_rows=args.all))
+            if not args.results.is_dir():
+                raise ValueError(f"--results {args.results} is not a folder: no run has written there yet")
+            states, problems = status.scan(args.results)
+            for problem in problems:
+                print(f"not read: {problem}", file=sys.stderr)
+            print(status.render(chosen, states, all_rows=args.all))
         elif args.command == "submit":
             size = {"parallel": args.parallel, "gpus": args.gpus, "cpus": args.cpus, "minutes": args.minutes}
             jobs = slurm.submit(chosen, args.logs, flags=args.flags, partition=args.partition, **size)
@@ -87,12 +92,19 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
     out = args.out or args.results
     html = args.command == "collect" and args.html
     begun: list[tuple[Program, Table, Sequence[Path]]] = []
+    stopped: list[str] = []
     for program in chosen:
         for table in program.tables:
             lines = collect.lines(program, table, results)
             if not any(line.n for line in lines) and args.table is None:
                 continue
-            collect.check(table, found)
+            for result in collect.outdated(program, table, found):
+                print(f"not counted: {result.path} is of row {result.row} in another configuration", file=sys.stderr)
+            try:
+                collect.check(table, found)
+            except ValueError as error:
+                stopped.append(str(error))
+                continue
             if args.command == "collect":
                 collect.write(table, lines, out / table.id)
                 print(collect.to_markdown(table, lines))
@@ -104,13 +116,15 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
             if args.command == "plot":
                 print(*figures, sep="\n")
             begun.append((program, table, figures))
-    if not begun:
+    if not begun and not stopped:
         raise ValueError(f"no row has a finished result in {args.results}")
     if html:
         from common.tables import page
 
         write_atomic(out / "index.html", page.render(begun, results, problems, out / "index.html"))
         print(f"page: {out / 'index.html'}", file=sys.stderr)
+    if stopped:
+        raise ValueError("; ".join(stopped))
 
 
 if __name__ == "__main__":

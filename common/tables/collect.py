@@ -30,6 +30,7 @@ class Result:
     best: float
     parameters: dict[str, Any]
     seconds: float
+    inputs: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -60,14 +61,17 @@ def parse(path: Path) -> Result:
     try:
         metrics, config = content["metrics"], content["config"]
         row, seed, parameters, seconds = content["row"], content["seed"], content["parameters"], content["seconds"]
-        final, best = float(metrics["final"]), float(metrics["best"])
+        final, best, seconds = float(metrics["final"]), float(metrics["best"]), float(seconds)
+        parameters = {"compressed": int(parameters["compressed"]), "ratio": float(parameters["ratio"])}
+        if not isinstance(row, str | None) or not isinstance(seed, int):
+            raise ValueError(f"row {row!r}, seed {seed!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} lacks or garbles a field: {error}") from error
     if not isinstance(config, dict) or config_hash(config) != content.get("config_hash"):
         raise ValueError(f"{path} has a configuration that is not the one its hash was made of")
     if not (math.isfinite(final) and math.isfinite(best)):
         raise ValueError(f"{path} has a final or best value that is not finite")
-    return Result(path, row, config, content["config_hash"], seed, final, best, parameters, seconds)
+    return Result(path, row, config, content["config_hash"], seed, final, best, parameters, seconds, content.get("inputs", {}))
 
 
 def read(directory: Path) -> tuple[list[Result], list[str]]:
@@ -94,11 +98,25 @@ def check(table: Table, results: Iterable[Result]) -> None:
                 )
 
 
+def outdated(program: Program, table: Table, results: Iterable[Result]) -> list[Result]:
+    """The results that claim a row of the table and are not of its configuration."""
+    hashes = {f"{table.id}/{row.id}": program.config_hash(row) for row in table.rows}
+    return [result for result in results if result.row in hashes and hashes[result.row] != result.hash]
+
+
 def by_configuration(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """Results by configuration hash, one a seed: the same seed run twice counts once."""
+    """Results by configuration hash, one a seed: the same seed run twice counts once.
+
+    Raises ValueError where two results of one configuration and seed were made from different files.
+    """
     found: dict[str, dict[int, Result]] = {}
     for result in results:
-        found.setdefault(result.hash, {}).setdefault(result.seed, result)
+        other = found.setdefault(result.hash, {}).setdefault(result.seed, result)
+        if other.inputs != result.inputs:
+            raise ValueError(
+                f"two results of one configuration and seed {result.seed} were made from different files: "
+                f"{other.path} and {result.path}; move one of them away"
+            )
     return {hash: [seeds[seed] for seed in sorted(seeds)] for hash, seeds in found.items()}
 
 
@@ -155,6 +173,21 @@ def cells(table_lines: Sequence[Line]) -> tuple[list[str], list[list[str]], list
     return header, rows, sources
 
 
+def in_papers_shape(table: Table, table_lines: Sequence[Line]) -> str:
+    """The table with a line per scheme and a column per setting, ours beside published; empty where rows have no place."""
+    cells_of: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for row, line in zip(table.rows, table_lines, strict=True):
+        if row.place is not None:
+            ours = f"{_spread(line.final_mean, line.final_std)} (n={line.n})" if line.n else "-"
+            published = "n/a" if line.published is None else f"{line.published:g}"
+            columns[row.place[1]] = None
+            cells_of.setdefault(row.place[0], {})[row.place[1]] = f"{ours}; {published}"
+    body = [[name, *(found.get(column, "") for column in columns)] for name, found in cells_of.items()]
+    text = tabulate(body, ["Ours; published", *columns], tablefmt="github", disable_numparse=True)
+    return f"{text}\n\n" if body else ""
+
+
 NOTE = "Final and best test accuracy in percent, mean ± sample standard deviation over n seeds. Seconds are of one run."
 
 
@@ -163,15 +196,14 @@ def to_markdown(table: Table, table_lines: Sequence[Line]) -> str:
     align = ("left", *["right"] * (len(header) - 1))
     text = tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align if rows else None)
     notes = "".join(f"\n[{number}] {source}" for number, source in enumerate(sources, 1))
-    return f"**{table.title}**\n\n{text}\n\n{NOTE}{notes}\n"
+    return f"**{table.title}**\n\n{in_papers_shape(table, table_lines)}{text}\n\n{NOTE}{notes}\n"
 
 
 def to_latex(table: Table, table_lines: Sequence[Line]) -> str:
     header, rows, sources = cells(table_lines)
     text = tabulate(rows, header, tablefmt="latex_booktabs", disable_numparse=True).replace("±", r"$\pm$")
-    return (
-        "".join(f"% {line}\n" for line in (table.title, NOTE, *(f"[{n}] {s}" for n, s in enumerate(sources, 1)))) + text + "\n"
-    )
+    notes = "".join(f"\n\n{{\\footnotesize [{number}] {source}}}" for number, source in enumerate(sources, 1))
+    return f"% {table.title}\n% {NOTE}\n{text}{notes}\n"
 
 
 def to_csv(table_lines: Sequence[Line]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -55,7 +56,10 @@ _RC: dict[Any, Any] = {
 def epochs_of(result: Result) -> list[dict[str, Any]]:
     """The lines of the run's metrics.jsonl that are of whole epochs."""
     path = result.path.with_name("metrics.jsonl")
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # half written when the process died
+            records.append(json.loads(line))
     return [record for record in records if not record.get("partial")]
 
 

@@ -31,7 +31,8 @@ class Row:
     hours:       rough GPU-hours of one seed, as the authors of the released code estimate them.
     parameters:  expected parameter count.
     published:   number to compare with; None prints as n/a.
-    after:       id of a row of the same table that must have run before; ``{after}`` in the flags is its directory.
+    after:       a row that must have run before, which the script makes sure of; ``{after}`` in the flags is its directory.
+    place:       line and column of the row in the paper's shape of the table, if it has one.
     """
 
     id: str
@@ -41,7 +42,8 @@ class Row:
     parameters: int | None = None
     published: Published | None = None
     seeds: tuple[int, ...] = (1, 2, 3)
-    after: str | None = None
+    after: Row | None = None
+    place: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         if not _SAFE.fullmatch(self.id):
@@ -86,8 +88,10 @@ class Table:
             if ids.count(row.id) > 1:
                 raise ValueError(f"table {self.id!r} has two rows {row.id!r}")
 
-    def row(self, id: str) -> Row:
-        return next(row for row in self.rows if row.id == id)
+    def own_runs(self) -> list[Row]:
+        """The rows to start: all but those that another one runs before its own."""
+        before = {row.after.id for row in self.rows if row.after is not None}
+        return [row for row in self.rows if row.id not in before]
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,13 @@ def select(
     ids = [t.id for p in found for t in p.tables]
     if table is not None and table not in ids:
         raise ValueError(f"there is no table {table!r}: there are {', '.join(ids)}")
+
+    def matches(table: Table, each: Row) -> bool:
+        return row is None or fnmatchcase(each.id, row) or fnmatchcase(f"{table.id}/{each.id}", row)
+
     chosen = []
     for p in found:
-        tables = [replace(t, rows=tuple(r for r in t.rows if fnmatchcase(r.id, row or "*"))) for t in p.tables]
+        tables = [replace(t, rows=tuple(r for r in t.rows if matches(t, r))) for t in p.tables]
         chosen.append(replace(p, tables=tuple(t for t in tables if t.rows and table in (None, t.id))))
     if not any(p.tables for p in chosen):
         raise ValueError(f"no row matches {row!r}: python -m common.tables list shows them")

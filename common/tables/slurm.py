@@ -59,7 +59,7 @@ class RowJob:
 
 def job(program: Program, table: Table, row: Row, seed: int, flags: Sequence[str] = ()) -> RowJob:
     """The job of a row and seed: first the row that must have run before, if any."""
-    rows = [row] if row.after is None else [table.row(row.after), row]
+    rows = [row] if row.after is None else [row.after, row]
     return RowJob([[*program.command(table, each), "--seed", str(seed), *flags] for each in rows])
 
 
@@ -92,7 +92,7 @@ def submit(
     if partition:
         options["partition"] = partition
     executor.update_parameters(time=minutes, array_parallelism=parallel, cpus_per_task=cpus, **options)
-    jobs = [job(p, t, row, seed, flags) for p in programs for t in p.tables for row in t.rows for seed in row.seeds]
+    jobs = [job(p, t, row, seed, flags) for p in programs for t in p.tables for row in t.own_runs() for seed in row.seeds]
     try:
         return executor.submit_array(jobs)
     except FailedJobError as error:

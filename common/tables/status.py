@@ -13,7 +13,7 @@ from tabulate import tabulate
 from common.runs import config_hash, read_json
 from common.tables.rows import Program, Row
 
-STALE = 300  # seconds without a heartbeat after which a run no longer counts as running
+STALE = 900  # seconds without a heartbeat after which a run no longer counts as running
 _STATES = ("finished", "running", "stopped", "failed")
 
 
@@ -42,9 +42,10 @@ def _state(directory: Path, hash: str, seed: int, now: float) -> RunState:
     return RunState("failed", done, status.get("error", "no status"))
 
 
-def scan(directory: Path) -> dict[tuple[str, int], RunState]:
-    """State of every run below a directory, by configuration hash and seed; of several, the furthest."""
+def scan(directory: Path) -> tuple[dict[tuple[str, int], RunState], list[str]]:
+    """State of every run below a directory, by configuration hash and seed (of several, the furthest), and unreadable files."""
     found: dict[tuple[str, int], RunState] = {}
+    problems = []
     now = time.time()
     for path in sorted(directory.rglob("config.json")):
         try:
@@ -52,12 +53,15 @@ def scan(directory: Path) -> dict[tuple[str, int], RunState]:
             seed, _ = config.pop("seed"), config.pop("inputs", None)
             key = (config_hash(config), seed)
             state = _state(path.parent, *key, now)
-        except (ValueError, OSError, KeyError, TypeError, AttributeError):
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+            continue
+        except (KeyError, TypeError, AttributeError):
             continue  # not a run's
         best = found.setdefault(key, state)
         if (_STATES.index(state.state), -state.done) < (_STATES.index(best.state), -best.done):
             found[key] = state
-    return found
+    return found, problems
 
 
 def hours_left(row: Row, states: Sequence[RunState]) -> float:

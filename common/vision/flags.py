@@ -22,7 +22,7 @@ DATASETS: dict[str, tuple[int | None, int | None]] = {  # name: (classes, image 
 # Flags that do not change what is computed, or that are paths; the rest is the configuration.
 _NOT_CONFIGURATION = {
     "data_dir", "device", "workers", "save_dir", "save_every", "print_freq", "tensorboard", "row", "row_config", "resume",
-    "evaluate", "dry_run", "dump_frobnorms", "seed", "half", "num_classes",
+    "evaluate", "dry_run", "dump_frobnorms", "measure", "densify", "seed", "half", "num_classes",
 }  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def inputs(args: argparse.Namespace) -> dict[str, str]:
     """Digests of the files and folders that flags name and that a run learns from."""
     paths = {name: getattr(args, name, None) for name in ("pretrained", "normalize")}
     if args.data == "imagefolder":
-        paths["data"] = args.data_dir
+        paths |= {split: args.data_dir / split for split in ("train", "test", "val")}
     return {name: digest(path) for name, path in paths.items() if path is not None and path.exists()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from common.vision.data import Data, load
 from common.vision.distributed import Processes
 from common.vision.flags import configuration, inputs
 from common.vision.training import Trainer, evaluate
+
+FOLDED = "densified.pt"  # written by --densify
 
 Build = Callable[[Mapping[str, Any]], nn.Module]  # from the architecture that checkpoints keep to the dense network
 
@@ -41,11 +43,11 @@ def save_dir(program: str, args: argparse.Namespace, name: str) -> Path:
 
 
 def open_run(
-    program: str, args: argparse.Namespace, processes: Processes, directory: Path, needs: str | None = None
+    program: str, args: argparse.Namespace, processes: Processes, directory: Path, needs: Sequence[str] = ()
 ) -> Run | None:
     """The run in a directory, checked but not yet begun, or None where it has finished: then its result is printed.
 
-    Raises ValueError where the directory is another run's, or is finished without the file ``needs``.
+    Raises ValueError where the directory is another run's, or is finished without one of the files it ``needs``.
     """
     run = Run(
         directory,
@@ -59,8 +61,9 @@ def open_run(
     )
     if not processes.any(run.finished):
         return run
-    if needs is not None and not (directory / needs).exists():
-        raise ValueError(f"{directory} holds a finished run without {needs}: choose another --save-dir")
+    for name in needs:
+        if not (directory / name).exists():
+            raise ValueError(f"{directory} holds a finished run without {name}: choose another --save-dir")
     if processes.main:
         print(f"{directory} holds a finished run of this configuration and seed: nothing to do", file=sys.stderr)
         print(directory / "result.json")
@@ -110,7 +113,12 @@ def describe(program: str, args: argparse.Namespace, report: FactorizationReport
 
 def rebuild(state: Mapping[str, Any], path: Path, architecture: Mapping[str, Any], build: Build) -> nn.Module:
     """The model of a checkpoint from it alone, or from ``architecture`` where it is another code's and tells none."""
-    model = build(state.get("architecture", architecture))
+    held = state.get("architecture", architecture)
+    for key in (*architecture, *held):
+        if key not in held or key not in architecture:
+            side = "lacks" if key not in held else "has"
+            raise ValueError(f"{path} is of another program: its architecture {side} {key!r}")
+    model = build(held)
     load_factorized_(model, checkpoints.model_state(state, path))
     return model
 
@@ -161,7 +169,7 @@ def fold(trainer: Trainer) -> float:
     densify_(trainer.model)
     if trainer.processes.main:
         state = {"architecture": trainer.architecture, "model": trainer.model.state_dict()}
-        checkpoints.save_file(trainer.run.path / "densified.pt", state)
+        checkpoints.save_file(trainer.run.path / FOLDED, state)
     return evaluate(trainer.model, trainer.data, trainer.processes)["accuracy"]
 
 

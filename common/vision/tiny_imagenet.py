@@ -1,11 +1,12 @@
 """TinyImageNet: download, sort the validation images by class, check: python -m common.vision.tiny_imagenet [--data-dir DIR].
 
 The archive keeps all validation images in one folder with their classes in val_annotations.txt. A loader that takes that folder
-as it is trains to chance; here it is rebuilt as val/<class>/images/ in one rename.
+as it is trains to chance; here it is rebuilt as val/<class>/images/, and put in place when it is whole.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sys
@@ -27,29 +28,43 @@ def find(data_dir: Path) -> Path | None:
 
 
 def sort_val(root: Path) -> None:
-    """Rebuild val/ by class from val_annotations.txt, unless that is done; raises ValueError naming what is missing."""
-    val = root / "val"
-    annotations = val / "val_annotations.txt"
-    if not (val / "images").is_dir():
-        return
-    if not annotations.exists():
-        raise ValueError(f"{val} is not sorted by class and {annotations} is missing: unpack {URL} again")
-    partial = root / f".val.{os.getpid()}.partial"
-    try:
-        for line in annotations.read_text().splitlines():
-            name, label = line.split("\t")[:2]
-            source, target = val / "images" / name, partial / label / "images" / name
-            if not source.exists():
-                raise ValueError(f"{source}, which {annotations.name} lists, is missing: unpack {URL} again")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.link(source, target)
-        shutil.copy(annotations, partial / annotations.name)
-        unsorted = root / f".val.{os.getpid()}.unsorted"
-        os.rename(val, unsorted)
-        os.rename(partial, val)
-        shutil.rmtree(unsorted)
-    finally:
+    """Rebuild val/ by class from val_annotations.txt, unless that is done; raises ValueError naming what is missing.
+
+    The sorted folder is complete before it takes the place of the other; what an interruption between the two renames
+    left behind is put back first. Processes that start at once wait for each other.
+    """
+    val, unsorted, partial = root / "val", root / ".val.unsorted", root / ".val.partial"
+    with open(root / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if unsorted.is_dir() and not val.is_dir():
+            os.rename(unsorted, val)
+        if not (val / "images").is_dir():
+            return
+        annotations = val / "val_annotations.txt"
+        if not annotations.exists():
+            raise ValueError(f"{val} is not sorted by class and {annotations} is missing: unpack {URL} again")
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            missing = {path.name for path in (val / "images").iterdir()}
+            for number, line in enumerate(annotations.read_text().splitlines(), 1):
+                name, _, rest = line.partition("\t")
+                label = rest.partition("\t")[0]
+                if not (name and label):
+                    raise ValueError(f"{annotations} names no image and class in line {number}: unpack {URL} again")
+                source, target = val / "images" / name, partial / label / "images" / name
+                if not source.exists():
+                    raise ValueError(f"{source}, which {annotations.name} lists, is missing: unpack {URL} again")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
+                missing.discard(name)
+            if missing:
+                raise ValueError(f"{annotations} does not list {sorted(missing)[0]}: unpack {URL} again")
+            shutil.copy2(annotations, partial / annotations.name)
+            os.rename(val, unsorted)
+            os.rename(partial, val)
+            shutil.rmtree(unsorted)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _counts(split: Path) -> Counter[str]:
@@ -70,6 +85,9 @@ def check(root: Path, *, complete: bool) -> None:
         counts = _counts(root / split)
         if not counts:
             raise ValueError(f"{root / split} has no folder of a class: unpack {URL} again")
+        if not complete and (len(counts), max(counts.values())) != (CLASSES, expected):
+            sizes = f"{len(counts)} classes of {max(counts.values())}, not {CLASSES} of {expected}"
+            print(f"warning: {root / split} has {sizes}: it is not the whole of TinyImageNet", file=sys.stderr)
         for name in sorted((listed or set(_counts(root / "train"))) ^ set(counts)):
             raise ValueError(f"class {name} is in {'the list' if name not in counts else split} only: unpack {URL} again")
         most = expected if complete else max(counts.values())
@@ -97,9 +115,9 @@ def prepare(data_dir: Path, *, complete: bool = False) -> Path:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         root, complete = data_dir / FOLDER, True
+    sort_val(root)
     if not (root / "val").is_dir():
         raise ValueError(f"{root} has no val/ beside its train/: unpack {URL} again")
-    sort_val(root)
     check(root, complete=complete)
     return root
 
