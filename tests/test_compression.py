@@ -42,7 +42,7 @@ def test_golden_parameter_counts_at_each_budget(network, data):
 
 
 def test_ranks_of_the_ten_percent_networks():
-    """As METHOD.md's notes list them: 9 to 37 in ResNet32 with 6 and 12 in its shortcuts, 9 to 73 in VGG19."""
+    """Those of the released code: 9 to 37 in ResNet32 with 6 and 12 in its shortcuts, 9 to 73 in VGG19."""
     ranks = {}
     for network in ("resnet", "vgg"):
         with torch.device("meta"):
