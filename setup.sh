@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Set the project up and run it. Usage: bash setup.sh [install | scripts | quickstart | test]
+# Set the project up and run it. Usage: bash setup.sh [install | scripts | quickstart | test [all]]
 #   install     (default) a virtual environment in .venv with pinned packages, and the script of every table row
 #   scripts     only write the scripts to generated-scripts/
 #   quickstart  install, train ResNet20 on the embedded digits in six rows of three seeds, print the table
-#   test        install, check style and types, run the tests
+#   test        install, check style and types, run the tests; "test all" also the slow ones (a real Slurm, if installed)
 # Each step that is done already is skipped. PYTHON names the Python to make .venv with (3.11 or newer).
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
@@ -49,13 +49,13 @@ quickstart() {
 }
 
 tests() {
-  .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/ty check && .venv/bin/pytest
+  .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/ty check && .venv/bin/pytest "$@"
 }
 
 case ${1:-install} in
   install) install && scripts && say "next: bash setup.sh quickstart, or any script in generated-scripts/" ;;
   scripts) scripts ;;
   quickstart) install && scripts && quickstart ;;
-  test) install && tests ;;
+  test) if [[ ${2:-} == all ]]; then install && tests; else install && tests -m "not slow"; fi ;;
   *) die "unknown command '$1': install, scripts, quickstart or test" ;;
 esac
