@@ -78,6 +78,11 @@ class FrobeniusDecay:
                 key = (layer.u.device, *(factor.shape for factor in layer.factors()))
                 self._groups.setdefault(key, []).append(layer.factors())
 
+    @property
+    def _device_type(self) -> str:
+        factors = self._layers[0].factors() if self._layers else (self.pairs[0].u,)
+        return factors[0].device.type
+
     def parameters(self) -> list[nn.Parameter]:
         """The covered Parameters, each once."""
         layers = (factor for layer in self._layers for factor in layer.factors())
@@ -111,18 +116,20 @@ class FrobeniusDecay:
             for factor, target, grad in zip(factors, into, grads, strict=True):
                 if factor.requires_grad:
                     targets.append(target)
-                    updates.append((grad * scale).to(target.dtype))  # scaled first: half precision would overflow
+                    updates.append(grad.to(target.dtype))
 
-        with torch.autocast(self.parameters()[0].device.type, enabled=False):
+        # Gradients are scaled, a group at once, before they are cast: half precision would overflow.
+        with torch.autocast(self._device_type, enabled=False):
             for group in self._groups.values():
                 stacked = [torch.stack(_at_least_float32(column)) for column in zip(*group, strict=True)]
                 for column, grads in zip(zip(*group, strict=True), linalg.frobenius_grads(stacked), strict=True):
-                    collect(column, map(self._target, column), grads.unbind())
+                    collect(column, map(self._target, column), (grads * scale).unbind())
             for layer in self._layers:
                 if not isinstance(layer, FactorizedMatrix):
-                    collect(layer.factors(), map(self._target, layer.factors()), layer.frobenius_grads())
+                    grads = [grad * scale for grad in layer.frobenius_grads()]
+                    collect(layer.factors(), map(self._target, layer.factors()), grads)
             for pair in self.pairs:
-                grads = linalg.frobenius_grads(_at_least_float32(pair.factors()))
+                grads = [grad * scale for grad in linalg.frobenius_grads(_at_least_float32(pair.factors()))]
                 collect((pair.u, pair.vt), pair.view(self._target(pair.u), self._target(pair.vt)), grads)
         if targets:
             torch._foreach_add_(targets, updates)

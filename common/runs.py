@@ -69,6 +69,12 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def differences(held: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
+    """The keys at which two records differ, each with both values in words."""
+    keys = sorted(key for key in held.keys() | ours.keys() if held.get(key) != ours.get(key))
+    return {key: f"{key} {held.get(key)!r} there, {ours.get(key)!r} here" for key in keys}
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new and nothing between."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -200,10 +206,9 @@ class Run:
                 raise ValueError(f"{self.path} holds {foreign[0]} but no config.json: choose another --save-dir")
             return
         held = read_json(config_path)
-        ours = self._record()
-        differing = sorted(key for key in held.keys() | ours.keys() if held.get(key) != ours.get(key))
-        if differing and not (self.resume and differing == ["max_steps"]):
-            changes = ", ".join(f"{key} {held.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
+        differing = differences(held, self._record())
+        if differing and not (self.resume and list(differing) == ["max_steps"]):
+            changes = ", ".join(differing.values())
             raise ValueError(f"{self.path} holds a run of another configuration ({changes}): choose another --save-dir")
         result = read_json(result_path) if result_path.exists() else {}
         if result.get("status") == "finished" and (result.get("config_hash"), result.get("seed")) == (self.hash, self.seed):

@@ -173,9 +173,7 @@ def fold(trainer: Trainer) -> float:
     return evaluate(trainer.model, trainer.data, trainer.processes)["accuracy"]
 
 
-def finish(
-    trainer: Trainer, metrics: dict[str, float], report: FactorizationReport, groups: list[dict[str, Any]], **fields: Any
-) -> Path:
+def finish(trainer: Trainer, metrics: dict[str, float], report: FactorizationReport, groups: list[dict[str, Any]]) -> Path:
     """Write the result of a run; returns its path."""
     seconds = metrics.pop("seconds")
     return trainer.run.finish(
@@ -184,5 +182,4 @@ def finish(
         decays=decays(groups, trainer.decay),
         seconds=seconds,
         environment=environment(trainer.processes.device, trainer.processes.world_size),
-        **fields,
     )

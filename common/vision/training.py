@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.decay import FrobeniusDecay
-from common.runs import REQUEUE, Run
+from common.runs import REQUEUE, Run, differences
 from common.vision import checkpoints
 from common.vision.data import Batch, Data
 from common.vision.distributed import Processes
@@ -124,10 +124,12 @@ class Trainer:
         """Go on from a checkpoint; raises ValueError where it is of another configuration, seed or program."""
         if "config" not in state or "optimizer" not in state:
             raise ValueError("the checkpoint to resume from holds no training state: it is a model only")
-        held, ours = {**state["config"], "seed": state["seed"]}, {**self.run.config, "seed": self.run.seed}
-        differing = sorted(key for key in held.keys() | ours.keys() if held.get(key) != ours.get(key) and key != "max_steps")
+        differing = differences(
+            {**state["config"], "seed": state["seed"], "max_steps": None},  # how far a run goes may change
+            {**self.run.config, "seed": self.run.seed, "max_steps": None},
+        )
         if differing:
-            changes = ", ".join(f"{key} {held.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
+            changes = ", ".join(differing.values())
             raise ValueError(f"the checkpoint to resume from is of another configuration: {changes}")
         if state["step"] > self.last_step:
             raise ValueError(f"the checkpoint to resume from is at step {state['step']}, past the last step {self.last_step}")
