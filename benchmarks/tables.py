@@ -25,13 +25,13 @@ def program() -> Program:
         Row(f"row{i}", f"row {i}", ("--arch", "resnet20", "--rank-scale", "0.1", "--lr", f"{i + 1}e-4")) for i in range(ROWS)
     ]
     tables = tuple(Table(f"table{t}", f"table {t}", tuple(rows[t::10])) for t in range(10))
-    return Program("resnet_cifar", "resnet_cifar/train.py", configure, tables)
+    return Program("resnet_cifar", configure, tables)
 
 
 def write_results(made: Program, directory: Path) -> None:
     runs = [(table, row, seed) for seed in (1, 2, 3, 4) for table in made.tables for row in table.rows][:RESULTS]
     for table, row, seed in runs:
-        config = made.configure(row.flags)
+        config = made.configure(row)
         path = directory / table.id / row.id / f"seed{seed}"
         path.mkdir(parents=True)
         result = {

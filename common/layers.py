@@ -245,7 +245,8 @@ class FactorizedConv2d(FactorizedMatrix):
     convolution to the output, "composed" forms the kernel and runs one convolution, and "auto" takes the one with
     fewer multiply-adds per output position, r (in * kw * vertical stride + out * kh) against in * out * kh * kw: the
     first thin convolution runs before the vertical stride thins the rows. Composing the kernel is not counted: it
-    does not grow with the batch.
+    does not grow with the batch. Along a side where the kernel is 1 and nothing is padded, the stride is a slice of the
+    input: that is less work, and oneDNN's strided 1x1 convolution corrupts memory below 16 channels (oneDNN issue 6035).
 
     Shapes: input (N, in_channels, H, W) or (in_channels, H, W), output as that of ``nn.Conv2d``.
     """
@@ -279,7 +280,11 @@ class FactorizedConv2d(FactorizedMatrix):
             raise ValueError(f"padding_mode must be zeros, reflect, replicate or circular, got {padding_mode!r}")
         self.padding_mode = padding_mode
         kh, kw = self.kernel_size
-        thin = rank * (in_channels * kw * self.stride[0] + out_channels * kh)
+        unpadded = [sum(pad) == 0 for pad in self._split_padding()]
+        sides = zip(self.kernel_size, self.stride, unpadded, strict=True)
+        self._slices = [stride if kernel == 1 and free else 1 for kernel, stride, free in sides]
+        rows = self.stride[0] // self._slices[0]
+        thin = rank * (in_channels * kw * rows + out_channels * kh)
         self.contraction = _resolve_contraction(contraction, thin, in_channels * out_channels * kh * kw)
         self._create(out_channels * kh, in_channels * kw, rank, depth, out_channels if bias else None, device, dtype)
 
@@ -303,9 +308,12 @@ class FactorizedConv2d(FactorizedMatrix):
             pad_h = pad_w = 0
         u, vt = self._two_factors()
         (kh, kw), (stride_h, stride_w), (dilation_h, dilation_w) = self.kernel_size, self.stride, self.dilation
+        slice_h, slice_w = self._slices
+        input = input[..., ::slice_h, ::slice_w]
+        stride_h, stride_w = stride_h // slice_h, stride_w // slice_w
         if self.contraction == "composed":
             kernel = linalg.roll(u @ vt, self.kernel_size)
-            return F.conv2d(input, kernel, self.bias, self.stride, (pad_h, pad_w), self.dilation)
+            return F.conv2d(input, kernel, self.bias, (stride_h, stride_w), (pad_h, pad_w), self.dilation)
         across = vt.view(self.rank, self.in_channels, 1, kw)
         down = u.view(self.out_channels, kh, self.rank).transpose(1, 2).unsqueeze(-1)
         hidden = F.conv2d(input, across, None, (1, stride_w), (0, pad_w), (1, dilation_w))

@@ -21,16 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.layers import Factorized
-from common.runs import FlagParser, clean_errors, environment
+from common.runs import FlagParser, clean_errors, environment, write_json
 from common.surgery import count_parameters, densify_
 from common.vision import checkpoints, session
 from common.vision.distributed import find_device
 from common.vision.flags import positive_int
-from compression_baselines.models import build
+from compression_baselines.structure import ARCHITECTURE, build
 
 BATCHES = (1, 128)
 FILE = "measure.json"  # written by train.py --measure
-ARCHITECTURE = ("network", "depth", "width", "kaiming", "num_classes")
 
 
 class PeakMemory(TorchDispatchMode):
@@ -113,8 +112,9 @@ def cost(model: nn.Module, image_size: int, repeats: int = 5) -> dict[str, Any]:
     return found
 
 
-def costs(model: nn.Module, dense: nn.Module, image_size: int) -> dict[str, Any]:
+def costs(model: nn.Module, architecture: Mapping[str, Any], image_size: int) -> dict[str, Any]:
     """Cost of a model as trained, folded into ordinary layers where it is factorized, and of the dense network."""
+    dense = build({**architecture, "pruned": None})
     device = next(model.parameters()).device
     measured = {"as trained": cost(model, image_size)}
     if any(isinstance(module, Factorized) for module in model.modules()):
@@ -123,6 +123,13 @@ def costs(model: nn.Module, dense: nn.Module, image_size: int) -> dict[str, Any]
         measured["folded"] = cost(folded, image_size)
     measured["dense"] = cost(dense.to(device), image_size)
     return {"image_size": image_size, "models": measured, "environment": environment(device)}
+
+
+def write(directory: Path, model: nn.Module, architecture: Mapping[str, Any], image_size: int) -> None:
+    """Measure what a trained model costs, write it to measure.json and print it."""
+    measured = costs(model, architecture, image_size)
+    write_json(directory / FILE, measured)
+    show(measured)
 
 
 def show(measured: Mapping[str, Any], file: Any = None) -> None:
@@ -155,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{args.checkpoint} does not tell its architecture: it is not a checkpoint of this program")
         model = session.rebuild(state, args.checkpoint, dict.fromkeys(ARCHITECTURE), build).to(find_device(args.device))
         size = args.image_size or state.get("config", {}).get("image_size") or 32
-        measured = costs(model, build(state["architecture"]), size)
+        measured = costs(model, state["architecture"], size)
     show(measured)
     print(json.dumps(measured))
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,24 +12,35 @@ VGG_STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19:
 VGG_CHANNELS = (64, 128, 256, 512, 512)
 
 
+class Add(nn.Module):
+    """The sum of two branches of the same channels."""
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return left + right
+
+
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalization; where shapes change, the shortcut is a 1x1 convolution with its own."""
+    """Two 3x3 convolutions with batch normalization; where shapes change, the shortcut is a 1x1 convolution with its own.
+
+    The shortcut's input is thinned out by slicing, not by the stride of its convolution: that is the same function, and
+    oneDNN's strided 1x1 convolution corrupts memory below 16 channels, which pruning leaves (oneDNN issue 6035).
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
+        self.stride = stride
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        self.add: nn.Module = Add()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        return F.relu(self.add(self.bn2(self.conv2(out)), self.shortcut(x[:, :, :: self.stride, :: self.stride])))
 
 
 class ResNet(nn.Module):
@@ -95,14 +104,6 @@ def kaiming_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
-
-
-def build(architecture: Mapping[str, Any]) -> nn.Module:
-    """The dense network of network, depth, width, num_classes and kaiming."""
-    depth, classes = architecture["depth"], architecture["num_classes"]
-    if architecture["network"] == "vgg":
-        return VGG(depth, classes, kaiming=architecture["kaiming"])
-    return ResNet(depth, architecture["width"], classes)
 
 
 def is_factorized(module: nn.Module, name: str) -> bool:

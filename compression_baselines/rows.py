@@ -1,14 +1,14 @@
-"""The rows of the compression table: what each changes of the recipe of train.py, its expected parameters and its cost."""
+"""The rows of the compression tables: what each changes of a program's recipe, its expected parameters and its cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from common.tables.rows import Program, Published, Row, Table
 from common.vision.flags import configuration
 from compression_baselines.flags import PROGRAM as NAME
-from compression_baselines.flags import parse
+from compression_baselines.flags import PRUNERS, SPARSE, parse, parse_prune, parse_sparse
 
 DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tiny_imagenet": "TinyImageNet"}
 METHODS = {
@@ -38,9 +38,12 @@ FLAGS = {
 LABELS = {"resnet32x64": "ResNet32 [64, 128, 256]", "resnet32x32": "ResNet32 [32, 64, 128]", "vgg19": "VGG19"}
 # GPU-hours of one seed on CIFAR and on TinyImageNet: estimates in the released code; a quarter of the arithmetic at width 32.
 HOURS = {"resnet32x64": (80 / 60, 10.5), "resnet32x32": (20 / 60, 2.6), "vgg19": (36 / 60, 200 / 60)}
+FINE_TUNING = 150 / 200  # epochs of prune.py over those of train.py
+ROUNDS = {"lottery": 5}
 
 _QUOTED = "the paper's Table 1 as a secondary text quotes it, unchecked"
 _GRASP = "GraSP's Table 2 as a secondary text quotes it: 160 epochs, weight decay 5e-4"
+_GRANET = "run by the authors of GraNet, as a secondary text quotes it"
 PUBLISHED = {
     ("resnet32x64", "cifar10", "0", "full"): Published(94.49, _QUOTED),
     ("resnet32x64", "cifar10", "0.1", "regular"): Published(93.59, _QUOTED),
@@ -49,43 +52,80 @@ PUBLISHED = {
     ("resnet32x64", "cifar10", "0.1", "spectral+frobenius"): Published(94.34, _QUOTED),
     ("vgg19", "cifar10", "0", "full"): Published(94.23, _GRASP),
 }
+# Sparse VGG19 by data set and method: at 10, 5 and 2 %, None where no number is known.
+_SPARSE_VGG: dict[tuple[str, str, str], tuple[float | None, float | None, float | None]] = {
+    ("cifar10", "lottery", _GRASP): (93.51, 92.92, 92.34),
+    ("cifar10", "snip", _GRASP): (93.63, 93.43, 92.05),
+    ("cifar10", "grasp", _GRASP): (93.30, 93.04, 92.19),
+    ("cifar10", "set", _GRASP): (92.46, None, None),
+    ("cifar10", "rigl", _GRANET): (93.38, None, None),
+    ("cifar10", "magnitude", _GRANET): (93.59, None, None),
+    ("cifar10", "synflow", _GRANET): (93.35, None, None),
+    ("cifar100", "lottery", _GRASP): (72.78, 71.44, 68.95),
+    ("cifar100", "snip", _GRASP): (72.84, 71.83, 58.46),
+    ("cifar100", "grasp", _GRASP): (71.95, 71.23, 68.90),
+    ("cifar100", "rigl", _GRANET): (None, None, 69.82),
+    ("cifar100", "magnitude", _GRANET): (None, None, 72.07),
+    ("cifar100", "synflow", _GRANET): (None, None, 70.94),
+}
+for (_data, _method, _source), _values in _SPARSE_VGG.items():
+    for _ratio, _value in zip(("0.1", "0.05", "0.02"), _values, strict=True):
+        if _value is not None:
+            PUBLISHED["vgg19", _data, _ratio, _method] = Published(_value, _source)
 
 
 def make_rows(network: str) -> list[Row]:
     rows = []
     for data, name in DATA.items():
+        hours = HOURS[network][data == "tiny_imagenet"]
+        full = None
         for ratio, parameters in PARAMETERS[network, data].items():
-            for method in METHODS if ratio != "0" else ("full",):
-                flags, words = METHODS.get(method, ((), "full"))
+            for method in (*METHODS, *PRUNERS, *SPARSE) if ratio != "0" else ("full",):
+                flags, words = METHODS.get(method, (("--method", method), method))
                 budget = ("--target-ratio", ratio) if ratio != "0" else ()
                 share = f" at {float(ratio):.0%} of the parameters: {words}" if budget else ", full"
-                published = PUBLISHED.get((network, data, ratio, method))
-                column = f"{name} {float(ratio):.0%}" if budget else f"{name} full"
-                rows.append(
-                    Row(
-                        id=f"{network}-{data}-{f'{ratio}-{method}' if budget else 'full'}",
-                        label=f"{LABELS[network]} on {name}{share}",
-                        flags=(*FLAGS[network], "--dataset", data, *budget, *flags),
-                        hours=HOURS[network][data == "tiny_imagenet"],
-                        parameters=parameters,
-                        published=published,
-                        place=(f"{LABELS[network]} {method}", column),
-                    )
+                row = Row(
+                    id=f"{network}-{data}-{f'{ratio}-{method}' if budget else 'full'}",
+                    label=f"{LABELS[network]} on {name}{share}",
+                    flags=(*FLAGS[network], "--dataset", data, *budget, *(flags if budget else ())),
+                    hours=hours,
+                    parameters=parameters,
+                    published=PUBLISHED.get((network, data, ratio, method)),
+                    place=(f"{LABELS[network]} {method}", f"{name} {float(ratio):.0%}" if budget else f"{name} full"),
                 )
+                if method == "full":
+                    full = row
+                elif method in PRUNERS:
+                    row = replace(
+                        row,
+                        script="prune.py",
+                        flags=(*row.flags, "--pretrained", "{after}/checkpoint.pt"),
+                        hours=hours * FINE_TUNING,
+                        parameters=None,  # what is removed depends on the trained network: within a unit of the budget
+                        after=full,
+                    )
+                elif method in SPARSE:
+                    total = PARAMETERS[network, data]["0"]
+                    row = replace(
+                        row, script="sparse.py", hours=hours * ROUNDS.get(method, 1), parameters=round(float(ratio) * total)
+                    )
+                rows.append(row)
     return rows
 
 
-def configure(flags: Sequence[str]) -> dict[str, Any]:
-    return configuration(NAME, parse(flags))
+def configure(row: Row) -> dict[str, Any]:
+    read = {"train.py": parse, "prune.py": parse_prune, "sparse.py": parse_sparse}[row.script]
+    return configuration(NAME, read(row.flags))
 
 
 PROGRAM = Program(
     NAME,
-    f"{NAME}/train.py",
     configure,
     (
         Table(
-            "table1", "Low-rank training at a budget (the paper's Table 1)", (*make_rows("resnet32x64"), *make_rows("vgg19"))
+            "table1",
+            "Low-rank training, pruning and sparse training at a budget (the paper's Table 1)",
+            (*make_rows("resnet32x64"), *make_rows("vgg19")),
         ),
         Table("table1-width32", "The same for the ResNet32 of the sparse-training papers", tuple(make_rows("resnet32x32"))),
     ),

@@ -16,25 +16,20 @@ from torch import nn
 
 from common import FactorizationReport, FrobeniusDecay, LowRankConfig, factorize_, param_groups, rank_scale_for_ratio
 from common.norms import weight_statistics
-from common.runs import clean_errors, seed_everything, write_json
+from common.runs import clean_errors, seed_everything
 from common.vision import distributed, session
 from common.vision.training import Trainer
-from compression_baselines import measure
+from compression_baselines import measure, recipe
 from compression_baselines.flags import PROGRAM, parse
-from compression_baselines.models import build, fan_out_init, is_factorized
-
-# Mean and standard deviation of a channel, as the released code normalizes; digits and image folders as CIFAR-10.
-STATISTICS = {
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "tiny_imagenet": ((0.48024579, 0.44807218, 0.39754775), (0.27698641, 0.26906449, 0.28208191)),
-}
-CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+from compression_baselines.models import fan_out_init, is_factorized
+from compression_baselines.structure import architecture as architecture_of
+from compression_baselines.structure import build
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    architecture = {key: getattr(args, key) for key in measure.ARCHITECTURE}
-    statistics = STATISTICS.get(args.data, CIFAR10)
+    architecture = architecture_of(args)
+    statistics = recipe.statistics(args.data)
     with clean_errors(f"{PROGRAM}/train.py"):
         if args.dry_run:
             seed_everything(args.seed)
@@ -57,10 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         # Data and model.
         data = session.load_data(args, processes, statistics=statistics)
-        if args.network == "vgg" and data.image_size < 32:
-            raise ValueError(
-                f"vgg halves its images five times and needs 32 pixels, got {data.image_size}: give --image-size 32"
-            )
+        recipe.check_image_size(args, data.image_size)
         architecture["num_classes"] = data.classes
         seed_everything(args.seed)
         model, report = make_model(args, architecture, dense)
@@ -80,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             processes,
             architecture=architecture,
             optimizer=optimizer,
-            schedule=partial(learning_rate, args),
+            schedule=partial(recipe.learning_rate, args),
             decay=decay,
             statistics=partial(weight_statistics, layers),
         )
@@ -92,12 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with run.recorded():
         metrics = trainer.fit()
         if args.measure and processes.main:
-            costs = measure.costs(copy.deepcopy(model), build(architecture), data.image_size)
-            write_json(run.path / measure.FILE, costs)
-            measure.show(costs)
+            measure.write(run.path, copy.deepcopy(model), architecture, data.image_size)
         if args.densify:
             metrics["densified"] = session.fold(trainer)
-        result = session.finish(trainer, metrics, report, groups)
+        result = session.finish(trainer, metrics, report.to_dict()["parameters"], groups)
     distributed.stop()
     if processes.main:
         print(result)
@@ -116,11 +106,6 @@ def make_model(
     if init == "regular":
         init = fan_out_init if args.network == "vgg" and not args.kaiming else "kaiming"
     return model, factorize_(model, LowRankConfig(scale, init=init), filter_fn=is_factorized)
-
-
-def learning_rate(args: argparse.Namespace, epoch: int) -> float:
-    """A tenth at one half and again at three quarters of the epochs."""
-    return args.lr * 0.1 ** sum(epoch >= share * args.epochs for share in (0.5, 0.75))
 
 
 if __name__ == "__main__":

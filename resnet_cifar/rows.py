@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from common.tables.rows import Against, Curves, Program, Published, Row, Table
@@ -174,13 +174,12 @@ def network(config: Mapping[str, Any]) -> str:
     return f"{config['arch']} on {DATA.get(config['data'], config['data'])}"
 
 
-def configure(flags: Sequence[str]) -> dict[str, Any]:
-    return configuration(NAME, parse(flags))
+def configure(row: Row) -> dict[str, Any]:
+    return configuration(NAME, parse(row.flags))
 
 
 PROGRAM = Program(
     NAME,
-    f"{NAME}/train.py",
     configure,
     (full(), low_rank(), overcomplete(), decay_sweep(), normalization(), quickstart()),
 )

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             checkpoints.save_file(run.path / NORMS, hook.state_dict())
         if args.densify:
             metrics["densified"] = session.fold(trainer)
-        result = session.finish(trainer, metrics, report, groups)
+        result = session.finish(trainer, metrics, report.to_dict()["parameters"], groups)
     distributed.stop()
     if processes.main:
         print(result)

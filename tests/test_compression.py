@@ -16,9 +16,11 @@ from common.vision import checkpoints, tiny_imagenet
 from common.vision.data import load
 from compression_baselines import measure
 from compression_baselines.flags import parse
-from compression_baselines.models import build, fan_out_init, is_factorized
+from compression_baselines.models import fan_out_init, is_factorized
+from compression_baselines.recipe import learning_rate
 from compression_baselines.rows import PARAMETERS
-from compression_baselines.train import learning_rate, main
+from compression_baselines.structure import build
+from compression_baselines.train import main
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200}
 
@@ -26,7 +28,7 @@ CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200}
 def dense(network, classes=10, width=64):
     name = "vgg" if network.startswith("vgg") else "resnet"
     depth = 19 if name == "vgg" else 32
-    return build({"network": name, "depth": depth, "width": width, "num_classes": classes, "kaiming": False})
+    return build({"network": name, "depth": depth, "width": width, "num_classes": classes, "kaiming": False, "pruned": None})
 
 
 @pytest.mark.parametrize(("network", "data"), PARAMETERS)
@@ -63,8 +65,8 @@ def test_networks_see_their_images():
 
 def test_the_initialization_of_vgg_and_its_factors():
     torch.manual_seed(0)
-    plain = build({"network": "vgg", "depth": 19, "width": None, "num_classes": 100, "kaiming": False})
-    kaiming = build({"network": "vgg", "depth": 19, "width": None, "num_classes": 100, "kaiming": True})
+    plain = build({"network": "vgg", "depth": 19, "width": None, "num_classes": 100, "kaiming": False, "pruned": None})
+    kaiming = build({"network": "vgg", "depth": 19, "width": None, "num_classes": 100, "kaiming": True, "pruned": None})
     assert plain.classifier.weight.detach().std() == pytest.approx(0.01, rel=0.05)
     assert kaiming.classifier.weight.detach().std() == pytest.approx((2 / 512) ** 0.5, rel=0.05)
     u, vt = fan_out_init(torch.empty(256 * 3, 128 * 3), 50)

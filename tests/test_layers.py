@@ -13,6 +13,9 @@ from common import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
 CONVOLUTIONS = [
     {"kernel_size": 1},
     {"kernel_size": 1, "stride": 2},
+    {"kernel_size": 1, "stride": (3, 2), "padding": (1, 0)},
+    {"kernel_size": (1, 3), "stride": 2},
+    {"kernel_size": (3, 1), "stride": 3, "padding": (1, 0)},
     {"kernel_size": 3, "padding": 1},
     {"kernel_size": 3, "padding": 1, "stride": 2},
     {"kernel_size": 3, "padding": 2, "dilation": 2},
@@ -62,6 +65,19 @@ def test_convolution_gradients():
         return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), x)
 
     assert torch.autograd.gradcheck(forward, (x, *values))
+
+
+def test_strided_pointwise_layers_train_at_small_ranks():
+    """Their convolutions are not strided: oneDNN's would write past its workspace (a crash, or wrong gradients, on a CPU)."""
+    torch.manual_seed(0)
+    layer = FactorizedConv2d(20, 14, 1, rank=12, stride=2, bias=False)
+    x = torch.randn(29, 20, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
+    for _ in range(5):
+        layer(x).square().sum().backward()
+    exact = x.detach().double().requires_grad_()
+    dense = layer.to_dense().detach().double()
+    F.conv2d(exact, dense, stride=2).square().sum().backward()
+    torch.testing.assert_close(x.grad.double() / 5, exact.grad, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(

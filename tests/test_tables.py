@@ -24,9 +24,10 @@ from common.tables.rows import Program, Published, Row, Table, programs, select
 from resnet_cifar.rows import PROGRAM
 
 
-def parser_of(program):
-    """The function that reads the program's command line."""
-    return import_module(f"{program.name}.flags").parse
+def parser_of(script):
+    """The function that reads the command line of a program such as resnet_cifar/train.py."""
+    subproject, name = Path(script).parts[-2:]
+    return getattr(import_module(f"{subproject}.flags"), {"train.py": "parse"}.get(name, f"parse_{name.removesuffix('.py')}"))
 
 
 def every_row():
@@ -48,12 +49,13 @@ def test_the_settings_of_the_released_code_are_all_here():
 def test_every_row_parses_and_has_the_flags_it_says():
     for program, table, row in every_row():
         words = program.command(table, row)
-        args = parser_of(program)([*words[1:], "--seed", "1"])
+        args = parser_of(words[0])([*words[1:], "--seed", "1"])
         assert args.row == f"{table.id}/{row.id}"
-        assert config_hash(program.configure(row.flags)) == args.row_config
+        assert config_hash(program.configure(row)) == args.row_config
         if "spectral" in row.id:
             assert args.init == "spectral"
-        assert args.wd2fd == ("frobenius" in row.id)
+        assert getattr(args, "wd2fd", False) == ("frobenius" in row.id)
+        assert row.id.endswith(getattr(args, "method", ""))
         assert getattr(args, "square", False) == ("-deep-" in row.id)
 
 
@@ -92,14 +94,30 @@ def test_every_emitted_command_reaches_the_program_as_written(tmp_path):
             ["bash", str(script), "4", "7", "--lr", "0.2"], env=environment, cwd="/", check=True, capture_output=True
         )
         commands = [line.rstrip("\0").split("\0") for line in record.read_text().splitlines()]
-        read = import_module(f"{Path(commands[0][0]).parent.name}.flags").parse
-        parsed = [read(words[1:]) for words in commands]
+        parsed = [parser_of(words[0])(words[1:]) for words in commands]
         assert {args.seed for args in parsed} == {4, 7}
         assert all(args.lr == 0.2 for args in parsed)
-        assert all(words[0].endswith("train.py") for words in commands)
+        assert all(Path(words[0]).name in ("train.py", "prune.py", "sparse.py") for words in commands)
         if "-normalized" in script.name:
             assert [args.dump_frobnorms for args in parsed] == [True, False, True, False]
             assert str(parsed[1].normalize) == "/tmp/a/frobnorms.tensor"
+
+
+def test_rows_that_need_the_same_run_wait_for_it(tmp_path):
+    """Two scripts with one prerequisite, started at once: their runs of it do not overlap."""
+    emit(select(programs(), table="table1", row="resnet32x64-cifar10-0.1-*-ob*"), tmp_path / "generated-scripts")
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        '#!/usr/bin/env bash\nif [[ $1 == */train.py ]]; then echo start >>"$RECORD"; sleep 0.5; echo end >>"$RECORD"; fi\n'
+        "echo /a/result.json\n"
+    )
+    stand_in.chmod(0o755)
+    scripts = sorted(tmp_path.glob("generated-scripts/*/*/*.sh"))
+    assert [script.stem.rpartition("-")[2] for script in scripts] == ["obd", "obs"] * 2
+    environment = {"PATH": "/usr/bin:/bin", "LAUNCHER": str(stand_in), "RECORD": str(tmp_path / "record")}
+    started = [subprocess.Popen(["bash", str(script), "1"], env=environment, stdout=subprocess.DEVNULL) for script in scripts]
+    assert [process.wait() for process in started] == [0] * len(started)
+    assert (tmp_path / "record").read_text().split() == ["start", "end"] * len(started)
 
 
 def test_lists_leave_out_what_another_row_runs_first(tmp_path):
@@ -120,7 +138,7 @@ def test_a_script_stops_where_its_first_command_fails(tmp_path):
 
 
 def one_row_program(flags=("--epochs", "2"), id="r", **options):
-    return Program("p", "p/train.py", lambda words: {"program": "p", "words": list(words)}, (
+    return Program("p", lambda row: {"program": "p", "words": list(row.flags)}, (
         Table("t", "A title", (Row(id, "a label", tuple(flags), **options),)),
     ))  # fmt: skip
 
@@ -198,7 +216,7 @@ counter = itertools.count()
 def write_result(directory, row_id="r", table="quickstart", *, seed=1, final=90.0, change=None, **fields):
     """A result as a program writes it, of a real row of the ResNet program."""
     row = next(row for t in PROGRAM.tables if t.id == table for row in t.rows if row.id == row_id)
-    config = PROGRAM.configure(row.flags) | (change or {})
+    config = PROGRAM.configure(row) | (change or {})
     path = directory / f"run{next(counter)}" / "result.json"
     content = {
         "format": 1,
@@ -365,7 +383,7 @@ def write_run(directory, row_id, seed, status=None, table="quickstart", **progre
     """The files of a run that has begun."""
     row = next(row for t in PROGRAM.tables if t.id == table for row in t.rows if row.id == row_id)
     path = directory / f"run{next(counter)}"
-    write_json(path / "config.json", {**PROGRAM.configure(row.flags), "seed": seed})
+    write_json(path / "config.json", {**PROGRAM.configure(row), "seed": seed})
     if status is not None:
         write_json(path / "status.json", {"status": status, "time": time.time()} | progress)
 

@@ -55,7 +55,11 @@ def script(program: Program, table: Table, row: Row) -> str:
     commands = [f"  {_command(program, table, row)}"]
     if row.after is not None:
         commands = [
+            # Rows that run at once and need the same run before theirs wait for the one that makes it.
+            f'  mkdir -p "$root/results" && exec 9>>"$root/results/.{program.config_hash(row.after)}-$seed.lock"',
+            "  if command -v flock >/dev/null; then flock 9; fi",
             f"  result=$({_command(program, table, row.after)})",
+            "  exec 9>&-",
             '  after=$(dirname -- "$result")',
             *commands,
         ]

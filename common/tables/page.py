@@ -52,8 +52,8 @@ def _behind(program: Program, table: Table, row: Row, results: Sequence[Result],
         for run in results
     )
     anchor = html.escape(f"{table.id}/{row.id}")
-    command = html.escape(shlex.join(["python", program.script, *row.flags]))
-    config = html.escape(json.dumps(program.configure(row.flags), indent=1, sort_keys=True))
+    command = html.escape(shlex.join(["python", f"{program.name}/{row.script}", *row.flags]))
+    config = html.escape(json.dumps(program.configure(row), indent=1, sort_keys=True))
     return (
         f'<details id="{anchor}"><summary>{html.escape(row.id)}: {html.escape(row.label)}</summary>'
         f"<p>{_link(script, page, script.name)}, configuration {program.config_hash(row)}</p>"

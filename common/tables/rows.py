@@ -31,6 +31,7 @@ class Row:
     hours:       rough GPU-hours of one seed, as the authors of the released code estimate them.
     parameters:  expected parameter count.
     published:   number to compare with; None prints as n/a.
+    script:      the program's file that runs the row.
     after:       a row that must have run before, which the script makes sure of; ``{after}`` in the flags is its directory.
     place:       line and column of the row in the paper's shape of the table, if it has one.
     """
@@ -42,6 +43,7 @@ class Row:
     parameters: int | None = None
     published: Published | None = None
     seeds: tuple[int, ...] = (1, 2, 3)
+    script: str = "train.py"
     after: Row | None = None
     place: tuple[str, str] | None = None
 
@@ -96,20 +98,19 @@ class Table:
 
 @dataclass(frozen=True)
 class Program:
-    """A training program, how it reads its flags, and its tables. ``configure`` gives the resolved configuration."""
+    """A subproject, how it reads the flags of a row, and its tables. ``configure`` gives a row's resolved configuration."""
 
     name: str
-    script: str
-    configure: Callable[[Sequence[str]], dict[str, Any]]
+    configure: Callable[[Row], dict[str, Any]]
     tables: tuple[Table, ...] = field(default=())
 
     def config_hash(self, row: Row) -> str:
-        return config_hash(self.configure(row.flags))
+        return config_hash(self.configure(row))
 
     def command(self, table: Table, row: Row) -> list[str]:
         """Words of the row's command after the interpreter, without seed."""
         return [
-            self.script,
+            f"{self.name}/{row.script}",
             *row.flags,
             "--row",
             f"{table.id}/{row.id}",

@@ -58,13 +58,19 @@ def newest(directory: Path) -> dict[str, Any] | None:
 
 
 def model_state(state: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    """The model's state dict in a checkpoint, of this project or of another: under "model", "state_dict", or at the top."""
+    """The model's state dict in a checkpoint, of this project or of another: under "model", "state_dict", or at the top.
+
+    Masks of torch.nn.utils.prune are multiplied into their weights.
+    """
     for key in ("model", "state_dict"):
         if isinstance(state.get(key), dict):
             state = state[key]
     tensors = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors or len(tensors) != len(state):
         raise ValueError(f"{path} holds no state dict of a model")
+    for name in [name.removesuffix("_mask") for name in tensors if name.endswith("_mask")]:
+        if f"{name}_orig" in tensors:
+            tensors[name] = tensors.pop(f"{name}_orig") * tensors.pop(f"{name}_mask")
     return tensors
 
 

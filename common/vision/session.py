@@ -173,12 +173,12 @@ def fold(trainer: Trainer) -> float:
     return evaluate(trainer.model, trainer.data, trainer.processes)["accuracy"]
 
 
-def finish(trainer: Trainer, metrics: dict[str, float], report: FactorizationReport, groups: list[dict[str, Any]]) -> Path:
-    """Write the result of a run; returns its path."""
+def finish(trainer: Trainer, metrics: dict[str, float], parameters: Mapping[str, float], groups: list[dict[str, Any]]) -> Path:
+    """Write the result of a run; returns its path. ``parameters`` holds original, compressed and ratio."""
     seconds = metrics.pop("seconds")
     return trainer.run.finish(
         metrics=metrics,
-        parameters=report.to_dict()["parameters"],
+        parameters=parameters,
         decays=decays(groups, trainer.decay),
         seconds=seconds,
         environment=environment(trainer.processes.device, trainer.processes.world_size),

@@ -31,6 +31,20 @@ class StepHook(Protocol):
     def after_step(self, step: int) -> None: ...
 
 
+@runtime_checkable
+class EpochHook(Protocol):
+    """A hook that also acts before the first step of every epoch, counted from 0."""
+
+    def before_epoch(self, epoch: int) -> None: ...
+
+
+@runtime_checkable
+class UpdateHook(Protocol):
+    """A hook that also acts between backward and the optimizer's step."""
+
+    def before_update(self, step: int) -> None: ...
+
+
 @torch.inference_mode()
 def evaluate(model: nn.Module, data: Data, processes: Processes) -> dict[str, float]:
     """Accuracy in percent and mean cross-entropy on the test split."""
@@ -64,7 +78,9 @@ class Trainer:
     architecture:  what rebuilds the dense model, kept in every checkpoint beside the weights.
     schedule:      learning rate of an epoch, counted from 0.
     decay:         Frobenius decay, applied between backward and the optimizer's step.
-    hook:          acts after every step; where it is :class:`Stateful`, checkpoints keep its state.
+    hook:          acts after every step and, where it is one, as :class:`EpochHook` and :class:`UpdateHook` say; where it
+                   is :class:`Stateful`, checkpoints keep its state.
+    best_from:     first epoch whose accuracy counts as a best one: before it the model is not yet what it is to be.
     statistics:    called with the learning rate before training and after each epoch; its numbers join the metrics.
 
     A stopped run goes on exactly where it was: batches are functions of seed, epoch and step, and a checkpoint holds the
@@ -85,10 +101,11 @@ class Trainer:
         decay: FrobeniusDecay | None = None,
         hook: StepHook | None = None,
         statistics: Callable[[float], dict[str, float]] | None = None,
+        best_from: int = 0,
     ) -> None:
         self.model, self.data, self.run, self.args, self.processes = model, data, run, args, processes
         self.architecture, self.optimizer, self.schedule = dict(architecture), optimizer, schedule
-        self.decay, self.hook, self.statistics = decay, hook, statistics
+        self.decay, self.hook, self.statistics, self.best_from = decay, hook, statistics, best_from
         self.steps_per_epoch = data.steps_per_epoch(args.batch_size, processes.world_size)
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or sys.maxsize)
         self.network = processes.parallel(cast(nn.Module, torch.compile(model)) if args.compile else model)
@@ -134,7 +151,9 @@ class Trainer:
         if state["step"] > self.last_step:
             raise ValueError(f"the checkpoint to resume from is at step {state['step']}, past the last step {self.last_step}")
         if isinstance(self.hook, Stateful) and state["hook"] is None:
-            raise ValueError("the checkpoint to resume from has no record of norms: it was made without --dump-frobnorms")
+            raise ValueError(
+                "the checkpoint to resume from lacks what acts after each step: it was made without --dump-frobnorms"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -189,6 +208,8 @@ class Trainer:
             disable=None if self.processes.main else True,
         )
         self.model.train()
+        if first == 0 and isinstance(self.hook, EpochHook):
+            self.hook.before_epoch(epoch)
         for step in range(first, last):
             batch = self.data.train_batch(
                 self.args.seed,
@@ -198,7 +219,7 @@ class Trainer:
                 rank=self.processes.rank,
                 world_size=self.processes.world_size,
             )
-            self.totals += self._train_step(batch)
+            self.totals += self._train_step(batch, self.step)
             if self.hook is not None:
                 self.hook.after_step(self.step)
             self.step += 1
@@ -216,7 +237,8 @@ class Trainer:
         seconds = time.monotonic() - started
         self.totals.zero_()
         self.final = evaluate(self.model, self.data, self.processes)
-        self.best = max(self.best, self.final["accuracy"])
+        if epoch >= self.best_from:
+            self.best = max(self.best, self.final["accuracy"])
         record = {
             "epoch": epoch + 1,
             "step": self.step,
@@ -241,7 +263,7 @@ class Trainer:
         if self.step < self.last_step:
             self._stop_if_told()
 
-    def _train_step(self, batch: Batch) -> Tensor:
+    def _train_step(self, batch: Batch, step: int) -> Tensor:
         """One optimizer step; returns the sum of the losses, the correct answers and the samples, on the device."""
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.amp)
         with torch.autocast(self.processes.device.type, precision) if precision else nullcontext():
@@ -252,6 +274,8 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         if self.decay is not None:
             self.decay.step()
+        if isinstance(self.hook, UpdateHook):
+            self.hook.before_update(step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():

@@ -1,0 +1,39 @@
+"""SET, sparse evolutionary training: Mocanu et al. (Nature Communications 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from common.vision.data import Batch
+from compression_baselines.masks.base import Method, random_masks, random_subset, top
+
+
+def drop(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """The mask without ``fraction`` of the positive weights, those closest to zero, and as much of the negative ones."""
+    kept = mask.clone()
+    for side in (mask & (weight > 0), mask & (weight < 0)):
+        distance = torch.where(side, -weight.abs(), -torch.inf)
+        kept &= ~top(distance, int(fraction * int(side.sum())))
+    return kept
+
+
+class Set(Method):
+    """From random masks, replaces each layer's weights closest to zero by as many at random places."""
+
+    def start(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        self.masks.assign(random_masks(self.masks, self.settings, self.generator(0)))
+
+    def after_step(self, step: int) -> None:
+        if not self.settings.due(step):
+            return
+        assert self.settings.drop_fraction is not None
+        generator = self.generator(step + 1)
+        for name, weight in self.masks.weights().items():
+            mask = self.masks.mask(name)
+            kept = drop(weight, mask, self.settings.drop_fraction)
+            self.masks.assign({name: kept})  # zeroes what was dropped, should it come back at once
+            grown = random_subset(~kept, int(mask.sum() - kept.sum()), generator)
+            self.masks.assign({name: kept | grown})

@@ -1,0 +1,70 @@
+"""Pruning of whole channels: C-OBD, C-OBS, Kron-OBD and Kron-OBS."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from common.surgery import count_parameters
+from compression_baselines.pruners import fisher, scores
+from compression_baselines.pruners.select import Ranking
+from compression_baselines.structure import Kept, convolutions, keep_channels_
+
+Curvature = Mapping[str, tuple[Tensor, ...]]  # of each layer: A and G, or the diagonal of its Fisher alone
+
+
+def curvature(model: nn.Module, method: str, images: DataLoader[Any], kind: str) -> Curvature:
+    """What the method's scores need of the Fisher of every convolution."""
+    layers = convolutions(model)
+    if method == "c-obd":
+        return {name: (diagonal,) for name, diagonal in fisher.diagonal(model, layers, images, kind).items()}
+    return fisher.kronecker(model, layers, images, kind)
+
+
+def rank(model: nn.Module, method: str, found: Curvature, limit: float) -> Ranking:
+    """The channels of all convolutions in order of importance."""
+    importance = {}
+    for name, conv in convolutions(model).items():
+        weight = conv.weight.detach().double().flatten(1)
+        if method == "c-obd":
+            importance[name] = scores.c_obd(weight, found[name][0].flatten(1))
+        else:
+            score = {"c-obs": scores.c_obs, "kron-obd": scores.kron_obd, "kron-obs": scores.kron_obs}[method]
+            importance[name] = score(weight, *found[name])
+    return Ranking(importance, limit)
+
+
+def dense_numbers(kept: Kept, before: Kept | None) -> dict[str, list[int]]:
+    """Channels as the dense network numbers them, from those of a model that ``before`` was kept of (None: all)."""
+    return {name: [before[name][index] for index in indices] if before else list(indices) for name, indices in kept.items()}
+
+
+def count(model: nn.Module, kept: Kept, before: Kept | None) -> int:
+    """Parameters of the model once it keeps only these of the channels it has now."""
+    shape = copy.deepcopy(model).to("meta")
+    keep_channels_(shape, dense_numbers(kept, before), before)
+    return count_parameters(shape)
+
+
+@torch.no_grad()
+def prune_(model: nn.Module, method: str, found: Curvature, kept: Kept, before: Kept | None) -> None:
+    """Remove all other channels in place; the methods after OBS first let the remaining weights make up for them.
+
+    ``kept`` numbers the channels that the model has now, ``before`` tells which those are of the dense network (None: all).
+    """
+    for name, conv in convolutions(model).items():
+        removed = torch.ones(conv.out_channels, dtype=torch.bool, device=conv.weight.device)
+        removed[list(kept[name])] = False
+        if method.endswith("obs") and removed.any():
+            weight, (a, g) = conv.weight.double().flatten(1), found[name]
+            if method == "c-obs":
+                weight = scores.c_obs_update(weight, a, g, removed)
+            else:
+                weight = scores.kron_obs_update(weight, g, removed)
+            conv.weight.copy_(weight.view_as(conv.weight))
+    keep_channels_(model, dense_numbers(kept, before), before)

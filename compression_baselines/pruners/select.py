@@ -1,0 +1,52 @@
+"""Which units of a network go: the least important ones of all layers together, down to a ratio or a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class Ranking:
+    """The units of all groups in one order of importance.
+
+    scores:  of each group's units, 1-d; higher is more important.
+    limit:   at most this share of a group's units is ever removed, and never all of them.
+    """
+
+    def __init__(self, scores: Mapping[str, Tensor], limit: float) -> None:
+        self.scores = {name: score.detach().cpu() for name, score in scores.items()}
+        flat = torch.cat(list(self.scores.values()))
+        if not flat.isfinite().all():
+            broken = next(name for name, score in self.scores.items() if not score.isfinite().all())
+            raise ValueError(f"the scores of {broken} are not finite: the network has diverged, or its Fisher has")
+        self.units = len(flat)
+        rank = torch.empty(self.units, dtype=torch.long)
+        rank[flat.argsort(stable=True)] = torch.arange(self.units)
+        self._ranks = dict(zip(self.scores, rank.split([len(score) for score in self.scores.values()]), strict=True))
+        self._stay = {}
+        for name, ranks in self._ranks.items():
+            count = max(1, math.ceil((1 - limit) * len(ranks) - 1e-9))
+            self._stay[name] = ranks >= ranks.sort(descending=True).values[count - 1]
+
+    def kept(self, removed: int) -> dict[str, list[int]]:
+        """Units of each group that stay when the ``removed`` least important of all go, as far as the limit lets them."""
+        stay = {name: (ranks >= removed) | self._stay[name] for name, ranks in self._ranks.items()}
+        return {name: mask.nonzero()[:, 0].tolist() for name, mask in stay.items()}
+
+
+def removed_for_budget(ranking: Ranking, budget: int, count: Callable[[dict[str, list[int]]], int]) -> int:
+    """How many units to remove so that the parameter count is closest to ``budget``; ``count`` falls as units go.
+
+    Raises ValueError naming the floor where even the most that the limit allows leaves more.
+    """
+    floor = count(ranking.kept(ranking.units))
+    if floor > budget:
+        raise ValueError(f"a budget of {budget:,} parameters cannot be reached: at this --prune-ratio-limit {floor:,} stay")
+    low, high = 0, ranking.units  # the smallest number of removed units whose count is within the budget
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if count(ranking.kept(middle)) <= budget else (middle + 1, high)
+    return min((max(low - 1, 0), low), key=lambda removed: abs(count(ranking.kept(removed)) - budget))
