@@ -45,7 +45,8 @@ class Data:
 
     Training images get a random crop after zero padding (by an eighth of their size unless ``padding`` tells), a random
     horizontal flip where ``flip``, and normalization: the distribution of torchvision's RandomCrop, RandomHorizontalFlip,
-    ToTensor and Normalize, drawn for each image.
+    ToTensor and Normalize, drawn for each image. Cutout (DeVries & Taylor 2017) then sets a square of ``cutout`` pixels
+    (None: half the image) around a random pixel to zero, as far as it lies within the image.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class Data:
         *,
         flip: bool = True,
         padding: int | None = None,
+        cutout: int | None = 0,
         statistics: Statistics = IMAGENET,
         device: torch.device | str = "cpu",
     ) -> None:
         self.classes, self.flip, self.device = classes, flip, torch.device(device)
         self.image_size = train[0].shape[-1]
         self.padding = self.image_size // 8 if padding is None else padding
+        self.cutout = self.image_size // 2 if cutout is None else cutout
         # Rows of pixels are stored channels last, so that a crop copies whole pixels.
         padded = F.pad(train[0], (self.padding,) * 4)
         self.train_images = padded.permute(0, 2, 3, 1).contiguous().to(self.device)
@@ -81,14 +84,15 @@ class Data:
         return full + (rest >= world_size)
 
     def _plan(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Order of the samples (N), and per sample (N, 3) the crop's row, its column, and whether it is flipped."""
+        """Order of the samples (N), and per sample (N, 5) row and column of the crop, flip, row and column of the cutout."""
         if self._epoch is None or self._epoch[0] != (seed, epoch):
             mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
             generator = torch.Generator().manual_seed(mixed)
             order = torch.randperm(len(self), generator=generator)
             crops = torch.randint(0, 2 * self.padding + 1, (len(self), 2), generator=generator)
             flips = torch.randint(0, 2, (len(self), 1), generator=generator) * int(self.flip)
-            self._epoch = (seed, epoch), order.to(self.device), torch.cat([crops, flips], 1).to(self.device)
+            holes = torch.randint(0, self.image_size, (len(self), 2), generator=generator)
+            self._epoch = (seed, epoch), order.to(self.device), torch.cat([crops, flips, holes], 1).to(self.device)
         return self._epoch[1], self._epoch[2]
 
     def train_batch(self, seed: int, epoch: int, step: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Batch:
@@ -97,11 +101,20 @@ class Data:
         index = order[step * batch_size : (step + 1) * batch_size]
         share = len(index) // world_size
         index = index[rank * share : (rank + 1) * share]
-        top, left, flip = augmentation[index].unbind(1)
+        top, left, flip, *hole = augmentation[index].unbind(1)
         rows = top[:, None] + self._pixels
         columns = left[:, None] + torch.where(flip[:, None] == 1, self._pixels.flip(0), self._pixels)
         pixels = self.train_images[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-        return Batch(self._normalize(pixels), self.train_labels[index])
+        images = self._normalize(pixels)
+        if self.cutout:
+            outside = [self._outside(center) for center in hole]
+            images *= (outside[0][:, :, None] | outside[1][:, None, :])[:, None]
+        return Batch(images, self.train_labels[index])
+
+    def _outside(self, center: Tensor) -> Tensor:
+        """Which pixels (B, size) along one side are outside of each image's cutout."""
+        start = center[:, None] - self.cutout // 2
+        return (self._pixels < start) | (self._pixels >= start + self.cutout)
 
     def test_batches(self, batch_size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """The test split in order, in batches; in parallel, every ``world_size``-th sample."""
@@ -120,6 +133,7 @@ def load(
     *,
     image_size: int | None = None,
     workers: int = 4,
+    cutout: int | None = 0,
     statistics: Statistics = IMAGENET,
     device: torch.device | str = "cpu",
 ) -> Data:
@@ -129,17 +143,17 @@ def load(
     """
     if name == "imagefolder":
         train, test, classes = _image_folder(data_dir, image_size, workers)
-        return Data(train, test, classes, statistics=statistics, device=device)
+        return Data(train, test, classes, cutout=cutout, statistics=statistics, device=device)
     if name == "tiny_imagenet":
         train, test, classes = _image_folder(tiny_imagenet.prepare(data_dir), image_size or 64, workers)
-        return Data(train, test, classes, statistics=statistics, padding=4, device=device)
+        return Data(train, test, classes, cutout=cutout, statistics=statistics, padding=4, device=device)
     classes, native = DATASETS[name]
     assert classes is not None
     readers = {"digits": _digits, "fashion_mnist": partial(_fashion_mnist, data_dir)}
     train, test = readers.get(name, partial(_cifar, name, data_dir))()
     size = image_size or native
     train, test = _zero_pad(train, size), _zero_pad(test, size)
-    return Data(train, test, classes, flip=name != "digits", statistics=statistics, device=device)
+    return Data(train, test, classes, flip=name != "digits", cutout=cutout, statistics=statistics, device=device)
 
 
 def _zero_pad(split: Split, size: int | None) -> Split:

@@ -159,7 +159,7 @@ def resolve_factorization(parser: FlagParser, args: argparse.Namespace, needing:
 
 def inputs(args: argparse.Namespace) -> dict[str, str]:
     """Digests of the files and folders that flags name and that a run learns from."""
-    paths = {name: getattr(args, name, None) for name in ("pretrained", "normalize")}
+    paths = {name: getattr(args, name, None) for name in ("pretrained", "normalize", "teacher")}
     if args.data == "imagefolder":
         paths |= {split: args.data_dir / split for split in ("train", "test", "val")}
     return {name: digest(path) for name, path in paths.items() if path is not None and path.exists()}
@@ -172,5 +172,5 @@ def configuration(program: str, args: argparse.Namespace) -> dict[str, Any]:
     """
     config = {key: value for key, value in vars(args).items() if key not in _NOT_CONFIGURATION}
     return {"program": program} | {
-        k: v is not None if k in ("pretrained", "normalize") else v for k, v in sorted(config.items())
+        k: v is not None if k in ("pretrained", "normalize", "teacher") else v for k, v in sorted(config.items())
     }

@@ -62,6 +62,11 @@ def evaluate(model: nn.Module, data: Data, processes: Processes) -> dict[str, fl
     return {"accuracy": 100 * correct / count, "loss": loss / count}
 
 
+def _cross_entropy(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    logits = network(batch.images)
+    return F.cross_entropy(logits.float(), batch.labels), logits
+
+
 @runtime_checkable
 class Stateful(Protocol):
     """A hook whose state checkpoints keep."""
@@ -80,6 +85,7 @@ class Trainer:
     decay:         Frobenius decay, applied between backward and the optimizer's step.
     hook:          acts after every step and, where it is one, as :class:`EpochHook` and :class:`UpdateHook` say; where it
                    is :class:`Stateful`, checkpoints keep its state.
+    loss:          from the network and a batch, the loss to minimize and the logits (default: their cross-entropy).
     best_from:     first epoch whose accuracy counts as a best one: before it the model is not yet what it is to be.
     statistics:    called with the learning rate before training and after each epoch; its numbers join the metrics.
 
@@ -101,11 +107,13 @@ class Trainer:
         decay: FrobeniusDecay | None = None,
         hook: StepHook | None = None,
         statistics: Callable[[float], dict[str, float]] | None = None,
+        loss: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] | None = None,
         best_from: int = 0,
     ) -> None:
         self.model, self.data, self.run, self.args, self.processes = model, data, run, args, processes
         self.architecture, self.optimizer, self.schedule = dict(architecture), optimizer, schedule
         self.decay, self.hook, self.statistics, self.best_from = decay, hook, statistics, best_from
+        self.loss = loss or _cross_entropy
         self.steps_per_epoch = data.steps_per_epoch(args.batch_size, processes.world_size)
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or sys.maxsize)
         self.network = processes.parallel(cast(nn.Module, torch.compile(model)) if args.compile else model)
@@ -267,8 +275,7 @@ class Trainer:
         """One optimizer step; returns the sum of the losses, the correct answers and the samples, on the device."""
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.amp)
         with torch.autocast(self.processes.device.type, precision) if precision else nullcontext():
-            logits = self.network(batch.images)
-        loss = F.cross_entropy(logits.float(), batch.labels)
+            loss, logits = self.loss(self.network, batch)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)

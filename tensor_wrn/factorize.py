@@ -1,0 +1,105 @@
+"""The network of the flags: dense, low-rank or of tensors, at a rank scale or a budget."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import FactorizationReport, LowRankConfig, factorize_, rank_scale_for_ratio
+from common.layers import Factorized
+from common.surgery import LayerReport, count_parameters
+from common.vision import session
+from tensor_wrn.layers import SeparableConv2d, TensorPointwise
+from tensor_wrn.models import WideResNet, build, is_factorized
+
+
+def make_model(args: argparse.Namespace, architecture: dict[str, Any]) -> tuple[WideResNet, FactorizationReport]:
+    """The network of the flags and what was factorized; completes ``rank_scale`` in the architecture.
+
+    Raises ValueError where a budget cannot be reached.
+    """
+    if args.form != "Conv":
+        architecture["rank_scale"] = args.rank_scale or tensor_scale_for_ratio(architecture, args.target_ratio)
+        return make_tensors(architecture, args.init)
+    model = build(architecture)
+    if not (args.rank_scale or args.target_ratio):
+        return model, session.dense_report(model)
+    scale = args.rank_scale or rank_scale_for_ratio(model, args.target_ratio, filter_fn=is_factorized)
+    layers: list[LayerReport] = []
+    original = count_parameters(model)
+    for kernel in (3, 1):  # whose factors regular initialization draws with the deviation of the kernel that they make
+
+        def of_kernel(module: nn.Module, name: str, kernel: int = kernel) -> bool:
+            return is_factorized(module, name) and isinstance(module, nn.Conv2d) and module.kernel_size[0] == kernel
+
+        init = partial(fan_out_init, kernel=kernel) if args.init == "regular" else args.init
+        layers += factorize_(model, LowRankConfig(scale, init=init), filter_fn=of_kernel).layers
+    return model, FactorizationReport(tuple(layers), original, count_parameters(model))
+
+
+def fan_out_init(matrix: Tensor, rank: int, *, kernel: int) -> tuple[Tensor, Tensor]:
+    """Regular initialization of factors: both N(0, 2 / (out * kernel^2)), as of the convolution itself."""
+    rows, columns = matrix.shape  # out * kernel rows
+    std = math.sqrt(2 / (kernel * rows))
+    return torch.randn(rows, rank) * std, torch.randn(rank, columns) * std
+
+
+def make_tensors(architecture: dict[str, Any], init: str) -> tuple[WideResNet, FactorizationReport]:
+    """A network of tensor convolutions, initialized; counted against the one of ordinary convolutions."""
+    model = build(architecture)
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, SeparableConv2d):
+            module.pointwise.initialize_(init)
+            outputs, inputs, rank = module.pointwise.out_channels, module.pointwise.in_channels, max(module.pointwise.ranks())
+            size = (outputs, inputs, *module.depthwise.kernel_size)
+            layers.append(LayerReport(name, size, rank, math.prod(size), count_parameters(module)))
+    return model, FactorizationReport(tuple(layers), _count({**architecture, "form": "Conv"}), count_parameters(model))
+
+
+def _count(architecture: dict[str, Any]) -> int:
+    with torch.device("meta"):
+        return count_parameters(build(architecture))
+
+
+def tensor_scale_for_ratio(architecture: dict[str, Any], target: float) -> float:
+    """The rank scale in (0, 1] whose parameter count is closest to ``target`` times that of the ordinary network.
+
+    Ranks are integers, so the count is a step function of the scale; the middle of the best step is returned. Raises ValueError
+    for a target below what rank 1 leaves or above what full ranks have, naming that limit.
+    """
+    original = _count({**architecture, "form": "Conv"})
+    with torch.device("meta"):
+        model = build({**architecture, "rank_scale": 1.0})
+    tensors = [module for module in model.modules() if isinstance(module, TensorPointwise)]
+    steps = sorted({(rank + 0.5) / side for tensor in tensors for side in tensor.shape for rank in range(1, side)})
+    edges = [0.0, *steps, 1.0]
+    middles = [(low + high) / 2 for low, high in pairwise(edges)]
+    rest = count_parameters(model) - sum(count_parameters(tensor) for tensor in tensors)
+
+    def count(scale: float) -> int:
+        with torch.device("meta"):
+            made = (type(t)(t.in_channels, t.out_channels, scale) for t in tensors)
+            return rest + sum(count_parameters(tensor) for tensor in made)
+
+    low, high = 0, len(middles) - 1
+    for bound, scale, wrong in (("fewest", middles[0], count(middles[0]) > 1.01 * target * original),
+                                ("most", middles[-1], count(middles[-1]) < 0.99 * target * original)):  # fmt: skip
+        if wrong:
+            reach = f"the {bound} that {architecture['form']} can have are {count(scale):,} ({count(scale) / original:.4g})"
+            raise ValueError(f"--target-ratio {target:g} is {round(target * original):,} parameters, and {reach}")
+    while low < high:  # the first step whose count reaches the target
+        middle = (low + high) // 2
+        low, high = (low, middle) if count(middles[middle]) >= target * original else (middle + 1, high)
+    return min(middles[max(low - 1, 0) : low + 1], key=lambda scale: abs(count(scale) - target * original))
+
+
+def factorized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The factorized layers, whose norms are recorded."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Factorized)}

@@ -1,0 +1,136 @@
+"""Train WideResNets with ordinary, low-rank, Tensor-Train or Tucker convolutions, alone or from a teacher.
+
+Prints the path of the run's result.json on stdout; all else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import FrobeniusDecay, param_groups
+from common.norms import weight_statistics
+from common.runs import clean_errors, seed_everything
+from common.vision import checkpoints, distributed, session
+from common.vision.data import Batch
+from common.vision.training import Trainer
+from tensor_wrn.distillation import distillation_loss
+from tensor_wrn.factorize import factorized_layers, make_model
+from tensor_wrn.flags import PROGRAM, parse
+from tensor_wrn.models import build
+
+# Mean and standard deviation of a channel, as the released code normalizes; other data as CIFAR-10.
+STATISTICS = {"cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}
+CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    statistics = STATISTICS.get(args.data, CIFAR10)
+    architecture = {"depth": args.wrn_depth, "width": args.wrn_width, "num_classes": args.num_classes, "form": args.form}
+    architecture["rank_scale"] = None  # of tensors: make_model solves it where --target-ratio asks for that
+    with clean_errors(f"{PROGRAM}/train.py"):
+        if args.dry_run:
+            seed_everything(args.seed)
+            _, report = make_model(args, architecture)
+            print(session.describe(PROGRAM, args, report))
+            return
+        processes = session.start(args)
+        if args.evaluate:
+            session.evaluate_checkpoint(args, processes, architecture, build, statistics=statistics)
+            return
+
+        # The run is checked now and begun once all else has proved right; files that flags name are read before the data.
+        directory = session.save_dir(PROGRAM, args, f"{args.form}-wrn{args.wrn_depth}-{args.wrn_width:g}-{args.data}")
+        checkpoint = session.find_checkpoint(args.resume, directory)
+        teacher = load_teacher(args) if args.teacher is not None else None
+        run = session.open_run(PROGRAM, args, processes, directory)
+        if run is None:
+            return
+
+        # Data and model.
+        data = session.load_data(args, processes, statistics=statistics, cutout=args.cutout)
+        architecture["num_classes"] = data.classes
+        seed_everything(args.seed)
+        model, report = make_model(args, architecture)
+        model.to(processes.device)
+        loss = None
+        if teacher is not None:
+            check_teacher(args, teacher, architecture)
+            loss = distillation(args, teacher.to(processes.device))
+
+        # Optimizer and decay of the factors: Frobenius, scaled by the compression rate, plain or none.
+        decay = FrobeniusDecay(model, args.weight_decay) if args.decay in ("frobenius", "none") else None
+        scaled = args.weight_decay * report.to_dict()["parameters"]["ratio"] if args.decay == "crs" else None
+        groups = param_groups(model, weight_decay=args.weight_decay, decay=decay, factor_weight_decay=scaled)
+        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)
+        if args.decay == "none":
+            decay = None
+
+        trainer = Trainer(
+            model,
+            data,
+            run,
+            args,
+            processes,
+            architecture=architecture,
+            optimizer=optimizer,
+            schedule=partial(learning_rate, args),
+            decay=decay,
+            statistics=partial(weight_statistics, factorized_layers(model)),
+            loss=loss,
+        )
+        if checkpoint is not None:
+            trainer.load_state_dict(checkpoint)
+        run.begin()
+
+    session.announce(processes, report, groups, decay)
+    with run.recorded():
+        metrics = trainer.fit()
+        result = session.finish(trainer, metrics, report.to_dict()["parameters"], groups)
+    distributed.stop()
+    if processes.main:
+        print(result)
+
+
+def learning_rate(args: argparse.Namespace, epoch: int) -> float:
+    """Times --lr-decay-ratio from each epoch of --epoch-step on."""
+    return args.lr * args.lr_decay_ratio ** sum(epoch >= step for step in args.epoch_step)
+
+
+def load_teacher(args: argparse.Namespace) -> nn.Module:
+    """The teacher from its checkpoint alone; raises ValueError where there is none, or it is of another program."""
+    state = checkpoints.load(args.teacher)
+    return session.rebuild(state, args.teacher, dict.fromkeys(("depth", "width", "num_classes", "form", "rank_scale")), build)
+
+
+def check_teacher(args: argparse.Namespace, teacher: Any, architecture: Mapping[str, Any]) -> None:
+    """Raise ValueError where student and teacher do not tell the same classes apart."""
+    if teacher.fc.out_features != architecture["num_classes"]:
+        raise ValueError(
+            f"the teacher {args.teacher} tells {teacher.fc.out_features} classes apart, and {args.data} has "
+            f"{architecture['num_classes']}"
+        )
+
+
+def distillation(args: argparse.Namespace, teacher: nn.Module) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
+    """The loss of a student: labels, the teacher's answers, and its attention after each stage."""
+    teacher.eval().requires_grad_(False)
+
+    def loss(student: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits, activations = student(batch.images, activations=True)
+        with torch.no_grad():
+            answers, shown = teacher(batch.images, activations=True)
+        strength = {"temperature": args.temperature, "alpha": args.alpha, "beta": args.beta}
+        return distillation_loss(logits, activations, answers, shown, batch.labels, **strength), logits
+
+    return loss
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,450 @@
+"""Tensor convolutions and WideResNets: forms against dense oracles, counts, decay, distillation, the program end to end."""
+
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import FrobeniusDecay, densify_, param_groups
+from common.runs import config_hash, read_json
+from common.surgery import count_parameters
+from common.vision import checkpoints
+from common.vision.data import Data
+from tensor_wrn.distillation import attention, distillation_loss
+from tensor_wrn.factorize import make_model, tensor_scale_for_ratio
+from tensor_wrn.flags import parse
+from tensor_wrn.layers import FORMS, INITIALIZATIONS, TensorPointwise, split
+from tensor_wrn.models import WideResNet, build
+from tensor_wrn.rows import PROGRAM
+from tensor_wrn.train import learning_rate, main
+
+SHAPES = [(16, 160), (160, 320), (24, 36)]
+
+
+def pointwise(form, inputs=24, outputs=36, scale=0.5, init="regular", dtype=torch.float64):
+    torch.manual_seed(0)
+    layer = FORMS[form](inputs, outputs, 3, scale, padding=1).to(dtype)
+    layer.pointwise.initialize_(init)
+    return layer.pointwise
+
+
+def test_tensors_have_the_shapes_of_the_released_code():
+    channels = [(16, 160), (160, 160), (160, 320), (320, 320), (320, 640), (640, 640)]
+    assert [split(inputs * outputs) for inputs, outputs in channels] == [
+        (16, 16, 10), (32, 32, 25), (40, 40, 32), (50, 64, 32), (64, 64, 50), (80, 80, 64),
+    ]  # fmt: skip
+    assert split(13) == (1, 13, 1)
+    for count in (1, 2, 36, 97 * 4, 512):
+        assert math.prod(split(count)) == count
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_tensor_is_the_product_of_its_cores(form):
+    """Entry by entry, by loops over einsum's indices written out as one dense contraction."""
+    layer = pointwise(form)
+    cores = [core.detach() for core in layer.cores]
+    if form == "TensorTrain":
+        expected = torch.einsum("ia,ajb,bk->ijk", *cores)
+    elif form == "Tucker":
+        expected = torch.einsum("abc,ia,jb,kc->ijk", *cores)
+    else:
+        expected = torch.einsum("ap,pbq,qc,ia,jb,kc->ijk", *cores)
+    torch.testing.assert_close(layer.tensor(), expected)
+    torch.testing.assert_close(layer.weight, expected.reshape(36, 24, 1, 1))
+    torch.testing.assert_close(layer.squared_norm(), expected.square().sum())
+    x = torch.randn(2, 24, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), F.conv2d(x, expected.reshape(36, 24, 1, 1)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("scale", [0.2, 0.6])
+def test_decompositions_are_tntorchs(form, inputs, outputs, scale):
+    tntorch = pytest.importorskip("tntorch")
+    layer = pointwise(form, inputs, outputs, scale)
+    tensor = torch.randn(layer.shape, dtype=torch.float64)
+    with torch.no_grad():
+        layer._set(layer._decompose(tensor))
+    ranks = {"ranks_tt" if form == "TensorTrain" else "ranks_tucker": list(layer.ranks())}
+    torch.testing.assert_close(layer.tensor(), tntorch.Tensor(tensor, **ranks).torch(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_full_ranks_reproduce_the_tensor_and_truncation_loses_what_it_cuts(form):
+    layer = pointwise(form, scale=1.0)
+    tensor = torch.randn(layer.shape, dtype=torch.float64)
+    with torch.no_grad():
+        layer._set(layer._decompose(tensor))
+    torch.testing.assert_close(layer.tensor(), tensor)
+    small = pointwise(form, scale=0.5)
+    with torch.no_grad():
+        small._set(small._decompose(tensor))
+    # a sequence of orthogonal projections: what is lost and what is left are at right angles
+    lost = (tensor - small.tensor()).square().sum()
+    torch.testing.assert_close(lost + small.tensor().square().sum(), tensor.square().sum())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_decay_of_the_cores_is_that_of_the_full_tensor(form):
+    layer = pointwise(form)
+    expected = torch.autograd.grad(layer.to_dense().square().sum() / 2, list(layer.cores))
+    for ours, theirs in zip(layer.frobenius_grads(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    model = nn.Sequential(layer)
+    FrobeniusDecay(model, 0.3).step()
+    for core, gradient in zip(layer.cores, expected, strict=True):
+        torch.testing.assert_close(core.grad, 0.3 * gradient)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_initializations_have_the_scale_they_say(form):
+    """Regular: entries of variance 2 / out. Norm-matched: the norm of the spectral start of the same draw."""
+    for init in INITIALIZATIONS:
+        layer = pointwise(form, 160, 160, 0.5, init, torch.float32)
+        norm, full = layer.squared_norm().item(), 160 * 160 * 2 / 160
+        if init == "regular":
+            assert norm == pytest.approx(full, rel=0.35)
+        elif init == "spectral":
+            spectral = norm
+            assert norm < 0.6 * full  # what half the ranks keep of a random tensor
+        elif init == "norm-matched":
+            torch.manual_seed(0)
+            FORMS[form](160, 160, 3, 0.5)  # the same draws as above
+            assert norm == pytest.approx(spectral, rel=0.02)
+        else:
+            assert norm == pytest.approx(spectral / 6, rel=0.05)  # variance 1 / (3 in) instead of 2 / out
+    with pytest.raises(ValueError, match="init must be one of regular, spectral, norm-matched, released, got 'xavier'"):
+        layer.initialize_("xavier")
+
+
+def test_the_norm_matched_start_has_the_norm_of_the_spectral_one_exactly(monkeypatch):
+    layer = pointwise("TensorTrain", dtype=torch.float64)
+    seen = []
+    original = TensorPointwise._set
+    monkeypatch.setattr(TensorPointwise, "_set", lambda self, cores: (original(self, cores), seen.append(self.squared_norm())))
+    layer.initialize_("norm-matched")
+    torch.testing.assert_close(layer.squared_norm(), seen[0])
+
+
+@pytest.mark.parametrize(
+    ("form", "scale", "parameters"),
+    [
+        ("Conv", None, 36_479_194),
+        ("TensorTrain", 0.234, 607_160),
+        ("TensorTrain", 0.705, 2_434_702),
+        ("TuckerTT", 0.211, 608_501),
+        ("TuckerTT", 0.68, 2_444_223),
+        ("Tucker", 0.211, 442_918),
+    ],
+)
+def test_golden_counts_of_wideresnet_28_10(form, scale, parameters):
+    """All but the last are the released code's."""
+    with torch.device("meta"):
+        assert count_parameters(WideResNet(28, 10, 10, form, scale)) == parameters
+
+
+@pytest.mark.parametrize(("ratio", "parameters"), [("0.01667", 610_282), ("0.06667", 2_435_034)])
+def test_golden_counts_of_the_low_rank_network(ratio, parameters):
+    args = parse(f"cifar10 teacher --wrn_depth 28 --wrn_width 10 --target-ratio {ratio}".split())
+    with torch.device("meta"):
+        _, report = make_model(args, architecture_of(args))
+    assert report.to_dict()["parameters"]["compressed"] == parameters
+
+
+def architecture_of(args):
+    return {"depth": args.wrn_depth, "width": args.wrn_width, "num_classes": 10, "form": args.form, "rank_scale": None}
+
+
+def test_budgets_of_tensors_are_met_by_the_closest_scale():
+    architecture = {"depth": 10, "width": 1, "num_classes": 10, "form": "Tucker", "rank_scale": None}
+
+    def count(form, scale):
+        with torch.device("meta"):
+            return count_parameters(build({**architecture, "form": form, "rank_scale": scale}))
+
+    full = count("Conv", 1.0)
+    for form in FORMS:
+        counts = [count(form, step / 200) for step in range(1, 201)]
+        for target in (0.13, 0.18):
+            found = count(form, tensor_scale_for_ratio({**architecture, "form": form}, target))
+            assert abs(found - target * full) <= min(abs(value - target * full) for value in counts)
+    with pytest.raises(ValueError, match=r"--target-ratio 0.01 is .* the fewest that Tucker can have are"):
+        tensor_scale_for_ratio(architecture, 0.01)
+    with pytest.raises(ValueError, match=r"--target-ratio 0.9 is .* the most that Tucker can have are"):
+        tensor_scale_for_ratio(architecture, 0.9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_folding_keeps_the_function_and_copies_are_exact(form):
+    torch.manual_seed(0)
+    model = WideResNet(10, 1, 10, form, 0.5).eval()
+    for module in model.modules():
+        if isinstance(module, TensorPointwise):
+            module.initialize_("spectral")
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    again = WideResNet(10, 1, 10, form, 0.5).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), expected)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    densify_(model)
+    assert not any(isinstance(module, TensorPointwise) for module in model.modules())
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_network_computes_what_its_definition_says():
+    """Against the same network written with functions only; upstream's pre-activation form."""
+    torch.manual_seed(0)
+    model = WideResNet(16, 2, 10).eval()
+    x = torch.randn(2, 3, 32, 32)
+
+    def norm(x, bn):
+        return F.relu(F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias))
+
+    out, stages = F.conv2d(x, model.conv1.weight, padding=1), []
+    for stage, stride in zip((model.block1, model.block2, model.block3), (1, 2, 2), strict=True):
+        for index, block in enumerate(stage):
+            first = norm(out, block.bn1)
+            inner = F.conv2d(first, block.conv1.weight, stride=stride if index == 0 else 1, padding=1)
+            inner = F.conv2d(norm(inner, block.bn2), block.conv2.weight, padding=1)
+            out = inner + (F.conv2d(first, block.shortcut.weight, stride=stride) if index == 0 else out)
+        stages.append(out)
+    expected = F.linear(F.avg_pool2d(norm(out, model.bn1), 8).flatten(1), model.fc.weight, model.fc.bias)
+    logits, activations = model(x, activations=True)
+    torch.testing.assert_close(logits, expected)
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(activations, stages, strict=True))
+    assert [stage.shape[1:] for stage in stages] == [(32, 32, 32), (64, 16, 16), (128, 8, 8)]
+
+
+@pytest.mark.parametrize("form", ["TensorTrain", "Tucker"])
+def test_decay_shrinks_the_tensors(form):
+    """20 steps without data: with Frobenius decay the tensors shrink, without they stay; in the released code both stay."""
+    norms = {}
+    for coef in (0.0, 5e-2):
+        torch.manual_seed(0)
+        model = WideResNet(10, 1, 10, form, 0.5)
+        layers = [module for module in model.modules() if isinstance(module, TensorPointwise)]
+        for layer in layers:
+            layer.initialize_("spectral")
+        before = sum(layer.squared_norm().item() for layer in layers)
+        decay = FrobeniusDecay(model, coef)
+        optimizer = torch.optim.SGD(param_groups(model, weight_decay=5e-4, decay=decay), lr=0.1, momentum=0.9)
+        for _ in range(20):
+            optimizer.zero_grad()
+            decay.step()
+            optimizer.step()
+        norms[coef] = sum(layer.squared_norm().item() for layer in layers) / before
+    assert norms[0.0] == pytest.approx(1, abs=1e-6)
+    assert norms[5e-2] < 0.9
+
+
+def test_grouped_convolutions_and_wrong_ranks_are_refused():
+    with pytest.raises(ValueError, match="TensorTrainConv2d mixes all channels: groups must be 1, got 2"):
+        FORMS["TensorTrain"](4, 4, 3, 0.5, groups=2)
+    for scale in (0.0, 1.1):
+        with pytest.raises(ValueError, match="must be above 0 and at most 1"):
+            FORMS["Tucker"](4, 4, 3, scale)
+
+
+def test_building_every_decomposition_takes_seconds():
+    args = parse("cifar10 teacher --wrn_depth 28 --wrn_width 10 --conv TensorTrain_0.705 --spectral".split())
+    started = time.perf_counter()
+    make_model(args, architecture_of(args))
+    assert time.perf_counter() - started < 20
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_compiles_without_graph_breaks(form):
+    model = WideResNet(10, 1, 10, form, 0.5)
+    for module in model.modules():
+        if isinstance(module, TensorPointwise):
+            module.initialize_("spectral")
+    x = torch.randn(2, 3, 8, 8)
+    explanation = torch._dynamo.explain(model)(x)
+    assert explanation.graph_break_count == 0
+    assert explanation.graph_count == 1
+
+
+def test_attention_and_distillation_by_their_formulas():
+    torch.manual_seed(0)
+    shown = [[torch.randn(3, c, 4, 4, dtype=torch.float64) for c in (2, 5)] for _ in range(2)]
+    logits, answers = torch.randn(2, 3, 7, dtype=torch.float64)
+    labels = torch.tensor([1, 0, 6])
+    places = shown[0][0].square().mean(1).view(3, 16)
+    torch.testing.assert_close(attention(shown[0][0]).double(), places / places.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-6)
+    p, q = (answers / 4).softmax(1), (logits / 4).softmax(1)
+    divergence = (p * (p / q).log()).mean()
+    distance = sum((attention(a) - attention(b)).square().mean() for a, b in zip(*shown, strict=True))
+    expected = 0.1 * F.cross_entropy(logits, labels) + 2 * 16 * 0.9 * divergence + 10 * 3 / 2 * distance
+    loss = distillation_loss(logits, shown[0], answers, shown[1], labels, temperature=4, alpha=0.9, beta=10)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
+    same = distillation_loss(logits, shown[0], logits, shown[0], labels, temperature=4, alpha=0.0, beta=1e3)
+    torch.testing.assert_close(same.double(), F.cross_entropy(logits, labels), rtol=1e-5, atol=1e-6)
+
+
+def test_cutout_is_a_square_around_a_pixel_and_leaves_the_rest_as_it_was():
+    images, labels = torch.full((64, 3, 12, 12), 255, dtype=torch.uint8), torch.zeros(64, dtype=torch.long)
+    options = {"flip": False, "padding": 0, "statistics": ((0.0,) * 3, (1.0,) * 3)}
+    plain, cut = (Data((images, labels), (images, labels), 1, cutout=size, **options) for size in (0, 4))
+    assert Data((images, labels), (images, labels), 1, cutout=None).cutout == 6
+    assert torch.equal(plain.train_batch(0, 0, 0, 64).images, torch.ones(64, 3, 12, 12))
+    holes = cut.train_batch(0, 0, 0, 64).images == 0
+    assert torch.equal(holes[:, 0], holes[:, 2])
+    heights, widths = holes[:, 0].any(2).sum(1), holes[:, 0].any(1).sum(1)
+    assert torch.equal(holes[:, 0].sum((1, 2)), heights * widths)  # rectangles
+    assert heights.max() == widths.max() == 4
+    assert heights.min() == 2  # around a pixel of the border, half of it is outside
+    shifted = Data((images, labels), (images, labels), 1, flip=True, cutout=4)
+    same = Data((images, labels), (images, labels), 1, flip=True)
+    assert torch.equal(shifted._plan(3, 1)[1][:, :3], same._plan(3, 1)[1][:, :3])  # crops and flips as without
+
+
+DIGITS = "--data digits --wrn-depth 10 --wrn-width 1 --epochs 2 --device cpu"
+
+
+@pytest.fixture
+def train(tmp_path, capsys):
+    def run(command, directory="r"):
+        option = "-s" if " student" in command else "-t"
+        main(f"{command} {option} {tmp_path}/{directory}".split())
+        return Path(capsys.readouterr().out.strip()).parent
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--conv Conv --target-ratio 0.2 --spectral --wd2fd",
+        "--conv TensorTrain_0.5 --spectral --wd2fd",
+        "--conv Tucker --target-ratio 0.2 --init norm-matched",
+        "--conv TuckerTT_0.4 --nocrswd",
+    ],
+)
+def test_it_trains_resumes_and_evaluates(flags, train, capsys):
+    """A run stopped within its second epoch and gone on with is the whole one bit for bit; the checkpoint alone evaluates."""
+    command = f"cifar10 teacher {flags} {DIGITS} --resume auto"
+    whole = train(command, "whole")
+    train(f"{command} --max-steps 17", "parts")
+    parts = train(command, "parts")
+    one, other = (checkpoints.load(directory / "checkpoint.pt")["model"] for directory in (whole, parts))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    results = [read_json(directory / "result.json") for directory in (whole, parts)]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    log = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert log[2]["train_loss"] < log[1]["train_loss"]
+    assert all("frobenius_norm" in line for line in log)
+    main(f"digits teacher --evaluate --resume {whole}/checkpoint.pt".split())
+    assert json.loads(capsys.readouterr().out)["accuracy"] == results[0]["metrics"]["final"]
+
+
+def test_the_decay_of_each_flag(train):
+    expected = {
+        "": lambda ratio: [("rest", 5e-4), ("factors", 5e-4 * ratio)],
+        "--nocrswd": lambda ratio: [("rest", 5e-4)],
+        "--wd2fd": lambda ratio: [("rest", 5e-4), ("factors", 0.0)],
+        "--wd2fd --no-frob": lambda ratio: [("rest", 5e-4), ("factors", 0.0)],
+    }
+    for number, (flags, wanted) in enumerate(expected.items()):
+        run = train(f"digits teacher --conv TensorTrain_0.5 {flags} {DIGITS} --max-steps 1", f"d{number}")
+        result = read_json(run / "result.json")
+        groups = [(entry["group"], entry["weight_decay"]) for entry in result["decays"] if "weight_decay" in entry]
+        assert groups == wanted(result["parameters"]["ratio"]), flags
+        frobenius = [entry["frobenius_decay"] for entry in result["decays"] if "frobenius_decay" in entry]
+        assert frobenius == ([5e-4] if flags == "--wd2fd" else [])
+
+
+def test_a_student_learns_from_its_teacher(train, tmp_path, capsys):
+    teacher = train(f"digits teacher {DIGITS}", "teacher")
+    student = f"digits student --conv TensorTrain_0.5 -t {teacher} --alpha 0.5 {DIGITS}"
+    run = train(student, "student")
+    result = read_json(run / "result.json")
+    assert result["config"]["teacher"] is True
+    assert set(result["inputs"]) == {"teacher"}
+    alone = read_json(train(f"digits teacher --conv TensorTrain_0.5 {DIGITS}", "alone") / "result.json")
+    assert alone["metrics"] != result["metrics"]
+    state = checkpoints.load(teacher / "checkpoint.pt")
+    again = checkpoints.load(teacher / "checkpoint.pt")["model"]
+    assert all(torch.equal(value, again[name]) for name, value in state["model"].items())
+    other = {**state, "architecture": {**state["architecture"], "num_classes": 7}}
+    other["model"] = {**state["model"], "fc.weight": torch.zeros(7, 64), "fc.bias": torch.zeros(7)}
+    torch.save(other, tmp_path / "seven.pt")
+    message = "tells 7 classes apart, and digits has 10"
+    fails(capsys, f"digits student -t {tmp_path}/seven.pt -s {tmp_path}/x {DIGITS}", message)
+    torch.save({**state, "architecture": {**state["architecture"], "width": 2}}, tmp_path / "wide.pt")
+    message = "has shape (16, 16, 3, 3), expected (32, 16, 3, 3)"
+    fails(capsys, f"digits student -t {tmp_path}/wide.pt -s {tmp_path}/x {DIGITS}", message)
+    assert not (tmp_path / "x").exists()
+
+
+def fails(capsys, command, message):
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    output = capsys.readouterr()
+    assert (stop.value.code, output.out, output.err.count("\n")) == (2, "", 1)
+    assert message in output.err
+
+
+FORMS_LINE = "--conv must be Conv, TensorTrain_R, Tucker_R or TuckerTT_R with R in (0, 1]"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("imagenet teacher", "invalid choice: 'imagenet'"),
+        ("digits learner", "invalid choice: 'learner'"),
+        ("digits teacher --conv ACDC", f"{FORMS_LINE}, got 'ACDC'"),
+        ("digits teacher --conv TensorTrain_1.5", f"{FORMS_LINE}, got 'TensorTrain_1.5'"),
+        ("digits teacher --conv Tucker_0", f"{FORMS_LINE}, got 'Tucker_0'"),
+        ("digits teacher --conv Tucker_x", f"{FORMS_LINE}, got 'Tucker_x'"),
+        ("digits teacher --conv Conv_0.5", f"{FORMS_LINE}, got 'Conv_0.5'"),
+        ("digits teacher --conv Tucker", "--conv Tucker needs a rank scale"),
+        ("digits teacher --conv Tucker_0.5 --target-ratio 0.1", "tells the rank scale"),
+        ("digits teacher --conv Tucker --rank-scale 2", "--rank-scale of Tucker must be at most 1, got 2"),
+        ("digits teacher --wd2fd", "--wd2fd needs factorized layers"),
+        ("digits teacher --conv Tucker_0.5 --wd2fd --nocrswd", "--wd2fd and --nocrswd exclude each other"),
+        ("digits teacher --conv Tucker_0.5 --no-frob", "--no-frob needs --wd2fd"),
+        ("digits teacher --rank-scale 0.5 --init released", "--init released is for tensors"),
+        ("digits teacher --wrn-depth 12", "must be 6n + 4 and at least 10, got 12"),
+        ("digits teacher --wrn-width 0", "--wrn-width must be at least 1/16, got 0"),
+        ("digits teacher --epoch_step [3,2]", "must be a list of rising epochs"),
+        ("digits teacher --epoch_step 60", "must be a list of rising epochs"),
+        ("digits teacher --alpha 2", "--alpha must be in [0, 1], got 2"),
+        ("digits teacher -s x", "-s x is for the mode student"),
+        ("digits student", "the mode student needs -t DIR"),
+        ("digits student -t nowhere", "there is no checkpoint at nowhere/checkpoint.pt"),
+        ("digits teacher --conv Tucker --target-ratio 0.001", "the fewest that Tucker can have are"),
+    ],
+)
+def test_bad_flags(capsys, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    fails(capsys, f"{flags} --save-dir run", message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_defaults_are_the_recipe_and_the_readme_commands_parse():
+    args = parse(["cifar10", "teacher"])
+    assert (args.epochs, args.lr, args.weight_decay, args.batch_size, args.cutout) == (200, 0.1, 5e-4, 128, None)
+    rates = [learning_rate(args, epoch) for epoch in (0, 59, 60, 120, 199)]
+    assert rates == pytest.approx([0.1, 0.1, 0.02, 0.004, 0.0008])
+    low_rank = "cifar10 teacher --wrn_depth 28 --wrn_width 10 --epochs 200 --conv Conv -t results/conv --target-ratio 0.06667"
+    train_ = "cifar10 teacher --wrn_depth 28 --wrn_width 10 --epochs 200 --conv TensorTrain_0.234 -t results/tt"
+    for command, form in ((low_rank, "Conv"), (train_, "TensorTrain")):
+        args = parse(f"{command} --spectral --wd2fd".split())
+        assert (args.form, args.init, args.decay, args.save_dir.parts[0]) == (form, "spectral", "frobenius", "results")
+    assert parse("cifar10 teacher --GPU 3".split()).device == "3"
+    dense = [parse(f"cifar10 teacher {flags}".split()) for flags in ("", "--nocrswd", "--conv Conv --target-ratio 0.0")]
+    assert len({config_hash({**vars(args), "data_dir": 0}) for args in dense}) == 1
+
+
+def test_the_released_codes_settings_are_all_here():
+    table2 = {row.id: row for row in PROGRAM.tables[0].rows}
+    released = [row for row in table2.values() if not row.id.startswith("Tucker-")]
+    assert len(released) == 37
+    assert table2["TuckerTT-0.68-spectral-frobenius"].parameters == 2_444_223
