@@ -1,7 +1,8 @@
-"""What tensor convolutions cost beside the rest of a step: python -m benchmarks.tensors [--form TensorTrain --rank-scale 0.705].
+"""What tensor convolutions cost beside the rest of a step: python -m benchmarks.tensors [--form Tucker --rank-scale 0.68].
 
-Builds WideResNet28-10 (all decompositions, spectral), then times whole training steps at batch 128 on 32x32 images and, between
-them in the same process, the reconstruction of every tensor with its gradient, and the Frobenius decay of every tensor. Medians.
+Builds WideResNet28-10 (all decompositions, spectral), then times whole training steps at batch 128 on 32x32 images and,
+between them in the same process, the reconstruction of every tensor with its gradient, and the Frobenius decay of every
+tensor. Prints medians.
 """
 
 from __future__ import annotations
