@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from common.runs import FlagParser
@@ -68,6 +69,7 @@ def _resolve(parser: FlagParser, args: argparse.Namespace) -> None:
         args.weight_decay = 1e-4 if args.network == "resnet" else 2e-4
 
 
+@cache
 def make_parser() -> FlagParser:
     parser = _parser("train.py", "Train ResNet32 or VGG19 at a budget of parameters.", epochs=200)
     flags.add_factorization_flags(parser, "every convolution but the first")
@@ -90,8 +92,8 @@ def _share(text: str) -> float:
     return value
 
 
-def parse_prune(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parsed, completed and checked flags of prune.py; ends like :func:`parse` where they are wrong."""
+@cache
+def make_prune_parser() -> FlagParser:
     parser = _parser("prune.py", "Prune the channels of a trained network, then fine-tune it.", epochs=150)
     parser.set_defaults(lr=1e-3)  # as EigenDamage fine-tunes
     method = parser.add_argument_group("pruning")
@@ -106,6 +108,12 @@ def parse_prune(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     method.add_argument("--fisher-samples", type=flags.positive_int, metavar="N", help="images (default: the training split)")
     method.add_argument("--fix-rotation", action="store_true", help="eigendamage: do not train the rotations")
+    return parser
+
+
+def parse_prune(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parsed, completed and checked flags of prune.py; ends like :func:`parse` where they are wrong."""
+    parser = make_prune_parser()
     args = parser.parse_args(argv)
     _resolve(parser, args)
     if (args.ratio is None) == (args.target_ratio is None) and not args.evaluate:
@@ -122,8 +130,8 @@ def parse_prune(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def parse_sparse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parsed, completed and checked flags of sparse.py; ends like :func:`parse` where they are wrong."""
+@cache
+def make_sparse_parser() -> FlagParser:
     parser = _parser("sparse.py", "Train a network with a given number of non-zero weights.", epochs=200)
     method = parser.add_argument_group("sparsity (defaults depend on the method)")
     method.add_argument("--method", choices=SPARSE, required=True)
@@ -139,6 +147,12 @@ def parse_sparse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     method.add_argument("--l1", type=flags.non_negative, help="deepr: strength of the decay towards zero")
     method.add_argument("--temperature", type=flags.non_negative, help="deepr: strength of the random walk")
+    return parser
+
+
+def parse_sparse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parsed, completed and checked flags of sparse.py; ends like :func:`parse` where they are wrong."""
+    parser = make_sparse_parser()
     args = parser.parse_args(argv)
     _resolve(parser, args)
     if args.target_ratio is None and not args.evaluate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from common.runs import FlagParser
@@ -13,6 +14,7 @@ PROGRAM = "resnet_cifar"
 DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110, 1202)}
 
 
+@cache
 def make_parser() -> FlagParser:
     parser = FlagParser(prog=f"{PROGRAM}/train.py", description="Train a ResNet on small images, dense or factorized.")
     parser.add_argument("-a", "--arch", choices=DEPTHS, default="resnet32")

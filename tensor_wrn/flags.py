@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from common.runs import FlagParser
@@ -26,6 +27,7 @@ def _milestones(text: str) -> list[int]:
     return value
 
 
+@cache
 def make_parser() -> FlagParser:
     parser = FlagParser(prog=f"{PROGRAM}/train.py", description="Train WideResNets with low-rank or tensor convolutions.")
     parser.add_argument("dataset", choices=DATASETS)

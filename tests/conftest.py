@@ -13,6 +13,21 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture
+def refuses(capsys):
+    """Check that a program ends a command with exit status 2 and one line on stderr that has a message in it."""
+
+    def check(main, command, message):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(command.split())
+        output = capsys.readouterr()
+        assert (stop.value.code, output.out, output.err.count("\n")) == (2, "", 1), output.err
+        assert message in output.err
+
+    return check
+
+
+@pytest.fixture
 def image_folder(tmp_path):
     """A folder of 3 classes, 8 training and 4 test images of 16x16 pixels each."""
     generator = np.random.default_rng(0)

@@ -245,14 +245,6 @@ def test_multiply_adds_and_memory_are_those_of_a_known_layer():
     assert measure.index_bits(model) == 8  # one position among 216
 
 
-def fails(capsys, command, message):
-    with pytest.raises(SystemExit) as stop:
-        main(command.split())
-    output = capsys.readouterr()
-    assert (stop.value.code, output.out, output.err.count("\n")) == (2, "", 1)
-    assert message in output.err
-
-
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -270,17 +262,17 @@ def fails(capsys, command, message):
         ("--dry-run --target-ratio 0.0001", "'classifier.weight' keeps 5,120 of them dense"),
     ],
 )
-def test_bad_flags(capsys, tmp_path, monkeypatch, command, message):
+def test_bad_flags(refuses, tmp_path, monkeypatch, command, message):
     monkeypatch.chdir(tmp_path)
-    fails(capsys, f"{command} --log_dir run", message)
+    refuses(main, f"{command} --log_dir run", message)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_of_another_architecture_names_the_first_mismatch(train, tmp_path, capsys):
+def test_a_checkpoint_of_another_architecture_names_the_first_mismatch(train, tmp_path, refuses):
     small = "--network resnet --depth 8 --dataset digits --batch-size 16"
     run = train(f"{small} --width 32 --max-steps 1", "--log_dir", tmp_path / "a")
     command = f"{small} --target-ratio 0.5 --log_dir {tmp_path}/b --pretrained {run}/checkpoint.pt"
-    fails(capsys, command, "'conv1.weight' has shape (32, 3, 3, 3), expected (64, 3, 3, 3)")
+    refuses(main, command, "'conv1.weight' has shape (32, 3, 3, 3), expected (64, 3, 3, 3)")
 
 
 def test_defaults_are_the_recipe():

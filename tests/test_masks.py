@@ -98,7 +98,7 @@ def masks_of(sizes=((4, 5), (3, 4)), density=0.4, **options):
     masks.optimizer.step()
     nonzero = round(density * sum(math.prod(size) for size in sizes))
     given = Settings(nonzero=nonzero, steps=100, steps_per_epoch=10, epochs=10, seed=3, **options)
-    masks.assign(base.random_masks(masks, given, torch.Generator().manual_seed(1)))
+    base.RandomStart(masks, given).start(model, [])
     return masks, given
 
 
@@ -386,14 +386,6 @@ def test_measure_counts_zeros_and_their_indices(run, capsys):
     assert json.loads(capsys.readouterr().out)["models"]["as trained"]["nonzero"] == costs["as trained"]["nonzero"]
 
 
-def fails(capsys, command, message):
-    with pytest.raises(SystemExit) as stop:
-        sparse.main(command.split())
-    output = capsys.readouterr()
-    assert (stop.value.code, output.out, output.err.count("\n")) == (2, "", 1)
-    assert message in output.err
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -408,8 +400,8 @@ def fails(capsys, command, message):
         ("--method rigl --target-ratio 0.1 --compile", "--compile does not see the masks change"),
     ],
 )
-def test_bad_flags(capsys, tmp_path, flags, message):
-    fails(capsys, f"{DIGITS} --save-dir {tmp_path}/r {flags}", message)
+def test_bad_flags(refuses, tmp_path, flags, message):
+    refuses(sparse.main, f"{DIGITS} --save-dir {tmp_path}/r {flags}", message)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -374,14 +374,6 @@ def test_ratio_measure_and_fixed_rotations(run):
     assert measured["as trained"]["batch1"]["multiply_adds"] < measured["dense"]["batch1"]["multiply_adds"]
 
 
-def fails(capsys, command, message):
-    with pytest.raises(SystemExit) as stop:
-        prune.main(command.split())
-    output = capsys.readouterr()
-    assert (stop.value.code, output.out) == (2, "")
-    assert message in output.err.splitlines()[-1]
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -401,16 +393,16 @@ def fails(capsys, command, message):
         ("--method c-obd --target-ratio 0.1 --pretrained nowhere.pt", "there is no checkpoint at nowhere.pt"),
     ],
 )
-def test_bad_flags(capsys, tmp_path, dense, flags, message):
-    fails(capsys, f"{DIGITS} --pretrained {dense}/checkpoint.pt --save-dir {tmp_path}/r {flags}", message)
+def test_bad_flags(refuses, tmp_path, dense, flags, message):
+    refuses(prune.main, f"{DIGITS} --pretrained {dense}/checkpoint.pt --save-dir {tmp_path}/r {flags}", message)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_pruned(capsys, tmp_path, run):
-    fails(capsys, f"{DIGITS} --method c-obd --target-ratio 0.5", "--pretrained is missing")
+def test_what_cannot_be_pruned(refuses, tmp_path, run):
+    refuses(prune.main, f"{DIGITS} --method c-obd --target-ratio 0.5", "--pretrained is missing")
     pruned = run("--method c-obd --ratio 0.2 --max-steps 1 --fisher-samples 32")
     command = f"{DIGITS} --method c-obd --ratio 0.2 --pretrained {pruned}/checkpoint.pt --save-dir {tmp_path}/again"
-    fails(capsys, command, "is pruned already")
+    refuses(prune.main, command, "is pruned already")
 
 
 def test_defaults_are_eigendamages_recipe():

@@ -145,6 +145,17 @@ class Method:
         return torch.Generator(device).manual_seed(mixed)
 
 
+class RandomStart(Method):
+    """A method that starts from random masks at the settings' distribution."""
+
+    def start(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        generator, masks = self.generator(0), self.masks
+        counts = allocate(masks.sizes(), self.settings.nonzero, self.settings.distribution or "uniform")
+        masks.assign(
+            {name: random_subset(torch.ones_like(masks.mask(name)), count, generator) for name, count in counts.items()}
+        )
+
+
 def allocate(sizes: Mapping[str, Sequence[int]], nonzero: int, distribution: str) -> dict[str, int]:
     """Number of weights that each layer of shape ``sizes`` keeps, ``nonzero`` in all and at least one in each.
 
@@ -217,9 +228,3 @@ def random_subset(candidates: Tensor, count: int, generator: torch.Generator) ->
     mask = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
     mask[drawn] = True
     return mask.view_as(candidates)
-
-
-def random_masks(masks: Masks, settings: Settings, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random masks at the settings' distribution."""
-    counts = allocate(masks.sizes(), settings.nonzero, settings.distribution or "uniform")
-    return {name: random_subset(torch.ones_like(masks.mask(name)), count, generator) for name, count in counts.items()}

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from common.vision.data import Batch
-from compression_baselines.masks.base import Masks, Method, Settings, random_masks, random_subset
+from compression_baselines.masks.base import Masks, RandomStart, Settings, random_subset
 
 
-class Deepr(Method):
+class Deepr(RandomStart):
     """From random masks, gives every weight a sign; one that crosses zero goes, and another comes in its layer at random.
 
     After each step, weights also decay towards zero by rate * l1 and walk at random by sqrt(2 * rate * temperature).
@@ -23,7 +23,7 @@ class Deepr(Method):
         self.signs: dict[str, Tensor] = {}
 
     def start(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self.masks.assign(random_masks(self.masks, self.settings, self.generator(0)))
+        super().start(model, batches)
         self.signs = {name: torch.where(weight < 0, -1, 1).to(torch.int8) for name, weight in self.masks.weights().items()}
 
     @torch.no_grad()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from common.vision.data import Batch
-from compression_baselines.masks.base import Masks, Method, Settings, largest_remainder, random_masks, random_subset, top
+from compression_baselines.masks.base import Masks, RandomStart, Settings, largest_remainder, random_subset, top
 
 TOLERANCE = 0.1  # by how much the number of dropped weights may miss its goal before the threshold moves
 
@@ -32,15 +31,12 @@ def growth(kept: Mapping[str, Tensor], total: int) -> dict[str, int]:
     return largest_remainder(exact, total, room, least=0)
 
 
-class Dsr(Method):
+class Dsr(RandomStart):
     """From random masks, drops weights below a threshold of all layers, which adapts, and regrows where most survived."""
 
     def __init__(self, masks: Masks, settings: Settings) -> None:
         super().__init__(masks, settings)
         self.threshold = 1e-3
-
-    def start(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self.masks.assign(random_masks(self.masks, self.settings, self.generator(0)))
 
     def after_step(self, step: int) -> None:
         if not self.settings.due(step):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.vision.data import Batch
-from compression_baselines.masks.base import Masks, Method, Settings, random_masks, top
+from compression_baselines.masks.base import Masks, RandomStart, Settings, top
 
 
 def drop_and_grow(weight: Tensor, gradient: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -26,7 +24,7 @@ def _keep_gradient(layer: nn.Module, args: Any, output: Any) -> None:
         weight.retain_grad()
 
 
-class Rigl(Method):
+class Rigl(RandomStart):
     """From random masks, replaces each layer's smallest weights by those outside with the largest gradient.
 
     A step that changes the masks makes no update; the share that is replaced falls to zero like a cosine.
@@ -36,9 +34,6 @@ class Rigl(Method):
         super().__init__(masks, settings)
         for layer in masks.layers.values():  # the gradient of the masked weight is dense, that of the parameter is not
             layer.register_forward_hook(_keep_gradient)
-
-    def start(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self.masks.assign(random_masks(self.masks, self.settings, self.generator(0)))
 
     def fraction(self, step: int) -> float:
         """Share of a layer's weights that step ``step`` replaces."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from common.vision.data import Batch
-from compression_baselines.masks.base import Method, random_masks, random_subset, top
+from compression_baselines.masks.base import RandomStart, random_subset, top
 
 
 def drop(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
@@ -20,11 +17,8 @@ def drop(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
     return kept
 
 
-class Set(Method):
+class Set(RandomStart):
     """From random masks, replaces each layer's weights closest to zero by as many at random places."""
-
-    def start(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self.masks.assign(random_masks(self.masks, self.settings, self.generator(0)))
 
     def after_step(self, step: int) -> None:
         if not self.settings.due(step):
