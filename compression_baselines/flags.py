@@ -20,7 +20,7 @@ SPARSE = ("magnitude", "lottery", "snip", "grasp", "synflow", "set", "deepr", "d
 # What a sparse method does where no flag tells otherwise. update_every None: every epoch. Flags that a method lacks it refuses.
 SPARSE_DEFAULTS: dict[str, dict[str, object]] = {
     "magnitude": {"distribution": "uniform", "update_every": 100, "update_until": 0.75},
-    "lottery": {"distribution": "global", "rounds": 5, "rewind": 1},
+    "lottery": {"distribution": "global", "rounds": 5, "rewind": None},
     "snip": {"score_batches": None},
     "grasp": {"score_batches": None},
     "synflow": {},
@@ -167,7 +167,10 @@ def parse_sparse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.distribution == "global" and args.method not in ("magnitude", "lottery"):
         parser.error(f"--distribution global is for magnitude and lottery: {args.method} takes uniform or erk")
     if args.method == "lottery":
-        args.rewind = min(args.rewind, args.epochs - 1)
+        if args.rewind is None:
+            args.rewind = min(1, args.epochs - 1)
+        if args.rewind >= args.epochs:
+            parser.error(f"--rewind must be below --epochs {args.epochs}: an epoch of the first round, got {args.rewind}")
         if args.rounds < 2:
             parser.error("--rounds must be at least 2 for lottery: it prunes between rounds, got 1")
     if args.compile:

@@ -96,6 +96,8 @@ class VGG(nn.Module):
             nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) < 32:
+            raise ValueError(f"vgg halves its images five times and needs 32 pixels, got {min(x.shape[2:])}")
         return self.classifier(self.features(x).mean((2, 3)))
 
 

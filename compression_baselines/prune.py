@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from common import param_groups
-from common.runs import clean_errors, seed_everything
+from common.runs import Run, clean_errors, seed_everything
 from common.surgery import count_parameters
 from common.vision import checkpoints, distributed, session
 from common.vision.data import Data
+from common.vision.distributed import Processes
 from common.vision.training import Trainer, evaluate
 from compression_baselines import measure, recipe
 from compression_baselines.flags import PROGRAM, parse_prune
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     statistics = recipe.statistics(args.data)
     with clean_errors(f"{PROGRAM}/prune.py"):
         if args.dry_run:
-            print(session.describe(PROGRAM, args, session.dense_report(load_dense(args, shape))))
+            model = load_dense(args, shape)
+            check_budget(model, args, count_parameters(model))
+            print(session.describe(PROGRAM, args, session.dense_report(model)))
             return
         processes = session.start(args)
         if args.evaluate:
@@ -50,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run is None:
             return
 
-        # Data, the dense network, and the network to go on from.
+        # Data, the dense network, and the first round of pruning or the network to go on from.
         data = session.load_data(args, processes, statistics=statistics)
         recipe.check_image_size(args, data.image_size)
         shape["num_classes"] = data.classes
@@ -58,50 +61,59 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = load_dense(args, shape)
         original = count_parameters(model)
         check_budget(model, args, original)
+        if checkpoint is None:
+            model.to(processes.device)
+            shape["pruned"] = prune_(model, args, data, None, original, 1)
+            shape["pruned"]["accuracy"] = evaluate(model, data, processes)["accuracy"]
+        else:
+            model = session.rebuild(checkpoint, directory, shape, build).to(processes.device)
+            shape = dict(checkpoint.get("architecture", shape))
+            if shape["pruned"] is None:
+                raise ValueError("the checkpoint to resume from is of a dense network: give it as --pretrained")
+        trainer = make_trainer(model, data, run, args, processes, shape)
         if checkpoint is not None:
-            model, shape = session.rebuild(checkpoint, directory, shape, build), dict(checkpoint["architecture"])
-        model.to(processes.device)
+            trainer.load_state_dict(checkpoint)
         run.begin()
 
     with run.recorded():
-        metrics: dict[str, float] = {"seconds": 0.0}
-        for number in range(shape["pruned"]["round"] if checkpoint else 1, args.rounds + 1):
-            if checkpoint is None:
-                with clean_errors(f"{PROGRAM}/prune.py"):
-                    shape["pruned"] = prune_(model, args, data, shape["pruned"], original, number)
-                shape["pruned"]["accuracy"] = evaluate(model, data, processes)["accuracy"]
-                if processes.main:
-                    share = f"{count_parameters(model):,} of {original:,} parameters"
-                    print(f"round {number}: {share}, test {shape['pruned']['accuracy']:.2f} %", file=sys.stderr)
-
-            # Fine-tuning, in every round anew.
-            groups = param_groups(model, weight_decay=args.weight_decay)
-            trainer = Trainer(
-                model,
-                data,
-                run,
-                argparse.Namespace(**{**vars(args), "epochs": number * args.epochs}),
-                processes,
-                architecture=shape,
-                optimizer=torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum),
-                schedule=partial(recipe.learning_rate, args),
-            )
-            if checkpoint is not None:
-                trainer.load_state_dict(checkpoint)
-                checkpoint = None
-            else:
-                trainer.step, trainer.seconds = (number - 1) * args.epochs * trainer.steps_per_epoch, metrics["seconds"]
+        while True:
+            if processes.main:
+                share = f"{count_parameters(model):,} of {original:,} parameters"
+                print(f"round {shape['pruned']['round']}: {share}, {shape['pruned']['accuracy']:.2f} %", file=sys.stderr)
             metrics = trainer.fit() | {"pruned": shape["pruned"]["accuracy"]}
-            if args.max_steps is not None and trainer.step >= args.max_steps:
+            number = shape["pruned"]["round"] + 1
+            if number > args.rounds or trainer.step >= (args.max_steps or sys.maxsize):
                 break
+            with clean_errors(f"{PROGRAM}/prune.py"):
+                shape["pruned"] = prune_(model, args, data, shape["pruned"], original, number)
+            shape["pruned"]["accuracy"] = evaluate(model, data, processes)["accuracy"]
+            trainer = make_trainer(model, data, run, args, processes, shape)
+            trainer.step, trainer.seconds = (number - 1) * args.epochs * trainer.steps_per_epoch, metrics["seconds"]
         if args.measure and processes.main:
             measure.write(run.path, model, shape, data.image_size)
         count = count_parameters(model)
         parameters = {"original": original, "compressed": count, "ratio": count / original}
-        result = session.finish(trainer, metrics, parameters, groups)
+        result = session.finish(trainer, metrics, parameters, trainer.optimizer.param_groups)
     distributed.stop()
     if processes.main:
         print(result)
+
+
+def make_trainer(
+    model: nn.Module, data: Data, run: Run, args: argparse.Namespace, processes: Processes, shape: dict[str, Any]
+) -> Trainer:
+    """The trainer that fine-tunes in the round of ``shape``: with the whole schedule and momentum from zero."""
+    groups = param_groups(model, weight_decay=args.weight_decay)
+    return Trainer(
+        model,
+        data,
+        run,
+        argparse.Namespace(**{**vars(args), "epochs": shape["pruned"]["round"] * args.epochs}),
+        processes,
+        architecture=shape,
+        optimizer=torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum),
+        schedule=partial(recipe.learning_rate, args),
+    )
 
 
 def load_dense(args: argparse.Namespace, shape: dict[str, Any]) -> nn.Module:
@@ -115,11 +127,17 @@ def load_dense(args: argparse.Namespace, shape: dict[str, Any]) -> nn.Module:
         raise ValueError(f"--pretrained {args.pretrained} is pruned already: give the checkpoint of a dense run of train.py")
     model = build(shape)
     session.fill(model, checkpoints.model_state(state, args.pretrained), args.pretrained)
+    broken = next((name for name, value in model.state_dict().items() if not value.isfinite().all()), None)
+    if broken is not None:
+        raise ValueError(f"--pretrained {args.pretrained} has diverged: {broken} is not finite")
     return model
 
 
 def check_budget(model: nn.Module, args: argparse.Namespace, original: int) -> None:
-    """Raise ValueError, before any work, where not even the best case of the limits reaches the budget."""
+    """Raise ValueError, before any work, where not even the best case of the limits reaches the budget.
+
+    What is reached then depends on the scores: on how much the branches of a residual block keep of the same channels.
+    """
     if args.target_ratio is not None:
         layers = convolutions(model).items()
         if args.method.startswith("eigendamage"):
@@ -127,7 +145,7 @@ def check_budget(model: nn.Module, args: argparse.Namespace, original: int) -> N
             sides |= {f"{name}/outputs": conv.out_channels for name, conv in layers}
         else:
             sides = {name: conv.out_channels for name, conv in layers}
-        # Scores that are alike in all layers let the branches of a residual block keep the same channels.
+        # Scores that are alike in all layers let branches keep the same channels.
         limit = 1 - (1 - args.prune_ratio_limit) ** args.rounds
         ranking = Ranking({name: torch.arange(float(size)) for name, size in sides.items()}, limit)
         choose(model, args, ranking, round(args.target_ratio * original), None)

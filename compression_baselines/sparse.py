@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         # Masks, and the method that chooses them: as a hook of the trainer, and for the first time below.
         epochs = args.epochs * (args.rounds or 1)
-        settings = make_settings(args, budget(model, args.target_ratio), data.steps_per_epoch(args.batch_size))
+        settings = make_settings(
+            args, budget(model, args.target_ratio), data.steps_per_epoch(args.batch_size, processes.world_size)
+        )
         dense = copy.deepcopy(model)
         masks = Masks(model)
         method = METHODS[args.method](masks, settings)

@@ -106,6 +106,7 @@ def keep_channels_(model: nn.Module, kept: Kept, before: Kept | None = None) -> 
         union = sorted({*out, *stream})
         same = len(out) == len(stream) == len(union)
         block.add = Add() if same else UnionAdd(_places(out, union), _places(stream, union), len(union))
+        block.add.to(model.linear.weight.device)
         stream, stream_before = union, sorted({*out_before, *stream_before})
     model.linear = _cut_linear(model.linear, _places(stream, stream_before))
 

@@ -1,7 +1,12 @@
 """Sparse training: densities, scores and updates against brute force, exact counts at every step, the program end to end."""
 
+import copy
+import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common.runs import read_json
+from common.runs import ROOT, read_json
 from common.vision import checkpoints
-from common.vision.data import Batch
+from common.vision.data import Batch, load
 from compression_baselines import measure, sparse
 from compression_baselines.flags import SPARSE, SPARSE_DEFAULTS, parse_sparse
 from compression_baselines.masks import METHODS, base, deepr, dsr, grasp, rigl, snip, synflow
@@ -163,8 +168,9 @@ def test_set_drops_the_closest_to_zero_of_either_sign_and_grows_elsewhere():
     for name, (mask, weight) in before.items():
         dropped = set()  # by sorting each sign on its own
         for sign in (1, -1):
-            signed = (sign * weight.flatten()).tolist()
-            values = sorted((value, index) for index, value in enumerate(signed) if value > 0)
+            inside = [index for index in range(weight.numel()) if mask.flatten()[index]]
+            signed = [(sign * weight.flatten()[index].item(), index) for index in inside]
+            values = sorted((value, index) for value, index in signed if value > 0 or (value == 0 and sign == 1))
             dropped |= {index for _, index in values[: int(0.3 * len(values))]}
         kept = {i for i in range(weight.numel()) if mask.flatten()[i]} - dropped
         now = set(masks.mask(name).flatten().nonzero()[:, 0].tolist())
@@ -174,6 +180,12 @@ def test_set_drops_the_closest_to_zero_of_either_sign_and_grows_elsewhere():
         assert len(grown) == len(dropped) > 0
         assert not any(masks.parameter(name).flatten()[i] for i in grown)
         assert all(masks.parameter(name).flatten()[i] == weight.flatten()[i] for i in kept)
+    masks.assign({"0": torch.ones_like(masks.mask("0"))})
+    with torch.no_grad():
+        masks.parameter("0").normal_()
+    whole = masks.parameter("0").detach().clone()
+    method.after_step(4)
+    assert torch.equal(masks.parameter("0"), whole)  # a layer without room stays as it is
 
 
 def test_rigl_drops_and_grows_as_brute_force_does():
@@ -268,6 +280,150 @@ def test_dsr_prunes_by_a_common_threshold_that_adapts_and_regrows_in_proportion(
     method.after_step(2)
     assert masks.nonzero() == given.nonzero
     assert all(masks.mask(name).any() for name in masks.layers)
+
+
+def by_rank(scores, count):
+    """Positions (layer, index) of the highest scores, by sorting in Python."""
+    entries = [(value, name, index) for name, score in scores.items() for index, value in enumerate(score.flatten().tolist())]
+    return {(name, index) for _, name, index in sorted(entries, reverse=True)[:count]}
+
+
+def positions(masks):
+    return {(name, index) for name in masks.layers for index in masks.mask(name).flatten().nonzero()[:, 0].tolist()}
+
+
+@pytest.mark.parametrize(("name", "module"), [("snip", snip), ("grasp", grasp)])
+def test_one_shot_methods_keep_the_highest_scores(two, name, module):
+    model, batches = two
+    wanted = by_rank(module.scores(copy.deepcopy(model), batches), 30)
+    masks = Masks(copy.deepcopy(model))
+    METHODS[name](masks, Settings(nonzero=30, steps=10, steps_per_epoch=5, epochs=2)).start(model, batches)
+    assert positions(masks) == wanted
+
+
+def test_synflow_prunes_absolute_weights_in_a_hundred_steps(two):
+    """Against the same steps on a chain of matrices, with the flow through each weight as products of path sums."""
+    torch.manual_seed(1)
+    model = nn.Sequential(*(nn.Linear(*sizes, bias=False) for sizes in ((6, 8), (8, 7), (7, 3)))).double()
+    weights = [layer.weight.detach().abs() for layer in model]
+    full, wanted = sum(weight.numel() for weight in weights), 20
+    for step in range(1, 101):
+        into = [torch.ones(6, dtype=torch.float64)]
+        for weight in weights:
+            into.append(weight @ into[-1])
+        out_of = [torch.ones(3, dtype=torch.float64)]
+        for weight in reversed(weights):
+            out_of.append(weight.mT @ out_of[-1])
+        flow = {str(i): weights[i] * torch.outer(out_of[2 - i], into[i]) for i in range(3)}
+        kept = by_rank(flow, round(full * (wanted / full) ** (step / 100)))
+        for i, weight in enumerate(weights):
+            inside = torch.zeros(weight.numel(), dtype=torch.bool)
+            inside[[index for name, index in kept if name == str(i)]] = True
+            weight *= inside.view_as(weight)
+    masks = Masks(copy.deepcopy(model))
+    batch = Batch(torch.randn(2, 6, dtype=torch.float64), torch.zeros(2, dtype=torch.long))
+    METHODS["synflow"](masks, Settings(nonzero=wanted, steps=10, steps_per_epoch=5, epochs=2)).start(model, [batch])
+    assert positions(masks) == kept
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "global"])
+def test_magnitude_keeps_the_largest(distribution):
+    masks, given = masks_of(update_every=10, update_until=0.5, distribution=distribution)
+    masks.assign({name: torch.ones_like(masks.mask(name)) for name in masks.layers})
+    with torch.no_grad():
+        for name in masks.layers:
+            masks.parameter(name).normal_(std=1.0 if name == "0" else 0.1)
+    magnitudes = {name: weight.abs().clone() for name, weight in masks.weights().items()}
+    METHODS["magnitude"](masks, given).after_step(given.last_update - 1)
+    if distribution == "global":
+        wanted = by_rank(magnitudes, given.nonzero)
+        assert {name for name, _ in wanted} == {"0"}  # so that the other layer keeps its best weight alone
+        wanted = by_rank({"0": magnitudes["0"]}, given.nonzero - 1) | by_rank({"1": magnitudes["1"]}, 1)
+    else:
+        counts = allocate(masks.sizes(), given.nonzero, "uniform")
+        wanted = set().union(*(by_rank({name: magnitudes[name]}, count) for name, count in counts.items()))
+    assert positions(masks) == wanted
+
+
+def test_lottery_removes_the_smallest_by_equal_factors():
+    masks, given = masks_of(((20, 30), (10, 20)), distribution="global", rounds=3, rewind=0)
+    given = dataclasses.replace(given, nonzero=80, epochs=10)
+    masks.assign({name: torch.ones_like(masks.mask(name)) for name in masks.layers})
+    method = METHODS["lottery"](masks, given)
+    for epoch, count in ((0, 800), (10, round(800 * 0.1**0.5)), (20, 80)):
+        with torch.no_grad():
+            for name in masks.layers:
+                masks.parameter(name).normal_().mul_(masks.mask(name))
+        magnitudes = {name: weight.abs().clone() for name, weight in masks.weights().items()}
+        method.before_epoch(epoch)
+        assert positions(masks) == by_rank(magnitudes, count)
+
+
+def test_no_layer_is_emptied_by_making_room_for_another():
+    masks = top_global({"a": torch.tensor([9.0, 8.0]), "b": torch.tensor([7.0]), "c": torch.tensor([1.0])}, 3)
+    assert [mask.tolist() for mask in masks.values()] == [[True, False], [True], [True]]
+
+
+PROCESSES = """
+import torch, torch.distributed as dist
+from torch import nn
+from compression_baselines.masks import rigl
+from compression_baselines.masks.base import Masks, Settings
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(6, 8, bias=False))
+masks = Masks(model)
+masks.assign({"0": torch.arange(48).view(8, 6) % 3 == rank})
+assert torch.equal(masks.mask("0"), torch.arange(48).view(8, 6) % 3 == 0), "the main process's masks count"
+masks.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+method = rigl.Rigl(masks, Settings(nonzero=16, steps=9, steps_per_epoch=9, epochs=1, update_every=1, drop_fraction=0.5))
+model(torch.randn(4, 6, generator=torch.Generator().manual_seed(rank))).square().sum().backward()
+mine = model[0].weight.grad.clone()
+total = mine.clone()
+dist.all_reduce(total)
+kept, grown = rigl.drop_and_grow(masks.weights()["0"].clone(), total, masks.mask("0"), int(method.fraction(0) * 16))
+method.before_update(0)
+assert torch.equal(masks.mask("0"), kept | grown), "both processes grow by the sum of their gradients"
+print("agreed")
+"""
+
+
+def test_processes_agree_on_masks(tmp_path):
+    script = tmp_path / "agree.py"
+    script.write_text(PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=240)
+    assert (done.returncode, done.stdout.count("agreed")) == (0, 2), done.stderr
+
+
+def test_hooks_act_between_backward_and_the_update(run, monkeypatch):
+    seen = []
+    method = METHODS["snip"]
+
+    def snapshot(self, kind):
+        weights = {name: weight.clone() for name, weight in self.masks.weights().items()}
+        gradients = [self.masks.parameter(name).grad for name in self.masks.layers]
+        seen.append((kind, weights, all(gradient is not None and gradient.any() for gradient in gradients)))
+
+    monkeypatch.setattr(method, "before_update", lambda self, step: snapshot(self, "before"))
+    monkeypatch.setattr(method, "after_step", lambda self, step: snapshot(self, "after"))
+    run("--method snip --target-ratio 0.3 --max-steps 2")
+    assert [kind for kind, _, _ in seen] == ["before", "after"] * 2
+    (_, first, gradients), (_, second, _), (_, third, _), _ = seen
+    assert gradients
+    assert all(torch.equal(second[name], third[name]) for name in second)
+    assert not any(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_scores_come_from_ten_images_a_class():
+    data = load("digits", None)
+    for flags, count in (("--batch-size 30", 4), ("--batch-size 128", 1), ("--batch-size 30 --score-batches 2", 2)):
+        args = parse_sparse(f"--network resnet --dataset digits --method snip --target-ratio 0.1 {flags}".split())
+        batches = sparse.first_batches(args, data)
+        assert len(batches) == count
+        assert torch.equal(batches[-1].images, data.train_batch(0, 0, count - 1, args.batch_size).images)
 
 
 def test_the_magnitude_schedule_is_cubic():
@@ -397,6 +553,7 @@ def test_measure_counts_zeros_and_their_indices(run, capsys):
         ("--method snip --target-ratio 0.1 --drop-fraction 0.2", "--drop-fraction is for set, dsr, rigl: snip does not use it"),
         ("--method rigl --target-ratio 0.1 --distribution global", "--distribution global is for magnitude and lottery"),
         ("--method lottery --target-ratio 0.1 --rounds 1", "--rounds must be at least 2 for lottery"),
+        ("--method lottery --target-ratio 0.1 --epochs 2 --rewind 2", "--rewind must be below --epochs 2"),
         ("--method rigl --target-ratio 0.1 --compile", "--compile does not see the masks change"),
     ],
 )

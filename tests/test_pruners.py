@@ -222,6 +222,8 @@ def test_the_budget_is_met_by_the_closest_count():
         assert abs(count(ranking.kept(removed)) - budget) == min(errors)
     with pytest.raises(ValueError, match=r"budget of 5 parameters .* 7 stay"):
         removed_for_budget(ranking, 5, count)
+    with pytest.raises(ValueError, match=r"budget of 80 parameters .* has 70 at the most"):
+        removed_for_budget(ranking, 80, count)
 
 
 def random_channels(model, generator, before=None):
@@ -388,6 +390,8 @@ def test_ratio_measure_and_fixed_rotations(run):
         ("--method eigendamage-separable --target-ratio 0.1 --rounds 2", "--rounds above 1 is not for eigendamage-separable"),
         ("--method c-obd --target-ratio 0.001", "a budget of 309 parameters cannot be reached"),
         ("--method eigendamage --target-ratio 0.01", "a budget of 3,086 parameters cannot be reached"),
+        ("--method eigendamage-separable --target-ratio 0.5", "this method has 76,590 at the most"),
+        ("--method c-obd --target-ratio 0.001 --dry-run", "a budget of 309 parameters cannot be reached"),
         ("--method c-obd --target-ratio 0.1 --width 64", "has width 32, and the flags ask for 64"),
         ("--method c-obd --target-ratio 0.1 --depth 14", "has depth 8, and the flags ask for 14"),
         ("--method c-obd --target-ratio 0.1 --pretrained nowhere.pt", "there is no checkpoint at nowhere.pt"),
@@ -403,6 +407,46 @@ def test_what_cannot_be_pruned(refuses, tmp_path, run):
     pruned = run("--method c-obd --ratio 0.2 --max-steps 1 --fisher-samples 32")
     command = f"{DIGITS} --method c-obd --ratio 0.2 --pretrained {pruned}/checkpoint.pt --save-dir {tmp_path}/again"
     refuses(prune.main, command, "is pruned already")
+
+
+def test_what_cannot_be_gone_on_with(refuses, tmp_path, dense, run):
+    """Checkpoints of other runs, of dense networks, and bare weights: one line, and nothing is left behind."""
+    command = f"{DIGITS} --method kron-obd --target-ratio 0.3 --fisher-samples 64 --pretrained {dense}/checkpoint.pt"
+    pruned = run("--method kron-obd --target-ratio 0.3 --fisher-samples 64 --max-steps 2")
+    torch.save(checkpoints.load(dense / "checkpoint.pt")["model"], tmp_path / "bare.pt")
+    for source, message in (
+        (f"{pruned}/checkpoint.pt --lr 0.5", "lr 0.001 there, 0.5 here"),
+        (f"{pruned}/checkpoint.pt --max-steps 1", "at step 2, past the last step 1"),
+        (f"{dense}/checkpoint.pt", "is of a dense network: give it as --pretrained"),
+        (f"{tmp_path}/bare.pt", "is of a dense network: give it as --pretrained"),
+    ):
+        refuses(prune.main, f"{command} --save-dir {tmp_path}/x --resume {source}", message)
+        assert not (tmp_path / "x").exists()
+
+
+def test_a_budget_that_only_the_fisher_shows_to_be_out_of_reach_leaves_nothing(refuses, tmp_path, dense):
+    command = f"{DIGITS} --method kron-obs --fisher-samples 64 --pretrained {dense}/checkpoint.pt --save-dir {tmp_path}/x"
+    refuses(prune.main, f"{command} --prune-ratio-limit 0.5 --target-ratio 0.26", "parameters cannot be reached")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_diverged_network_is_refused(refuses, tmp_path, dense):
+    state = checkpoints.load(dense / "checkpoint.pt")
+    state["model"]["layer1.0.conv1.weight"].fill_(float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    command = f"{DIGITS} --method kron-obs --target-ratio 0.5 --pretrained {tmp_path}/nan.pt --save-dir {tmp_path}/r"
+    refuses(prune.main, command, "has diverged: layer1.0.conv1.weight is not finite")
+    assert not (tmp_path / "r").exists()
+
+
+def test_what_surgery_adds_is_on_the_models_device():
+    model = build(RESNET).to("meta")
+    kept = {
+        name: list(range(index % 2, conv.out_channels, 2)) for index, (name, conv) in enumerate(convolutions(model).items())
+    }
+    keep_channels_(model, kept)
+    assert any(isinstance(module, UnionAdd) for module in model.modules())
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
 def test_defaults_are_eigendamages_recipe():

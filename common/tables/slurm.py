@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.runs import REQUEUE, ROOT
+from common.runs import REQUEUE, ROOT, config_hash
 from common.tables.rows import Program, Row, Table
 
 if TYPE_CHECKING:
@@ -33,17 +34,21 @@ class RowJob:
 
     def __call__(self) -> str:
         result = ""
-        for command in self.commands:
-            words = [word.replace("{after}", str(Path(result).parent)) for word in command]
-            status = REQUEUE
-            while status == REQUEUE:  # told to stop although the job was not: go on at once
-                self._process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-                output, _ = self._process.communicate()
-                status = self._process.returncode
-            if status != 0:
-                raise subprocess.CalledProcessError(status, words)
-            result = output.strip()
-        return result
+        for command in self.commands[:-1]:  # that other jobs may need as well: they wait for the one that runs it
+            with _alone(command):
+                result = self._run(command, result)
+        return self._run(self.commands[-1], result)
+
+    def _run(self, command: Sequence[str], result: str) -> str:
+        words = [word.replace("{after}", str(Path(result).parent)) for word in command]
+        status = REQUEUE
+        while status == REQUEUE:  # told to stop although the job was not: go on at once
+            self._process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+            output, _ = self._process.communicate()
+            status = self._process.returncode
+        if status != 0:
+            raise subprocess.CalledProcessError(status, words)
+        return output.strip()
 
     def checkpoint(self) -> DelayedSubmission:
         """Called by submitit, in its signal handler, before it queues the job again."""
@@ -55,6 +60,15 @@ class RowJob:
                 # Not Popen.wait: the handler may have interrupted one, which holds its lock.
                 os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(RowJob(self.commands))
+
+
+@contextlib.contextmanager
+def _alone(command: Sequence[str]) -> Generator[None]:
+    """Let one job at a time run a command."""
+    (ROOT / "results").mkdir(exist_ok=True)
+    with open(ROOT / "results" / f".{config_hash({'command': list(command)})}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def job(program: Program, table: Table, row: Row, seed: int, flags: Sequence[str] = ()) -> RowJob:

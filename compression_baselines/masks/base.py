@@ -214,9 +214,8 @@ def top_global(scores: Mapping[str, Tensor], nonzero: int) -> dict[str, Tensor]:
     emptied = [name for name, part in zip(scores, top(flat, nonzero).split(numel), strict=True) if not part.any()]
     if emptied:
         print(f"would be emptied, so that their best weight stays: {', '.join(emptied)}", file=sys.stderr)
-        for name, part in zip(scores, flat.split(numel), strict=True):
-            if name in emptied:
-                part[part.argmax()] = torch.inf
+        for part in flat.split(numel):  # of every layer, or making room for one could empty the next
+            part[part.argmax()] = torch.inf
     masks = top(flat, nonzero).split(numel)
     return {name: mask.view_as(score) for (name, score), mask in zip(scores.items(), masks, strict=True)}
 

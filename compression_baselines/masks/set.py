@@ -9,9 +9,9 @@ from compression_baselines.masks.base import RandomStart, random_subset, top
 
 
 def drop(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
-    """The mask without ``fraction`` of the positive weights, those closest to zero, and as much of the negative ones."""
+    """The mask without ``fraction`` of the weights of either sign, those closest to zero; zeros count as positive."""
     kept = mask.clone()
-    for side in (mask & (weight > 0), mask & (weight < 0)):
+    for side in (mask & (weight >= 0), mask & (weight < 0)):
         distance = torch.where(side, -weight.abs(), -torch.inf)
         kept &= ~top(distance, int(fraction * int(side.sum())))
     return kept
@@ -27,6 +27,8 @@ class Set(RandomStart):
         generator = self.generator(step + 1)
         for name, weight in self.masks.weights().items():
             mask = self.masks.mask(name)
+            if mask.all():  # nowhere else to grow
+                continue
             kept = drop(weight, mask, self.settings.drop_fraction)
             self.masks.assign({name: kept})  # zeroes what was dropped, should it come back at once
             grown = random_subset(~kept, int(mask.sum() - kept.sum()), generator)

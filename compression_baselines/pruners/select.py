@@ -40,11 +40,14 @@ class Ranking:
 def removed_for_budget(ranking: Ranking, budget: int, count: Callable[[dict[str, list[int]]], int]) -> int:
     """How many units to remove so that the parameter count is closest to ``budget``; ``count`` falls as units go.
 
-    Raises ValueError naming the floor where even the most that the limit allows leaves more.
+    Raises ValueError naming the floor where even the most that the limit allows leaves more, and naming the ceiling where
+    less is there before anything is removed, as of depthwise layers.
     """
-    floor = count(ranking.kept(ranking.units))
+    floor, ceiling = count(ranking.kept(ranking.units)), count(ranking.kept(0))
     if floor > budget:
         raise ValueError(f"a budget of {budget:,} parameters cannot be reached: at this --prune-ratio-limit {floor:,} stay")
+    if ceiling < 0.99 * budget:
+        raise ValueError(f"a budget of {budget:,} parameters cannot be reached: this method has {ceiling:,} at the most")
     low, high = 0, ranking.units  # the smallest number of removed units whose count is within the budget
     while low < high:
         middle = (low + high) // 2
