@@ -40,6 +40,26 @@ def test_a_job_runs_the_commands_in_order_and_knows_the_last_result(tmp_path):
     assert (tmp_path / "out").read_text() == "/a/b/x"
 
 
+def test_jobs_that_need_the_same_run_wait_for_it(tmp_path):
+    """Two jobs with one prerequisite at once: their runs of it do not overlap."""
+    record = tmp_path / "record"
+    code = f"""
+import time
+for word in ("start", "end"):
+    with open({str(record)!r}, "a") as file:
+        file.write(word + " ")
+    time.sleep(0.3)
+print("/a/b/result.json")
+"""
+    jobs = [slurm.RowJob([["-c", code], ["-c", "print('/c/result.json')"]]) for _ in range(2)]
+    threads = [threading.Thread(target=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert record.read_text().split() == ["start", "end"] * 2
+
+
 def test_a_command_that_asks_to_be_queued_again_is_run_again_and_a_failure_is_one(tmp_path):
     marker = tmp_path / "marker"
     code = f"import pathlib, sys; p = pathlib.Path({str(marker)!r}); n = p.exists(); p.touch(); sys.exit(0 if n else {REQUEUE})"
