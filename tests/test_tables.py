@@ -477,3 +477,20 @@ def test_a_row_of_each_program_runs_for_two_steps(program, tmp_path):
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert done.stdout.strip() == str(tmp_path / "run" / "result.json")
     assert (result["config"]["max_steps"], result["row"], result["seed"]) == (2, None, 1)
+
+
+def test_comparing_runs_shows_what_was_measured(tmp_path, capsys):
+    write_result(tmp_path, "full", seed=1, final=91.0)
+    write_result(tmp_path, "spectral", seed=1, final=90.0)
+    one, other = sorted(tmp_path.glob("run*"))
+    at = {"multiply_adds": 2_500_000, "latency": 0.004}
+    cost = {"parameters": 100, "nonzero": 40, "batch1": at, "batch128": at}
+    write_json(other / "measure.json", {"models": {"as trained": cost}})
+    main(["compare", str(one), str(other)])
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert [line[2] for line in lines[2:]] == ["91.00", "90.00"]
+    assert [line[6] for line in lines[2:]] == ["-", "2.5"]
+    assert lines[3][4:6] == ["100", "40"]
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "nothing")])
+    assert "holds no result.json: it is not a finished run" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Rows, scripts, tables and figures: python -m common.tables {list,emit,status,collect,plot,submit}."""
+"""Rows, scripts, tables and figures: python -m common.tables {list,emit,status,collect,compare,plot,submit}."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from common.runs import ROOT, FlagParser, clean_errors, write_atomic
-from common.tables import collect, emit, slurm, status
+from common.tables import collect, compare, emit, slurm, status
 from common.tables.rows import Program, Table, programs, select
 
 _COMMANDS = {
@@ -18,6 +18,7 @@ _COMMANDS = {
     "emit": "write the script of every row to generated-scripts/",
     "status": "print where the runs stand and what is left",
     "collect": "make tables of the finished results: Markdown, CSV and LaTeX",
+    "compare": "print finished runs beside each other, rows or not, with what measuring found",
     "plot": "make the figures of tables with finished results: PNG and PDF",
     "submit": "submit every row and seed to Slurm, as one array",
 }
@@ -28,7 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=FlagParser)
     made = {name: commands.add_parser(name, help=text, description=text) for name, text in _COMMANDS.items()}
     for name, command in made.items():
-        if name != "emit":
+        if name not in ("emit", "compare"):
             command.add_argument("--subproject", help="only this subproject")
             command.add_argument("--table", help="only this table")
             command.add_argument("--row", metavar="PATTERN", help="only rows whose id matches, such as 'resnet20-*'")
@@ -38,6 +39,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument("--out", type=Path, help="where a folder per table goes (default: the results folder)")
     made["status"].add_argument("--all", action="store_true", help="also show rows that were not begun")
     made["collect"].add_argument("--html", action="store_true", help="also make one page of tables and figures, index.html")
+    made["compare"].add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
     job = made["submit"]
     job.add_argument("--parallel", type=int, default=32, metavar="N", help="jobs at a time")
     job.add_argument("--gpus", type=int, default=1, help="GPUs of a job")
@@ -54,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with clean_errors("python -m common.tables"):
         if args.command == "emit":
             print(f"{emit.emit(programs())} scripts in {emit.SCRIPTS}", file=sys.stderr)
+            return
+        if args.command == "compare":
+            print(compare.table(args.runs))
             return
         chosen = select(programs(), program=args.subproject, table=args.table, row=args.row)
         if args.command == "list":

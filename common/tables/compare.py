@@ -1,0 +1,33 @@
+"""Finished runs beside each other, rows of a table or not: accuracy and, where it was measured, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+from common.runs import read_json
+from common.tables.collect import parse
+
+_HEADER = ("run", "seed", "final", "best", "parameters", "non-zeros", "M multiply-adds", "ms at batch 1", "ms at batch 128")
+
+
+def line(directory: Path) -> list[str]:
+    """The cells of a run, cost from its measure.json; raises ValueError where its result is missing or garbled."""
+    if not (directory / "result.json").exists():
+        raise ValueError(f"{directory} holds no result.json: it is not a finished run")
+    result = parse(directory / "result.json")
+    cells = [directory.name, str(result.seed), f"{result.final:.2f}", f"{result.best:.2f}"]
+    if not (directory / "measure.json").exists():
+        return [*cells, f"{result.parameters['compressed']:,}", "-", "-", "-", "-"]
+    cost = read_json(directory / "measure.json")["models"]["as trained"]
+    one, many = cost["batch1"], cost["batch128"]
+    times = [f"{at['latency'] * 1e3:.1f}" for at in (one, many)]
+    return [*cells, f"{cost['parameters']:,}", f"{cost['nonzero']:,}", f"{one['multiply_adds'] / 1e6:.1f}", *times]
+
+
+def table(directories: Sequence[Path]) -> str:
+    """A Markdown table with a line per run."""
+    align = ("left", *["right"] * (len(_HEADER) - 1))
+    return tabulate(map(line, directories), _HEADER, tablefmt="github", disable_numparse=True, colalign=align)
