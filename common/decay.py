@@ -96,7 +96,7 @@ class FrobeniusDecay:
             if isinstance(layer, FactorizedMatrix):
                 norms.append(linalg.frobenius_norm(_at_least_float32(layer.factors())).square())
             else:
-                norms.append(layer.to_dense().square().sum())
+                norms.append(layer.squared_norm())
         return self.coef / 2 * torch.stack(norms).sum()
 
     @torch.no_grad()

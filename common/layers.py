@@ -32,16 +32,20 @@ class Factorized(nn.Module):
         """An ordinary layer with the same function, on the same device, dtype and mode."""
         raise NotImplementedError
 
+    def squared_norm(self) -> Tensor:
+        """||weight||_F^2, differentiable, in the dtype of the factors; a subclass may know it without forming the weight."""
+        return self.to_dense().square().sum()
+
     def frobenius_grads(self) -> list[Tensor]:
         """Gradients of 1/2 ||weight||_F^2 with respect to each factor, zero for frozen ones.
 
-        By autograd, in the dtype of the factors; a subclass may override it with a closed form.
+        By autograd of :meth:`squared_norm`; a subclass may override it with a closed form.
         """
         grads = [torch.zeros_like(factor) for factor in self.factors()]
         wanted = [index for index, factor in enumerate(self.factors()) if factor.requires_grad]
         if wanted:
             with torch.enable_grad():
-                penalty = self.to_dense().square().sum() / 2
+                penalty = self.squared_norm() / 2
                 found = torch.autograd.grad(penalty, [self.factors()[index] for index in wanted])
             for index, grad in zip(wanted, found, strict=True):
                 grads[index] = grad

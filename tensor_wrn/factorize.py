@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import FactorizationReport, LowRankConfig, factorize_, rank_scale_for_ratio
+from common import FactorizationReport, LowRankConfig, factorize_, linalg, rank_scale_for_ratio
 from common.layers import Factorized
 from common.surgery import LayerReport, count_parameters
 from common.vision import session
@@ -38,7 +38,8 @@ def make_model(args: argparse.Namespace, architecture: dict[str, Any]) -> tuple[
         def of_kernel(module: nn.Module, name: str, kernel: int = kernel) -> bool:
             return is_factorized(module, name) and isinstance(module, nn.Conv2d) and module.kernel_size[0] == kernel
 
-        init = partial(fan_out_init, kernel=kernel) if args.init == "regular" else args.init
+        inits = {"regular": partial(fan_out_init, kernel=kernel), "norm-matched": partial(norm_matched_init, kernel=kernel)}
+        init = inits.get(args.init, args.init)
         layers += factorize_(model, LowRankConfig(scale, init=init), filter_fn=of_kernel).layers
     return model, FactorizationReport(tuple(layers), original, count_parameters(model))
 
@@ -48,6 +49,13 @@ def fan_out_init(matrix: Tensor, rank: int, *, kernel: int) -> tuple[Tensor, Ten
     rows, columns = matrix.shape  # out * kernel rows
     std = math.sqrt(2 / (kernel * rows))
     return torch.randn(rows, rank) * std, torch.randn(rank, columns) * std
+
+
+def norm_matched_init(matrix: Tensor, rank: int, *, kernel: int) -> tuple[Tensor, Tensor]:
+    """The factors of :func:`fan_out_init`, scaled alike to the norm that spectral initialization gives for the matrix."""
+    norm = linalg.frobenius_norm(linalg.spectral_init(matrix, rank))
+    u, vt = linalg.rescale(fan_out_init(matrix, rank, kernel=kernel), norm)
+    return u, vt
 
 
 def make_tensors(architecture: dict[str, Any], init: str) -> tuple[WideResNet, FactorizationReport]:
@@ -71,8 +79,8 @@ def _count(architecture: dict[str, Any]) -> int:
 def tensor_scale_for_ratio(architecture: dict[str, Any], target: float) -> float:
     """The rank scale in (0, 1] whose parameter count is closest to ``target`` times that of the ordinary network.
 
-    Ranks are integers, so the count is a step function of the scale; the middle of the best step is returned. Raises ValueError
-    for a target below what rank 1 leaves or above what full ranks have, naming that limit.
+    Ranks are integers, so the count is a step function of the scale; the middle of the best step is returned. Raises
+    ValueError for a target more than a hundredth below what rank 1 leaves or above what full ranks have, naming that limit.
     """
     original = _count({**architecture, "form": "Conv"})
     with torch.device("meta"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,8 @@ def _milestones(text: str) -> list[int]:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = None
-    if not isinstance(value, list) or not all(isinstance(item, int) and item > 0 for item in value) or value != sorted(value):
+    rising = isinstance(value, list) and all(type(item) is int and item > 0 for item in value) and value == sorted(set(value))
+    if not rising:
         raise argparse.ArgumentTypeError(f"must be a list of rising epochs such as [60,120,160], got {text!r}")
     return value
 
@@ -67,9 +67,9 @@ def make_parser() -> FlagParser:
     method.add_argument("--no-frob", action="store_true", help="with --wd2fd: no decay at all on the factors")
 
     student = parser.add_argument_group("student")
-    student.add_argument("--temperature", type=flags.non_negative, default=4.0, help="of the teacher's and student's answers")
-    student.add_argument("--alpha", type=flags.non_negative, default=0.0, help="weight of the teacher's answers, in [0, 1]")
-    student.add_argument("--beta", type=flags.non_negative, default=1e3, help="weight of the attention transfer")
+    student.add_argument("--temperature", type=flags.non_negative, help="of the teacher's and student's answers (default: 4)")
+    student.add_argument("--alpha", type=flags.non_negative, help="weight of the teacher's answers, in [0, 1] (default: 0)")
+    student.add_argument("--beta", type=flags.non_negative, help="weight of the attention transfer (default: 1000)")
     return parser
 
 
@@ -85,13 +85,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flags.resolve(parser, args)
     if args.wrn_depth < 10 or args.wrn_depth % 6 != 4:
         parser.error(f"--wrn-depth must be 6n + 4 and at least 10, got {args.wrn_depth}")
-    if not (math.isfinite(args.wrn_width) and args.wrn_width >= 1 / 16):
-        parser.error(f"--wrn-width must be at least 1/16, got {args.wrn_width:g}")
-    if args.alpha > 1:
-        parser.error(f"--alpha must be in [0, 1], got {args.alpha:g}")
+    if not 1 / 16 <= args.wrn_width <= 100:
+        parser.error(f"--wrn-width must be between 1/16 and 100, got {args.wrn_width:g}")
+    _resolve_student(parser, args)
     _resolve_form(parser, args)
     _resolve_directories(parser, args)
     return args
+
+
+def _resolve_student(parser: FlagParser, args: argparse.Namespace) -> None:
+    for name, default in (("temperature", 4.0), ("alpha", 0.0), ("beta", 1e3)):
+        if args.mode == "teacher" and getattr(args, name) is not None:
+            parser.error(f"--{name} is for the mode student")
+        if args.mode == "student" and getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.mode == "student" and (args.alpha > 1 or args.temperature == 0):
+        parser.error(f"--alpha must be in [0, 1] and --temperature above 0, got {args.alpha:g} and {args.temperature:g}")
 
 
 def _resolve_form(parser: FlagParser, args: argparse.Namespace) -> None:
@@ -138,9 +147,15 @@ def _resolve_directories(parser: FlagParser, args: argparse.Namespace) -> None:
     if args.mode == "teacher":
         if student is not None:
             parser.error(f"-s {student} is for the mode student: a teacher is written to -t")
-        args.save_dir = args.save_dir or teacher
+        args.save_dir = _one(parser, args.save_dir, teacher, "-t")
         return
     if teacher is None:
         parser.error("the mode student needs -t DIR: the run of the teacher")
     args.teacher = teacher if teacher.suffix == ".pt" else teacher / "checkpoint.pt"
-    args.save_dir = args.save_dir or student
+    args.save_dir = _one(parser, args.save_dir, student, "-s")
+
+
+def _one(parser: FlagParser, save_dir: Path | None, short: Path | None, flag: str) -> Path | None:
+    if save_dir is not None and short is not None:
+        parser.error(f"--save-dir {save_dir} and {flag} {short} name the directory twice: give one")
+    return save_dir or short

@@ -156,13 +156,10 @@ class TensorPointwise(Factorized):
         layer.weight.data.copy_(weight)
         return layer.train(self.training)
 
-    def frobenius_grads(self) -> list[Tensor]:
-        with torch.enable_grad():
-            grads = torch.autograd.grad(self.squared_norm() / 2, list(self.cores))
-        return list(grads)
-
     def forward(self, input: Tensor) -> Tensor:
-        return F.conv2d(input, self.to_dense())
+        with torch.autocast(input.device.type, enabled=False):  # rounded once, as an ordinary weight is
+            weight = self.to_dense()
+        return F.conv2d(input, weight)
 
     def extra_repr(self) -> str:
         sizes = ", ".join("x".join(map(str, core.shape)) for core in self.cores)

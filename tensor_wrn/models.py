@@ -75,7 +75,12 @@ class WideResNet(nn.Module):
 
 
 def build(architecture: Mapping[str, Any]) -> WideResNet:
-    """The network of depth, width, num_classes, form and rank_scale (of tensors); tensor cores are without values."""
+    """The network of depth, width, num_classes, form and rank_scale (of tensors); tensor cores are without values.
+
+    Raises ValueError where tensors have no rank scale.
+    """
+    if architecture["form"] != "Conv" and architecture["rank_scale"] is None:
+        raise ValueError(f"{architecture['form']} needs its rank scale: give --conv {architecture['form']}_R or --rank-scale")
     keys = ("depth", "width", "num_classes", "form", "rank_scale")
     return WideResNet(*(architecture[key] for key in keys))
 

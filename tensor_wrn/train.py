@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     statistics = STATISTICS.get(args.data, CIFAR10)
     architecture = {"depth": args.wrn_depth, "width": args.wrn_width, "num_classes": args.num_classes, "form": args.form}
-    architecture["rank_scale"] = None  # of tensors: make_model solves it where --target-ratio asks for that
+    architecture["rank_scale"] = args.rank_scale if args.form != "Conv" and args.rank_scale else None  # or make_model solves it
     with clean_errors(f"{PROGRAM}/train.py"):
         if args.dry_run:
             seed_everything(args.seed)
@@ -106,6 +106,8 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
 def load_teacher(args: argparse.Namespace) -> nn.Module:
     """The teacher from its checkpoint alone; raises ValueError where there is none, or it is of another program."""
     state = checkpoints.load(args.teacher)
+    if "architecture" not in state:
+        raise ValueError(f"{args.teacher} does not tell its architecture: give the checkpoint.pt of a run of this program")
     return session.rebuild(state, args.teacher, dict.fromkeys(("depth", "width", "num_classes", "form", "rank_scale")), build)
 
 

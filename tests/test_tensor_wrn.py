@@ -15,14 +15,14 @@ from common import FrobeniusDecay, densify_, param_groups
 from common.runs import config_hash, read_json
 from common.surgery import count_parameters
 from common.vision import checkpoints
-from common.vision.data import Data
+from common.vision.data import Batch, Data
 from tensor_wrn.distillation import attention, distillation_loss
-from tensor_wrn.factorize import make_model, tensor_scale_for_ratio
+from tensor_wrn.factorize import fan_out_init, make_model, norm_matched_init, tensor_scale_for_ratio
 from tensor_wrn.flags import parse
 from tensor_wrn.layers import FORMS, INITIALIZATIONS, TensorPointwise, split
 from tensor_wrn.models import WideResNet, build
 from tensor_wrn.rows import PROGRAM
-from tensor_wrn.train import learning_rate, main
+from tensor_wrn.train import distillation, learning_rate, main
 
 SHAPES = [(16, 160), (160, 320), (24, 36)]
 
@@ -46,7 +46,7 @@ def test_tensors_have_the_shapes_of_the_released_code():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_tensor_is_the_product_of_its_cores(form):
-    """Entry by entry, by loops over einsum's indices written out as one dense contraction."""
+    """Against one contraction over all indices at once; so are the weight, the norm and the convolution."""
     layer = pointwise(form)
     cores = [core.detach() for core in layer.cores]
     if form == "TensorTrain":
@@ -112,10 +112,8 @@ def test_initializations_have_the_scale_they_say(form):
             assert norm == pytest.approx(full, rel=0.35)
         elif init == "spectral":
             spectral = norm
-            assert norm < 0.6 * full  # what half the ranks keep of a random tensor
+            assert 0.1 * full < norm < 0.6 * full  # what half the ranks keep of a random tensor
         elif init == "norm-matched":
-            torch.manual_seed(0)
-            FORMS[form](160, 160, 3, 0.5)  # the same draws as above
             assert norm == pytest.approx(spectral, rel=0.02)
         else:
             assert norm == pytest.approx(spectral / 6, rel=0.05)  # variance 1 / (3 in) instead of 2 / out
@@ -224,24 +222,47 @@ def test_the_network_computes_what_its_definition_says():
 
 @pytest.mark.parametrize("form", ["TensorTrain", "Tucker"])
 def test_decay_shrinks_the_tensors(form):
-    """20 steps without data: with Frobenius decay the tensors shrink, without they stay; in the released code both stay."""
-    norms = {}
-    for coef in (0.0, 5e-2):
-        torch.manual_seed(0)
-        model = WideResNet(10, 1, 10, form, 0.5)
-        layers = [module for module in model.modules() if isinstance(module, TensorPointwise)]
-        for layer in layers:
-            layer.initialize_("spectral")
-        before = sum(layer.squared_norm().item() for layer in layers)
-        decay = FrobeniusDecay(model, coef)
-        optimizer = torch.optim.SGD(param_groups(model, weight_decay=5e-4, decay=decay), lr=0.1, momentum=0.9)
-        for _ in range(20):
-            optimizer.zero_grad()
-            decay.step()
-            optimizer.step()
-        norms[coef] = sum(layer.squared_norm().item() for layer in layers) / before
-    assert norms[0.0] == pytest.approx(1, abs=1e-6)
-    assert norms[5e-2] < 0.9
+    """20 steps without data: every tensor shrinks. In the released code the decay reaches no gradient and none would."""
+    torch.manual_seed(0)
+    model = WideResNet(10, 1, 10, form, 0.5)
+    layers = [module for module in model.modules() if isinstance(module, TensorPointwise)]
+    for layer in layers:
+        layer.initialize_("spectral")
+    before = [layer.squared_norm().item() for layer in layers]
+    decay = FrobeniusDecay(model, 5e-2)
+    optimizer = torch.optim.SGD(param_groups(model, weight_decay=5e-4, decay=decay), lr=0.1, momentum=0.9)
+    for _ in range(20):
+        optimizer.zero_grad()
+        decay.step()
+        optimizer.step()
+    assert all(layer.squared_norm().item() < 0.9 * norm for layer, norm in zip(layers, before, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_frozen_cores_get_no_decay(form):
+    layer = pointwise(form)
+    expected = layer.frobenius_grads()
+    layer.cores[1].requires_grad_(False)
+    for index, gradient in enumerate(layer.frobenius_grads()):
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient) if index == 1 else expected[index])
+    decay = FrobeniusDecay(nn.Sequential(layer), 0.5)
+    decay.step()
+    assert layer.cores[1].grad is None
+    torch.testing.assert_close(decay.penalty(), 0.25 * layer.to_dense().square().sum())
+
+
+def test_norm_matched_factors_are_the_regular_ones_at_the_norm_of_the_spectral_ones():
+    torch.manual_seed(0)
+    matrix = torch.randn(30, 24)
+    torch.manual_seed(1)
+    regular = fan_out_init(matrix, 5, kernel=3)
+    torch.manual_seed(1)
+    matched = norm_matched_init(matrix, 5, kernel=3)
+    scale = matched[0][0, 0] / regular[0][0, 0]
+    for one, other in zip(matched, regular, strict=True):
+        torch.testing.assert_close(one, scale * other)
+    values = torch.linalg.svdvals(matrix)[:5]
+    torch.testing.assert_close((matched[0] @ matched[1]).norm(), values.norm())
 
 
 def test_grouped_convolutions_and_wrong_ranks_are_refused():
@@ -254,9 +275,9 @@ def test_grouped_convolutions_and_wrong_ranks_are_refused():
 
 def test_building_every_decomposition_takes_seconds():
     args = parse("cifar10 teacher --wrn_depth 28 --wrn_width 10 --conv TensorTrain_0.705 --spectral".split())
-    started = time.perf_counter()
+    started = time.process_time()  # of all threads: two of them take half of it
     make_model(args, architecture_of(args))
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 40
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -360,26 +381,60 @@ def test_the_decay_of_each_flag(train):
         assert frobenius == ([5e-4] if flags == "--wd2fd" else [])
 
 
-def test_a_student_learns_from_its_teacher(train, tmp_path, refuses):
+@pytest.mark.parametrize("form", ["TensorTrain_0.5", "Tucker_0.5", "TuckerTT_0.5"])
+def test_tensors_train_in_mixed_precision(form, train):
+    run = train(f"digits teacher --conv {form} --wd2fd --amp bf16 {DIGITS} --max-steps 2")
+    assert math.isfinite(read_json(run / "result.json")["metrics"]["final_loss"])
+
+
+def test_a_student_learns_from_its_teacher_and_resumes(train):
     teacher = train(f"digits teacher {DIGITS}", "teacher")
-    student = f"digits student --conv TensorTrain_0.5 -t {teacher} --alpha 0.5 {DIGITS}"
-    run = train(student, "student")
-    result = read_json(run / "result.json")
+    student = f"digits student --conv TensorTrain_0.5 -t {teacher} --alpha 0.5 {DIGITS} --resume auto"
+    whole = train(student, "whole")
+    result = read_json(whole / "result.json")
     assert result["config"]["teacher"] is True
     assert set(result["inputs"]) == {"teacher"}
-    alone = read_json(train(f"digits teacher --conv TensorTrain_0.5 {DIGITS}", "alone") / "result.json")
-    assert alone["metrics"] != result["metrics"]
-    state = checkpoints.load(teacher / "checkpoint.pt")
-    again = checkpoints.load(teacher / "checkpoint.pt")["model"]
-    assert all(torch.equal(value, again[name]) for name, value in state["model"].items())
+    train(f"{student} --max-steps 17", "parts")
+    parts = train(student, "parts")
+    assert read_json(parts / "result.json")["metrics"] == result["metrics"]
+
+
+def test_the_loss_of_a_student_is_that_of_its_teacher_in_evaluation():
+    args = parse("digits student -t nowhere --alpha 0.3 --beta 7".split())
+    torch.manual_seed(0)
+    teacher, student = WideResNet(10, 1, 10), WideResNet(10, 1, 10)
+    batch = Batch(torch.randn(4, 3, 8, 8), torch.tensor([1, 2, 3, 4]))
+    held = {name: value.clone() for name, value in teacher.state_dict().items()}
+    loss, logits = distillation(args, teacher)(student, batch)
+    assert not teacher.training
+    assert all(torch.equal(value, held[name]) for name, value in teacher.state_dict().items())
+    answers, shown = copy.deepcopy(teacher).eval()(batch.images, activations=True)
+    expected_logits, activations = copy.deepcopy(student)(batch.images, activations=True)
+    torch.testing.assert_close(logits, expected_logits)
+    strength = {"temperature": 4.0, "alpha": 0.3, "beta": 7.0}
+    torch.testing.assert_close(loss, distillation_loss(logits, activations, answers, shown, batch.labels, **strength))
+    loss.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_teachers_that_do_not_fit_and_checkpoints_that_tell_no_architecture(train, tmp_path, refuses):
+    teacher = train(f"digits teacher {DIGITS} --max-steps 1", "teacher")
+    state = checkpoints.load(teacher / "checkpoint.pt") if (teacher / "checkpoint.pt").exists() else None
+    assert state is not None
     other = {**state, "architecture": {**state["architecture"], "num_classes": 7}}
     other["model"] = {**state["model"], "fc.weight": torch.zeros(7, 64), "fc.bias": torch.zeros(7)}
     torch.save(other, tmp_path / "seven.pt")
-    message = "tells 7 classes apart, and digits has 10"
-    refuses(main, f"digits student -t {tmp_path}/seven.pt -s {tmp_path}/x {DIGITS}", message)
     torch.save({**state, "architecture": {**state["architecture"], "width": 2}}, tmp_path / "wide.pt")
-    message = "has shape (16, 16, 3, 3), expected (32, 16, 3, 3)"
-    refuses(main, f"digits student -t {tmp_path}/wide.pt -s {tmp_path}/x {DIGITS}", message)
+    torch.save(state["model"], tmp_path / "bare.pt")
+    for name, message in (
+        ("seven", "tells 7 classes apart, and digits has 10"),
+        ("wide", "has shape (16, 16, 3, 3), expected (32, 16, 3, 3)"),
+        ("bare", "does not tell its architecture"),
+    ):
+        refuses(main, f"digits student -t {tmp_path}/{name}.pt -s {tmp_path}/x {DIGITS}", message)
+    bare = f"--evaluate --resume {tmp_path}/bare.pt {DIGITS}"
+    refuses(main, f"digits teacher --conv Tucker --target-ratio 0.15 {bare}", "Tucker needs its rank scale")
+    refuses(main, f"digits teacher --conv Tucker_0.5 {bare}", "the checkpoint does not fit")
     assert not (tmp_path / "x").exists()
 
 
@@ -404,10 +459,16 @@ FORMS_LINE = "--conv must be Conv, TensorTrain_R, Tucker_R or TuckerTT_R with R 
         ("digits teacher --conv Tucker_0.5 --no-frob", "--no-frob needs --wd2fd"),
         ("digits teacher --rank-scale 0.5 --init released", "--init released is for tensors"),
         ("digits teacher --wrn-depth 12", "must be 6n + 4 and at least 10, got 12"),
-        ("digits teacher --wrn-width 0", "--wrn-width must be at least 1/16, got 0"),
+        ("digits teacher --wrn-width 0", "--wrn-width must be between 1/16 and 100, got 0"),
         ("digits teacher --epoch_step [3,2]", "must be a list of rising epochs"),
         ("digits teacher --epoch_step 60", "must be a list of rising epochs"),
-        ("digits teacher --alpha 2", "--alpha must be in [0, 1], got 2"),
+        ("digits teacher --epoch_step [60,60]", "must be a list of rising epochs"),
+        ("digits teacher --epoch_step [true]", "must be a list of rising epochs"),
+        ("digits teacher --wrn-width 1e300", "--wrn-width must be between 1/16 and 100, got 1e+300"),
+        ("digits teacher --alpha 0.5", "--alpha is for the mode student"),
+        ("digits student -t x --alpha 2", "--alpha must be in [0, 1]"),
+        ("digits student -t x --temperature 0", "and --temperature above 0, got 0 and 0"),
+        ("digits teacher -t x", "name the directory twice"),
         ("digits teacher -s x", "-s x is for the mode student"),
         ("digits student", "the mode student needs -t DIR"),
         ("digits student -t nowhere", "there is no checkpoint at nowhere/checkpoint.pt"),

@@ -18,13 +18,16 @@ def line(directory: Path) -> list[str]:
     if not (directory / "result.json").exists():
         raise ValueError(f"{directory} holds no result.json: it is not a finished run")
     result = parse(directory / "result.json")
-    cells = [directory.name, str(result.seed), f"{result.final:.2f}", f"{result.best:.2f}"]
+    cells = [result.row or str(directory), str(result.seed), f"{result.final:.2f}", f"{result.best:.2f}"]
     if not (directory / "measure.json").exists():
         return [*cells, f"{result.parameters['compressed']:,}", "-", "-", "-", "-"]
-    cost = read_json(directory / "measure.json")["models"]["as trained"]
-    one, many = cost["batch1"], cost["batch128"]
-    times = [f"{at['latency'] * 1e3:.1f}" for at in (one, many)]
-    return [*cells, f"{cost['parameters']:,}", f"{cost['nonzero']:,}", f"{one['multiply_adds'] / 1e6:.1f}", *times]
+    try:
+        cost = read_json(directory / "measure.json")["models"]["as trained"]
+        one, many = cost["batch1"], cost["batch128"]
+        times = [f"{at['latency'] * 1e3:.1f}" for at in (one, many)]
+        return [*cells, f"{cost['parameters']:,}", f"{cost['nonzero']:,}", f"{one['multiply_adds'] / 1e6:.1f}", *times]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{directory / 'measure.json'} lacks or garbles a field: {error}") from error
 
 
 def table(directories: Sequence[Path]) -> str:

@@ -132,6 +132,7 @@ class Trainer:
             "format": 1,
             "config": self.run.config,
             "seed": self.run.seed,
+            "inputs": self.run.inputs,
             "architecture": self.architecture,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -156,6 +157,9 @@ class Trainer:
         if differing:
             changes = ", ".join(differing.values())
             raise ValueError(f"the checkpoint to resume from is of another configuration: {changes}")
+        files = differences(state.get("inputs", self.run.inputs), self.run.inputs)
+        if files:
+            raise ValueError(f"the checkpoint to resume from was made from other files: {', '.join(files.values())}")
         if state["step"] > self.last_step:
             raise ValueError(f"the checkpoint to resume from is at step {state['step']}, past the last step {self.last_step}")
         if isinstance(self.hook, Stateful) and state["hook"] is None:
