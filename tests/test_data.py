@@ -53,7 +53,7 @@ def test_training_images_are_the_crops_and_flips_that_the_plan_says():
     batch = data.train_batch(3, 5, 1, 16)
     order, augmentation = data._plan(3, 5)
     for image, label, index in zip(batch.images, batch.labels, order[16:32].tolist(), strict=True):
-        top, left, flip = augmentation[index].tolist()
+        top, left, flip, *_ = augmentation[index].tolist()
         source, source_label = (part[index] for part in pictures(50, 32))
         expected = v2.functional.crop(v2.functional.pad(source, [4] * 4), top, left, 32, 32)
         expected = v2.functional.hflip(expected) if flip else expected

@@ -54,7 +54,8 @@ def test_every_row_parses_and_has_the_flags_it_says():
         assert config_hash(program.configure(row)) == args.row_config
         if "spectral" in row.id:
             assert args.init == "spectral"
-        assert getattr(args, "wd2fd", False) == ("frobenius" in row.id)
+        frobenius = getattr(args, "wd2fd", False) or getattr(args, "decay", None) == "frobenius"
+        assert frobenius == ("frobenius" in row.id)
         assert row.id.endswith(getattr(args, "method", ""))
         assert getattr(args, "square", False) == ("-deep-" in row.id)
 
