@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             trainer.load_state_dict(checkpoint)
         run.begin()
 
+    session.announce(processes, trainer.optimizer.param_groups)
     with run.recorded():
         while True:
             if processes.main:
@@ -158,11 +159,13 @@ def choose(
     if budget is None:
         return ranking.kept(int(args.ratio * ranking.units))
 
+    shape = copy.deepcopy(model).to("meta")  # the search counts many times, and weights do not matter to it
+
     def count(kept: dict[str, list[int]]) -> int:
         if not args.method.startswith("eigendamage"):
-            return channels.count(model, kept, before)
+            return channels.count(shape, kept, before)
         separable = args.method == "eigendamage-separable"
-        return eigenbasis.count(model, eigenbasis.sizes(model, kept, separable=separable), separable=separable)
+        return eigenbasis.count(shape, eigenbasis.sizes(shape, kept, separable=separable), separable=separable)
 
     return ranking.kept(removed_for_budget(ranking, budget, count))
 

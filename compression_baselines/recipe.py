@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from common.vision.data import Statistics
+from common.vision.data import CIFAR10, CIFAR100, Statistics
 
-# Mean and standard deviation of a channel, as the released code normalizes; digits and image folders as CIFAR-10.
-_CIFAR10: Statistics = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-_STATISTICS: dict[str, Statistics] = {
-    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    "tiny_imagenet": ((0.48024579, 0.44807218, 0.39754775), (0.27698641, 0.26906449, 0.28208191)),
-}
+_TINY_IMAGENET: Statistics = ((0.48024579, 0.44807218, 0.39754775), (0.27698641, 0.26906449, 0.28208191))
 
 
 def statistics(data: str) -> Statistics:
-    """Mean and standard deviation by which a data set is normalized."""
-    return _STATISTICS.get(data, _CIFAR10)
+    """Mean and standard deviation by which a data set is normalized; digits and image folders as CIFAR-10."""
+    return {"cifar100": CIFAR100, "tiny_imagenet": _TINY_IMAGENET}.get(data, CIFAR10)
 
 
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         del dense
         run.begin()
 
-    session.announce(processes, session.dense_report(model), groups, None)
+    session.announce(processes, groups)
     if processes.main:
         print(f"{args.method}: {nonzero():,} of {parameters:,} parameters are in at first", file=sys.stderr)
     with run.recorded():

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             trainer.load_state_dict(checkpoint)
         run.begin()
 
-    session.announce(processes, report, groups, decay)
+    session.announce(processes, groups, decay, report)
     with run.recorded():
         metrics = trainer.fit()
         if isinstance(hook, NormRecorder) and processes.main:

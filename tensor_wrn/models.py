@@ -15,23 +15,25 @@ from tensor_wrn.layers import FORMS
 class BasicBlock(nn.Module):
     """Batch normalization and ReLU before each of two 3x3 convolutions; a 1x1 convolution where channels change.
 
-    There the shortcut starts after the first normalization, else before it.
+    There the shortcut starts after the first normalization, else before it; its input is thinned out by slicing, because
+    oneDNN's strided 1x1 convolution corrupts memory below 16 channels (oneDNN issue 6035).
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, form: str, rank_scale: float) -> None:
         super().__init__()
+        self.stride = stride
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = convolution(in_channels, channels, stride, form, rank_scale)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = convolution(channels, channels, 1, form, rank_scale)
         self.shortcut: nn.Module | None = None
         if in_channels != channels:
-            self.shortcut = nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
+            self.shortcut = nn.Conv2d(in_channels, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         first = F.relu(self.bn1(x))
         out = self.conv2(F.relu(self.bn2(self.conv1(first))))
-        return out + (x if self.shortcut is None else self.shortcut(first))
+        return out + (x if self.shortcut is None else self.shortcut(first[:, :, :: self.stride, :: self.stride]))
 
 
 def convolution(in_channels: int, channels: int, stride: int, form: str, rank_scale: float) -> nn.Module:

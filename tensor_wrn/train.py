@@ -17,21 +17,17 @@ from common import FrobeniusDecay, param_groups
 from common.norms import weight_statistics
 from common.runs import clean_errors, seed_everything
 from common.vision import checkpoints, distributed, session
-from common.vision.data import Batch
+from common.vision.data import CIFAR10, CIFAR100, Batch
 from common.vision.training import Trainer
 from tensor_wrn.distillation import distillation_loss
 from tensor_wrn.factorize import factorized_layers, make_model
 from tensor_wrn.flags import PROGRAM, parse
 from tensor_wrn.models import build
 
-# Mean and standard deviation of a channel, as the released code normalizes; other data as CIFAR-10.
-STATISTICS = {"cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))}
-CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    statistics = STATISTICS.get(args.data, CIFAR10)
+    statistics = CIFAR100 if args.data == "cifar100" else CIFAR10
     architecture = {"depth": args.wrn_depth, "width": args.wrn_width, "num_classes": args.num_classes, "form": args.form}
     architecture["rank_scale"] = args.rank_scale if args.form != "Conv" and args.rank_scale else None  # or make_model solves it
     with clean_errors(f"{PROGRAM}/train.py"):
@@ -89,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             trainer.load_state_dict(checkpoint)
         run.begin()
 
-    session.announce(processes, report, groups, decay)
+    session.announce(processes, groups, decay, report)
     with run.recorded():
         metrics = trainer.fit()
         result = session.finish(trainer, metrics, report.to_dict()["parameters"], groups)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.runs import ROOT, config_hash, write_json
+from common.runs import ROOT, config_hash, read_json, write_json
 from common.tables import collect, plot
 from common.tables.__main__ import main
 from common.tables.emit import emit, quote
@@ -495,3 +495,22 @@ def test_comparing_runs_shows_what_was_measured(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["compare", str(tmp_path / "nothing")])
     assert "holds no result.json: it is not a finished run" in capsys.readouterr().err
+
+
+def test_the_evidence_page_shows_what_the_committed_results_hold(monkeypatch, capsys):
+    page = (ROOT / "evidence" / "README.md").read_text()
+    (command,) = [line for line in page.splitlines() if "common.tables compare" in line]
+    folder, _, runs = command.partition(" && python -m common.tables compare ")
+    monkeypatch.chdir(ROOT / folder.split()[1])
+    main(["compare", *runs.split()])
+    assert capsys.readouterr().out in page
+    found = 0
+    for line in page.splitlines():
+        form = line.split(",")[0].removeprefix("| ")
+        if form in ("Conv", "TensorTrain", "Tucker"):
+            name, *shown = [cell.strip() for cell in line.strip("|").split("|")]
+            for decay, cell in zip(("plain", "crs", "frobenius"), shown, strict=True):
+                run = ROOT / "evidence" / "tensor_wrn" / "wrn16-2" / f"{name.replace(', ', '-')}-{decay}"
+                assert cell == f"{read_json(run / 'result.json')['metrics']['final']:.1f}"
+                found += 1
+    assert found == 18

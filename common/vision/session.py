@@ -146,12 +146,16 @@ def evaluate_checkpoint(
 
 
 def announce(
-    processes: Processes, report: FactorizationReport, groups: list[dict[str, Any]], decay: FrobeniusDecay | None
+    processes: Processes,
+    groups: list[dict[str, Any]],
+    decay: FrobeniusDecay | None = None,
+    report: FactorizationReport | None = None,
 ) -> None:
-    """Say on stderr what was factorized and which parameters get which decay."""
+    """Say on stderr what was factorized, if anything, and which parameters get which decay."""
     if not processes.main:
         return
-    print(report, file=sys.stderr)
+    if report is not None:
+        print(report, file=sys.stderr)
     for entry in decays(groups, decay):
         print("decay:", json.dumps(entry), file=sys.stderr)
 

@@ -46,7 +46,7 @@ def dense_numbers(kept: Kept, before: Kept | None) -> dict[str, list[int]]:
 
 def count(model: nn.Module, kept: Kept, before: Kept | None) -> int:
     """Parameters of the model once it keeps only these of the channels it has now."""
-    shape = copy.deepcopy(model).to("meta")
+    shape = copy.deepcopy(model)
     keep_channels_(shape, dense_numbers(kept, before), before)
     return count_parameters(shape)
 

@@ -45,7 +45,7 @@ def sizes(model: nn.Module, kept: Kept, *, separable: bool) -> dict[str, tuple[i
     found = {}
     for name, conv in convolutions(model).items():
         inputs, outputs = len(kept[f"{name}/inputs"]), len(kept[f"{name}/outputs"])
-        made = bottleneck(copy.deepcopy(conv).to("meta"), inputs, outputs, separable=separable)
+        made = bottleneck(conv, inputs, outputs, separable=separable)
         donor = model.get_submodule(name)
         if isinstance(donor, Bottleneck) or count_parameters(made) < count_parameters(donor):
             found[name] = (inputs, outputs)
@@ -54,7 +54,7 @@ def sizes(model: nn.Module, kept: Kept, *, separable: bool) -> dict[str, tuple[i
 
 def count(model: nn.Module, chosen: Sizes, *, separable: bool) -> int:
     """Parameters of the model with bottlenecks of these sizes, rotations included."""
-    shape = copy.deepcopy(model).to("meta")
+    shape = copy.deepcopy(model)
     bottleneck_(shape, chosen, separable=separable)
     return count_parameters(shape)
 
