@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Set the project up and run it. Usage: bash setup.sh [install | scripts | quickstart | test [all]]
+# Set the project up and run it. Usage: bash setup.sh [install | scripts | quickstart [--translation] | test [all]]
 #   install     (default) a virtual environment in .venv with pinned packages, and the script of every table row
 #   scripts     only write the scripts to generated-scripts/
-#   quickstart  install, train ResNet20 on the embedded digits in six rows of three seeds, print the table
+#   quickstart  install, train ResNet20 on the embedded digits in six rows of three seeds, print the table;
+#               with --translation a factorized Transformer on embedded number words, print its BLEU
 #   test        install, check style and types, run the tests; "test all" also the slow ones (a real Slurm, if installed)
 # Each step that is done already is skipped. PYTHON names the Python to make .venv with (3.11 or newer).
 set -euo pipefail
@@ -25,8 +26,10 @@ install() {
   say "creating .venv with $("$base" -V 2>&1)"
   "$base" -m venv .venv || die "could not create .venv (on Debian: apt install python3-venv)"
   say "installing packages; torch alone is some gigabytes, so the first time takes minutes"
-  "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' ||
+  "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,translation]' ||
     die "pip could not install the packages: the lines above say why; run setup.sh again to go on"
+  "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("fairseq") is None)' ||
+    say "translation cannot be trained here: fairseq's wheel is for Python 3.11 and 3.12 on Linux x86_64; all else works"
   printf '%s\n' "$wanted" >"$stamp"
 }
 
@@ -48,6 +51,21 @@ quickstart() {
   "$python" -m common.tables collect --table quickstart
 }
 
+translation() {
+  local run=results/quickstart-translation started=$SECONDS
+  say "preparing number words, German to English"
+  "$python" transformer_iwslt/prepare.py --corpus numbers >&2
+  say "training a Transformer at half rank, with both schemes on all products; epoch by epoch in $run/metrics.jsonl"
+  "$python" transformer_iwslt/train.py data-bin/numbers --embed-dim 128 --ffn-dim 512 --rank-scale 0.5 \
+    --spectral --spectral-quekey --spectral-outval --wd2fd --wd2fd-quekey --wd2fd-outval --frobenius-decay 1e-4 \
+    --optimizer adam --adam-betas '(0.9, 0.98)' --lr 2e-3 --warmup-updates 100 --clip-norm 1 --dropout 0.1 \
+    --max-update 500 --no-epoch-checkpoints --save-dir "$run"
+  say "translating the test set"
+  "$python" transformer_iwslt/generate.py data-bin/numbers --path "$run/checkpoint_best.pt" --batch-size 128 --beam 5 --quiet
+  say "took $((SECONDS - started)) seconds; one's own words: echo einundvierzig |" \
+    ".venv/bin/python transformer_iwslt/translate.py --checkpoint $run/checkpoint_best.pt"
+}
+
 tests() {
   .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/ty check && .venv/bin/pytest "$@"
 }
@@ -55,7 +73,7 @@ tests() {
 case ${1:-install} in
   install) install && scripts && say "next: bash setup.sh quickstart, or any script in generated-scripts/" ;;
   scripts) scripts ;;
-  quickstart) install && scripts && quickstart ;;
+  quickstart) if [[ ${2:-} == --translation ]]; then install && translation; else install && scripts && quickstart; fi ;;
   test) if [[ ${2:-} == all ]]; then install && tests; else install && tests -m "not slow"; fi ;;
   *) die "unknown command '$1': install, scripts, quickstart or test" ;;
 esac

@@ -62,6 +62,24 @@ def spectral_init(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u.to(matrix_mn.dtype).contiguous(), vt.to(matrix_mn.dtype).contiguous()
 
 
+def balance(u_mr: Tensor, vt_rn: Tensor) -> tuple[Tensor, Tensor]:
+    """Spectral initialization of a product that is given by its factors: the same product, from balanced factors.
+
+    Equals ``spectral_init(u_mr @ vt_rn, r)`` up to the signs of singular vectors, without forming the product, for
+    r <= min(m, n). Takes leading batch dimensions.
+    """
+    rank = u_mr.shape[-1]
+    if rank > min(u_mr.shape[-2], vt_rn.shape[-1]):
+        raise ValueError(f"rank {rank} is above the sides of the {u_mr.shape[-2]} x {vt_rn.shape[-1]} product")
+    wide = torch.promote_types(u_mr.dtype, torch.float32)
+    q_left, r_left = torch.linalg.qr(u_mr.detach().to(wide))
+    q_right, r_right = torch.linalg.qr(vt_rn.detach().to(wide).mT)
+    left, s, right = torch.linalg.svd(r_left @ r_right.mT)
+    root = s.sqrt()
+    u, vt = q_left @ left * root[..., None, :], root[..., :, None] * (right @ q_right.mT)
+    return u.to(u_mr.dtype), vt.to(vt_rn.dtype)
+
+
 def compose(factors: Sequence[Tensor]) -> Tensor:
     """Product of the factors, (..., m, n)."""
     product = factors[0]

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import param_groups
+from common import checkpoints, param_groups
 from common.runs import Run, clean_errors, seed_everything
 from common.surgery import count_parameters
-from common.vision import checkpoints, distributed, session
+from common.vision import distributed, session
 from common.vision.data import Data
 from common.vision.distributed import Processes
 from common.vision.training import Trainer, evaluate

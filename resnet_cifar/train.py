@@ -13,10 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import FactorizationReport, FrobeniusDecay, LowRankConfig, factorize_, param_groups, rank_scale_for_ratio
+from common import (
+    FactorizationReport,
+    FrobeniusDecay,
+    LowRankConfig,
+    checkpoints,
+    factorize_,
+    param_groups,
+    rank_scale_for_ratio,
+)
 from common.norms import NormRecorder, NormReplay, load_record, weight_statistics
 from common.runs import clean_errors, seed_everything
-from common.vision import checkpoints, distributed, session
+from common.vision import distributed, session
 from common.vision.training import Trainer
 from resnet_cifar.flags import DEPTHS, PROGRAM, parse
 from resnet_cifar.models import build, is_factorized

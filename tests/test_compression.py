@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common import LowRankConfig, factorize_, rank_scale_for_ratio
+from common import LowRankConfig, checkpoints, factorize_, rank_scale_for_ratio
 from common.runs import read_json
 from common.surgery import count_parameters
-from common.vision import checkpoints, tiny_imagenet
+from common.vision import tiny_imagenet
 from common.vision.data import load
 from compression_baselines import measure
 from compression_baselines.flags import parse

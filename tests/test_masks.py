@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from common import checkpoints
 from common.runs import ROOT, read_json
-from common.vision import checkpoints
 from common.vision.data import Batch, load
 from compression_baselines import measure, sparse
 from compression_baselines.flags import SPARSE, SPARSE_DEFAULTS, parse_sparse

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from common import checkpoints
 from common.runs import read_json
 from common.surgery import count_parameters
-from common.vision import checkpoints
 from compression_baselines import prune, train
 from compression_baselines.flags import PRUNERS, parse_prune
 from compression_baselines.pruners import channels, eigenbasis, fisher, scores

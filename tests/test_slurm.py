@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import pytest
 
+from common import checkpoints
 from common.runs import REQUEUE, ROOT, read_json
 from common.tables import slurm
 from common.tables.rows import programs, select
-from common.vision import checkpoints
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -52,12 +52,29 @@ def test_every_row_parses_and_has_the_flags_it_says():
         args = parser_of(words[0])([*words[1:], "--seed", "1"])
         assert args.row == f"{table.id}/{row.id}"
         assert config_hash(program.configure(row)) == args.row_config
+        if program.name == "transformer_iwslt":
+            check_translation(args, row)
+            continue
         if "spectral" in row.id:
             assert args.init == "spectral"
         frobenius = getattr(args, "wd2fd", False) or getattr(args, "decay", None) == "frobenius"
         assert frobenius == ("frobenius" in row.id)
         assert row.id.endswith(getattr(args, "method", ""))
         assert getattr(args, "square", False) == ("-deep-" in row.id)
+
+
+def check_translation(args, row):
+    """Each scheme names the families of products it is applied to: layers, query-key, output-value."""
+    scale, decay, method = re.fullmatch(r"([\d.]+)-(0|\de-\d)-(.*)", row.id).groups()
+    assert (args.rank_scale, args.weight_decay) == (float(scale), float(decay))
+    for scheme, used in (
+        ("spectral", (args.init == "spectral", args.spectral_quekey, args.spectral_outval)),
+        ("frobenius", (args.wd2fd, args.wd2fd_quekey, args.wd2fd_outval)),
+    ):
+        families = re.search(rf"{scheme}((?:_\w\w+?)+)(?:\+|$)", method)
+        named = families[1].strip("_").split("_") if families else []
+        assert named == [family for family, on in zip(("lin", "qk", "ov"), used, strict=True) if on]
+    assert args.frobenius_decay == (args.weight_decay if "frobenius" in method else 0)
 
 
 def test_rows_of_a_table_are_different_configurations():
@@ -460,20 +477,15 @@ def test_a_row_of_each_program_runs_for_two_steps(program, tmp_path):
     script.write_text(path.read_text())
     (tmp_path / program.name).symlink_to(ROOT / program.name)
     environment = {**os.environ, "LAUNCHER": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    flags = [
-        "1",
-        "--data",
-        "digits",
-        "--image-size",
-        "32",
-        "--batch-size",
-        "8",
-        "--max-steps",
-        "2",
-        "--save-dir",
-        str(tmp_path / "run"),
-    ]
-    done = subprocess.run(["bash", str(script), *flags], env=environment, capture_output=True, text=True)
+    embedded = "--data digits --image-size 32 --batch-size 8"
+    if program.name == "transformer_iwslt":
+        embedded = "--embed-dim 16 --ffn-dim 16 --max-tokens 400"
+        pytest.importorskip("fairseq", reason="its wheel is for Linux x86_64")
+        from transformer_iwslt.prepare import main as prepare
+
+        prepare(["--corpus", "numbers", "--size", "300", "--dest", str(tmp_path / program.tables[0].rows[0].flags[0])])
+    flags = ["1", *embedded.split(), "--max-steps", "2", "--save-dir", str(tmp_path / "run")]
+    done = subprocess.run(["bash", str(script), *flags], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert done.stdout.strip() == str(tmp_path / "run" / "result.json")

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import FrobeniusDecay, densify_, param_groups
+from common import FrobeniusDecay, checkpoints, densify_, param_groups
 from common.runs import config_hash, read_json
 from common.surgery import count_parameters
-from common.vision import checkpoints
 from common.vision.data import Batch, Data
 from tensor_wrn.distillation import attention, distillation_loss
 from tensor_wrn.factorize import fan_out_init, make_model, norm_matched_init, tensor_scale_for_ratio

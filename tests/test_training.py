@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import FactorizedLinear, FrobeniusDecay, LowRankConfig, factorize_, load_factorized_, param_groups
+from common import FactorizedLinear, FrobeniusDecay, LowRankConfig, checkpoints, factorize_, load_factorized_, param_groups
 from common.linalg import frobenius_norm
 from common.runs import REQUEUE, ROOT, Run, read_json, seed_everything
-from common.vision import checkpoints
 from common.vision.data import Data, load
 from common.vision.distributed import Processes
 from common.vision.training import Trainer

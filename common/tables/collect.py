@@ -188,7 +188,8 @@ def in_papers_shape(table: Table, table_lines: Sequence[Line]) -> str:
     return f"{text}\n\n" if body else ""
 
 
-NOTE = "Final and best test accuracy in percent, mean ± sample standard deviation over n seeds. Seconds are of one run."
+def note(table: Table) -> str:
+    return f"Final and best {table.score}, mean ± sample standard deviation over n seeds. Seconds are of one run."
 
 
 def to_markdown(table: Table, table_lines: Sequence[Line]) -> str:
@@ -196,14 +197,14 @@ def to_markdown(table: Table, table_lines: Sequence[Line]) -> str:
     align = ("left", *["right"] * (len(header) - 1))
     text = tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align if rows else None)
     notes = "".join(f"\n[{number}] {source}" for number, source in enumerate(sources, 1))
-    return f"**{table.title}**\n\n{in_papers_shape(table, table_lines)}{text}\n\n{NOTE}{notes}\n"
+    return f"**{table.title}**\n\n{in_papers_shape(table, table_lines)}{text}\n\n{note(table)}{notes}\n"
 
 
 def to_latex(table: Table, table_lines: Sequence[Line]) -> str:
     header, rows, sources = cells(table_lines)
     text = tabulate(rows, header, tablefmt="latex_booktabs", disable_numparse=True).replace("±", r"$\pm$")
     notes = "".join(f"\n\n{{\\footnotesize [{number}] {source}}}" for number, source in enumerate(sources, 1))
-    return f"% {table.title}\n% {NOTE}\n{text}{notes}\n"
+    return f"% {table.title}\n% {note(table)}\n{text}{notes}\n"
 
 
 def to_csv(table_lines: Sequence[Line]) -> str:

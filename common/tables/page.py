@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.tables.collect import NOTE, Result, cells, lines
+from common.tables.collect import Result, cells, lines, note
 from common.tables.emit import SCRIPTS
 from common.tables.rows import Program, Row, Table
 
@@ -79,7 +79,7 @@ def _section(program: Program, table: Table, results: Mapping[str, list[Result]]
     return (
         f'<section id="{html.escape(table.id)}"><h2>{html.escape(table.title)}</h2>'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<p class="quiet">{html.escape(NOTE)}{notes}</p>{images}'
+        f'<p class="quiet">{html.escape(note(table))}{notes}</p>{images}'
         f"<details><summary>Scripts, configurations and results behind these rows</summary>{behind}</details></section>"
     )
 

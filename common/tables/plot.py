@@ -1,4 +1,4 @@
-"""Figures of tables: curves over the epochs, and accuracy against a setting. Readable in print and without color."""
+"""Figures of tables: curves over the epochs, and scores against a setting. Readable in print and without color."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def curves(figure: Curves, program: Program, table: Table, results: Mapping[str,
 
 
 def against(figure: Against, program: Program, table: Table, results: Mapping[str, list[Result]]) -> Figure | None:
-    """Final accuracy against a setting: a panel per network and data set, a line per scheme, error bars over seeds."""
+    """Final score against a setting: a panel per network and data set, a line per scheme, error bars over seeds."""
     panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for row in table.rows:
         found = results.get(program.config_hash(row), [])
@@ -129,7 +129,9 @@ def against(figure: Against, program: Program, table: Table, results: Mapping[st
             style = {"color": COLORS[index % 8], "linestyle": STYLES[index % 8], "marker": MARKERS[index % 8], "markersize": 4}
             axes.errorbar(x, mean, spread, capsize=2, linewidth=1.3, label=name, **style)
         ticks = sorted({point[0] for points in series.values() for point in points})
-        axes.set(xscale="log", xlabel=LABELS.get(figure.x, figure.x), ylabel="final test accuracy (%)", title=title)
+        axes.set(
+            xscale="log", xlabel=LABELS.get(figure.x, figure.x), ylabel=f"final {table.score.partition(' (')[0]}", title=title
+        )
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
         axes.minorticks_off()
     for axes in grid[len(panels) :]:

@@ -62,7 +62,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Against:
-    """A figure of final accuracy against a number of the configuration, on a log scale.
+    """A figure of the final score against a number of the configuration, on a log scale.
 
     ``series`` names the line a configuration belongs to and ``panel`` the panel.
     """
@@ -75,12 +75,13 @@ class Against:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that are read together; ``id`` names its folder and ``title`` says what of the paper it is."""
+    """Rows that are read together; ``id`` names its folder, ``title`` says what of the paper it is, ``score`` what counts."""
 
     id: str
     title: str
     rows: tuple[Row, ...]
     figures: tuple[Curves | Against, ...] = ()
+    score: str = "test accuracy in percent"
 
     def __post_init__(self) -> None:
         if not _SAFE.fullmatch(self.id):

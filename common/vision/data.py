@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from common.downloads import downloading
 from common.vision import tiny_imagenet
-from common.vision.downloads import downloading
 from common.vision.flags import DATASETS
 
 # Mean and standard deviation of a channel, on [0, 1], as the released code has them.

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from common import checkpoints
 from common.decay import FrobeniusDecay
 from common.runs import ROOT, Run, config_hash, environment
 from common.surgery import FactorizationReport, count_parameters, densify_, load_factorized_
-from common.vision import checkpoints, distributed
+from common.vision import distributed
 from common.vision.data import Data, load
 from common.vision.distributed import Processes
 from common.vision.flags import configuration, inputs

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common import checkpoints
 from common.decay import FrobeniusDecay
 from common.runs import REQUEUE, Run, differences
-from common.vision import checkpoints
 from common.vision.data import Batch, Data
 from common.vision.distributed import Processes
 

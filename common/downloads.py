@@ -8,10 +8,12 @@ import socket
 import sys
 from collections.abc import Generator
 
+IMAGES = "or train on embedded data with --data digits, or on a folder of images with --data imagefolder --data-dir PATH"
+
 
 @contextlib.contextmanager
-def downloading(name: str, by_hand: str) -> Generator[None]:
-    """Run a download with a time-out and its messages on stderr; a failure says how to get the data by hand."""
+def downloading(name: str, by_hand: str, instead: str = IMAGES) -> Generator[None]:
+    """Run a download with a time-out and its messages on stderr; a failure says how to get the data, or other data."""
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)
     try:
@@ -19,8 +21,7 @@ def downloading(name: str, by_hand: str) -> Generator[None]:
             yield
     except (OSError, RuntimeError, EOFError, shutil.ReadError) as error:
         raise OSError(
-            f"{name} is not here and could not be downloaded ({error}). On a machine with a network, {by_hand}; "
-            "or train on embedded data with --data digits, or on a folder of images with --data imagefolder --data-dir PATH"
+            f"{name} is not here and could not be downloaded ({error}). On a machine with a network, {by_hand}; {instead}"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

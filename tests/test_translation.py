@@ -1,0 +1,546 @@
+"""Translation on fairseq: the plugin's decay and optimizer, training, stopping and going on, results, bad input."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common import FrobeniusDecay
+from common.linalg import frobenius_grads
+from common.runs import REQUEUE, ROOT, config_hash, read_json
+from transformer_iwslt import engine, generate, prepare, train, translate
+from transformer_iwslt.flags import configuration, parse, parse_generate, parse_prepare
+from transformer_iwslt.beam import search
+from transformer_iwslt.model import PAD, attentions
+from transformer_iwslt.rows import PROGRAM
+
+pytestmark = pytest.mark.skipif(
+    engine.find_spec("fairseq") is None, reason="fairseq is not installed: its wheel is for Linux x86_64"
+)
+
+TINY = "--embed-dim 16 --ffn-dim 24 --layers 1 --heads 2 --max-tokens 400 --cpu"
+HALF = "--rank-scale 0.5 --spectral --spectral-quekey --spectral-outval --wd2fd --wd2fd-quekey --wd2fd-outval"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "numbers"
+    prepare.main(f"--corpus numbers --size 400 --bpe 120 --dest {folder}".split())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """Signals and the random state as before, whatever a training leaves."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def run(data, path, flags, *, fails=None):
+    words = [str(data), *f"{TINY} {flags} --save-dir {path}".split()]
+    if fails is None:
+        train.main(words)
+        return engine.load_checkpoint(path / "checkpoint_last.pt")
+    with pytest.raises(SystemExit) as stop:
+        train.main(words)
+    assert stop.value.code == fails
+    return None
+
+
+def lines(path):
+    timing = ("wps", "ups", "valid_wps")
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in timing} for record in records]
+
+
+def test_prepared_data_is_whole(data):
+    facts = read_json(data / "prepare.json")
+    assert facts["pairs"] == {"train": 400, "valid": 500, "test": 500}
+    assert not {path.name for path in data.iterdir()} & {"text", "preprocess.log"}
+    assert len((data / "references.test").read_text().splitlines()) == 500
+    from fairseq.data import Dictionary
+
+    for lang, vocabulary in zip(("de", "en"), generate.find_vocabularies(data)[1:], strict=True):
+        assert Dictionary.load(str(data / f"dict.{lang}.txt")).symbols == vocabulary.words
+
+
+def test_preparing_again_does_nothing_and_another_way_is_refused(data, capsys, refuses):
+    before = {path: path.read_bytes() for path in data.iterdir()}
+    prepare.main(f"--corpus numbers --size 400 --bpe 120 --dest {data}".split())
+    assert "nothing to do" in capsys.readouterr().err
+    refuses(prepare.main, f"--corpus numbers --size 300 --bpe 120 --dest {data}", "was not prepared like this")
+    assert {path: path.read_bytes() for path in data.iterdir()} == before
+
+
+def test_a_run_trains_and_leaves_its_records(data, tmp_path, capsys):
+    state = run(data, tmp_path, f"{HALF} --weight-decay 1e-4 --max-update 12 --generate")
+    captured = capsys.readouterr()
+    assert captured.out == f"{tmp_path / 'result.json'}\n"
+    assert '"frobenius_decay": 0.0001' in captured.err
+    assert "--frobenius-decay is not given: it is 0.0001, that of --weight-decay" in captured.err
+    result = read_json(tmp_path / "result.json")
+    assert result["status"] == "finished"
+    assert result["config_hash"] == config_hash(result["config"])
+    model = engine.to_transformer(state, tmp_path / "checkpoint_last.pt")
+    assert result["parameters"]["compressed"] == model.report.compressed == sum(p.numel() for p in model.parameters())
+    assert {entry["group"]: entry["tensors"] for entry in result["decays"]} == {"rest": 15, "factors": 18 + 12}
+    assert set(result["metrics"]) >= {"bleu", "sacrebleu", "sacrebleu_signature", "final", "best"}
+    records = lines(tmp_path)
+    assert [record["epoch"] for record in records] == list(range(1, len(records) + 1))
+    assert records[-1]["step"] == 12
+    expected = {f"{f}_{kind}" for f in ("layers", "query_key", "output_value") for kind in ("frobenius_norm", "nuclear_norm")}
+    assert expected <= set(records[0])
+    for family in ("layers", "query_key", "output_value"):
+        norms = [records[0][f"{family}_{kind}"] for kind in ("frobenius_norm", "nuclear_norm", "nuclear_norm_bound")]
+        assert norms == sorted(norms)
+    status = read_json(tmp_path / "status.json")
+    assert status["status"] == "finished"
+    assert train.main([str(data), *f"{TINY} {HALF} --weight-decay 1e-4 --max-update 12 --save-dir {tmp_path}".split()]) is None
+    assert "nothing to do" in capsys.readouterr().err
+
+
+def test_the_last_epochs_norms_are_those_of_the_checkpoint(data, tmp_path):
+    state = run(data, tmp_path, f"{HALF} --max-update 3")
+    model = engine.to_transformer(state, tmp_path)
+    pairs = [attention.query_key(name) for name, attention in attentions(model).items()]
+    products = [(u @ vt).double() for pair in pairs for u, vt in zip(*pair.factors(), strict=True)]
+    last = lines(tmp_path)[-1]
+    frobenius = sum(torch.linalg.matrix_norm(product).item() for product in products) / len(products)
+    nuclear = sum(torch.linalg.matrix_norm(product, "nuc").item() for product in products) / len(products)
+    assert last["query_key_frobenius_norm"] == pytest.approx(frobenius, rel=1e-5)
+    assert last["query_key_nuclear_norm"] == pytest.approx(nuclear, rel=1e-5)
+
+
+def test_stopped_and_gone_on_is_uninterrupted(data, tmp_path, monkeypatch):
+    """Stopped within the first epoch and within a later one, by the signal a scheduler sends; with momentum and dropout."""
+    flags = f"{HALF} --max-update 14"
+    whole = run(data, tmp_path / "whole", flags)
+    heartbeat = train.Watch.before_step
+
+    def stop_at(*steps):
+        def before_step(self, updates):
+            if updates in steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+            heartbeat(self, updates)
+
+        monkeypatch.setattr(train.Watch, "before_step", before_step)
+
+    for step in (3, 9):
+        stop_at(step)
+        run(data, tmp_path / "parts", flags, fails=REQUEUE)
+        assert read_json(tmp_path / "parts" / "status.json")["status"] == "stopped"
+        held = engine.load_checkpoint(tmp_path / "parts" / "checkpoint_last.pt")
+        assert held["optimizer_history"][-1]["num_updates"] == step + 1
+    monkeypatch.setattr(train.Watch, "before_step", heartbeat)
+    parts = run(data, tmp_path / "parts", flags)
+    for name, value in whole["model"].items():
+        assert torch.equal(parts["model"][name], value), name
+    for one, other in zip(*(s["last_optimizer_state"]["state"].values() for s in (whole, parts)), strict=True):
+        assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_a_finished_training_is_not_gone_on_with(data, tmp_path):
+    before = run(data, tmp_path, "--max-update 4")
+    (tmp_path / "trained.json").unlink()  # killed between its last checkpoint and its end
+    after = run(data, tmp_path, "--max-update 4")
+    assert after["optimizer_history"][-1]["num_updates"] == 4
+    assert all(torch.equal(after["model"][name], value) for name, value in before["model"].items())
+
+
+PLAIN = "--dropout 0 --attention-dropout 0 --activation-dropout 0 --optimizer sgd --lr-scheduler fixed --clip-norm 0"
+
+
+def decayed_gradient(data, tmp_path, flags, coef):
+    """Step of SGD at rate 1 with Frobenius decay, less that without, and the closed form in float64 at the first weights."""
+    half = f"{HALF} {PLAIN} --max-update 1 {flags}"
+    first = run(data, tmp_path / "first", f"{half} --lr 0 --frobenius-decay 0")
+    without = run(data, tmp_path / "without", f"{half} --lr 1 --frobenius-decay 0")
+    decayed = run(data, tmp_path / "with", f"{half} --lr 1 --frobenius-decay {coef}")
+    model = engine.to_transformer(first, tmp_path).double()
+    expected = {}
+    pairs = [p for n, a in attentions(model).items() for p in (a.query_key(n), a.output_value(n))]
+    decay = FrobeniusDecay(model, coef, pairs=pairs)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    covered = {id(parameter) for parameter in decay.parameters()}
+    for layer in decay._layers:
+        for factor, grad in zip(layer.factors(), frobenius_grads(layer.factors()), strict=True):
+            factor.grad += coef * grad
+    for pair in pairs:  # by autograd of the explicit products
+        u, vt = pair.factors()
+        penalty = coef / 2 * (u @ vt).square().sum()
+        for parameter, grad in zip((pair.u, pair.vt), torch.autograd.grad(penalty, (pair.u, pair.vt)), strict=True):
+            parameter.grad += grad
+    for name, parameter in model.named_parameters():
+        if id(parameter) in covered:
+            expected[name.replace("coder.", "coder.net.", 1)] = parameter.grad
+    found = {name: without["model"][name].double() - decayed["model"][name].double() for name in without["model"]}
+    return found, expected
+
+
+@pytest.mark.parametrize("flags", ["", "--update-freq 4", "--sentence-avg --update-freq 3"])
+def test_the_decays_gradient_is_the_closed_form_whatever_the_batch(data, tmp_path, flags):
+    found, expected = decayed_gradient(data, tmp_path, flags, coef=0.1)
+    assert len(expected) == 18 + 12
+    for name, step in found.items():
+        if name in expected:
+            torch.testing.assert_close(step, expected[name], rtol=1e-3, atol=1e-5)
+            assert expected[name].abs().max() > 1e-4
+        else:
+            assert step.abs().max() == 0, name
+
+
+def test_the_decays_gradient_over_two_processes(data, tmp_path):
+    """Two gloo processes make the update that one process makes of the same two batches; the decay counts once."""
+    flags = f"{HALF} {PLAIN} --lr 1 --frobenius-decay 0.1 --max-update 1"
+    one = run(data, tmp_path / "one", f"{flags} --update-freq 2")
+    rendezvous = f"file://{tmp_path}/rendezvous"
+    distributed = "--distributed-world-size 2 --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp"
+    words = f"{TINY} {flags} {distributed} --distributed-init-method {rendezvous} --save-dir {tmp_path}/two".split()
+    command = [sys.executable, str(ROOT / "transformer_iwslt" / "train.py"), str(data), *words, "--distributed-rank"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)]
+    for process in processes:
+        _, messages = process.communicate(timeout=240)
+        assert process.returncode == 0, messages
+    two = engine.load_checkpoint(tmp_path / "two" / "checkpoint_last.pt")
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-6)
+    assert len(lines(tmp_path / "two")) == 1
+
+
+@pytest.fixture
+def trained(data):
+    """Task, model, criterion and a batch, as fairseq makes them from this program's flags."""
+
+    def make(flags):
+        from fairseq import options, tasks
+        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+        from transformer_iwslt.flags import fairseq_words
+
+        engine.load()
+        args = parse([str(data), *f"{TINY} {flags}".split()])
+        cfg = convert_namespace_to_omegaconf(engine.parse(options.get_training_parser, fairseq_words(args, data)))
+        torch.manual_seed(0)
+        task = tasks.setup_task(cfg.task)
+        model = task.build_model(cfg.model)
+        task.load_dataset("valid")
+        batch = next(task.get_batch_iterator(task.dataset("valid"), max_sentences=9).next_epoch_itr(shuffle=False))
+        return cfg, task, model, task.build_criterion(cfg.criterion), batch
+
+    return make
+
+
+@pytest.mark.parametrize("criterion", ["cross_entropy", "label_smoothed_cross_entropy"])
+def test_without_decay_and_in_validation_the_loss_is_fairseqs(trained, criterion):
+    from fairseq.criterions import CRITERION_REGISTRY
+
+    none = "--dropout 0 --attention-dropout 0 --activation-dropout 0"
+    _, task, model, ours, batch = trained(f"{HALF} {none} --frobenius-decay 0.3 --criterion {criterion}")
+    smoothing = (0.1,) if criterion == "label_smoothed_cross_entropy" else ()
+    theirs = CRITERION_REGISTRY[criterion](task, False, *smoothing)
+    model.train()
+    loss, size, logged = ours(model, batch)
+    plain, plain_size, plain_logged = theirs(model, batch)
+    assert (size, logged["ntokens"]) == (plain_size, plain_logged["ntokens"])
+    assert torch.equal(logged["loss"], plain_logged["loss"])
+    torch.testing.assert_close(loss - plain, size * model.decay.penalty(), rtol=1e-4, atol=1e-3)
+    assert model.decay.penalty() > 0
+    model.eval()
+    assert torch.equal(ours(model, batch)[0], theirs(model, batch)[0])
+    model.train().decay.coef = 0.0
+    assert torch.equal(ours(model, batch)[0], theirs(model, batch)[0])
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_weight_decay_leaves_out_what_frobenius_decay_covers(trained, precision):
+    """In half precision fairseq's optimizer holds float32 copies, which keep the mark where gradients are not flattened."""
+    from fairseq import optim
+
+    cfg, _, model, _, _ = trained("--rank-scale 0.5 --wd2fd --wd2fd-outval --frobenius-decay 1e-4 --weight-decay 0.01")
+    assert "fp16_no_flatten_grads" not in parse(["x", "--rank-scale", "0.5"]).fairseq
+    if precision == "float16":
+        model.half()
+        cfg.common.fp16_no_flatten_grads = True
+        optimizer = optim.FP16Optimizer.build_optimizer(cfg, list(model.parameters()))
+    else:
+        optimizer = optim.build_optimizer(cfg.optimizer, list(model.parameters()))
+    rest, exempt = optimizer.param_groups
+    assert (rest["weight_decay"], exempt["weight_decay"]) == (0.01, 0.0)
+    assert sorted(p.numel() for p in exempt["params"]) == sorted(p.numel() for p in model.decay.parameters())
+    assert len(rest["params"]) + len(exempt["params"]) == len(list(model.parameters()))
+
+
+def test_half_precision_keeps_gradients_apart_where_decays_differ():
+    from transformer_iwslt.flags import fairseq_words
+
+    flags = ["data", "--rank-scale", "0.5", "--wd2fd", "--weight-decay", "1e-4", "--fp16"]
+    assert "--fp16-no-flatten-grads" in fairseq_words(parse(flags), ROOT)
+    assert "--fp16-no-flatten-grads" not in fairseq_words(parse([*flags[:3], *flags[4:]]), ROOT)
+
+
+def test_generation_translations_and_plain_torch_agree(data, tmp_path, capsys, monkeypatch):
+    """fairseq's beam search, ours, and the command for one's own sentences, on a model that has learned a little."""
+    state = run(data, tmp_path, "--rank-scale 0.5 --spectral --optimizer adam --lr 0.01 --clip-norm 1 --max-update 60")
+    best = tmp_path / "checkpoint_best.pt"
+    capsys.readouterr()
+    command = f"--path {best} --batch-size 128 --beam 3 --remove-bpe --rank-scale 0.5 --dump {tmp_path}/bleu.log --cpu"
+    generate.main([str(data), *command.split()])
+    output = capsys.readouterr().out.splitlines()
+    assert output[-2].startswith("BLEU = ")
+    assert (tmp_path / "bleu.log").read_text() == "\n".join(output[-2:]) + "\n"
+    folder = next(tmp_path.glob("generate-*"))
+    scores = read_json(folder / "scores.json")
+    assert scores["decoding"]["beam"] == 3
+    assert f"BLEU = {scores['metrics']['bleu']:.2f}" in output[-2]
+    assert not (tmp_path / "result.json").exists()
+    pipeline, source, target = generate.find_vocabularies(data)
+    sources = [line[2:] for line in (folder / "translations.txt").read_text().splitlines() if line.startswith("S ")]
+    encoded = [torch.tensor(source.encode(pipeline.split(line))) for line in sources[:100]]
+    batch = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True, padding_value=PAD)
+    found = search(engine.to_transformer(state, best).eval(), batch, beam=3)
+    ours = [pipeline.join(target.decode(words)) for words, _ in found]
+    assert len(set(ours)) > 30
+    assert ours == output[:100]
+    text = "siebenundzwanzig\n\nzwei\xff und \0\n" + "hundert " * 1500 + "\n😀"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "transformer_iwslt" / "translate.py", "--checkpoint", best, "--beam", "2"],
+        input=text.encode("latin-1", "replace"),
+        capture_output=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.decode().split("\n")) == 5 + 1
+    assert done.stdout.split(b"\n")[1] == b""
+    assert b"line 3 is not UTF-8" in done.stderr
+    assert b"line 4 has 1500 subwords: it is cut into parts" in done.stderr
+
+
+def test_translating_needs_no_fairseq():
+    code = "import sys; import transformer_iwslt.translate; sys.exit('fairseq' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_generating_as_a_row_does_writes_the_result(data, tmp_path, capsys):
+    run(data, tmp_path, "--max-update 3")
+    capsys.readouterr()
+    generate.main([str(data), "--path", str(tmp_path / "checkpoint_best.pt"), "--quiet", "--cpu"])
+    captured = capsys.readouterr()
+    assert captured.err == f"{tmp_path / 'result.json'}\n"
+    assert len(captured.out.splitlines()) == 2
+    metrics = read_json(tmp_path / "result.json")["metrics"]
+    assert metrics["bleu"] == metrics["best"]
+    assert "final" in metrics
+
+
+def test_known_scores():
+    """A perfect translation has 100; sacrebleu's own number for a changed one, on tokenized and on plain text."""
+    import sacrebleu
+
+    from transformer_iwslt.text import Pipeline
+
+    pipeline = Pipeline("de", "en", True, "")
+    references = ["The cat's on the mat , it sleeps.", "A dog barks loudly at night."]
+    tokenized = [pipeline.tokenize(line, "en") for line in references]
+
+    def score(hypotheses, plain):
+        return generate.score(
+            [{"hypothesis": h, "reference": r} for h, r in zip(hypotheses, tokenized, strict=True)], pipeline, plain
+        )
+
+    perfect = score(tokenized, references)
+    assert perfect["bleu"] == pytest.approx(100)
+    changed = score([tokenized[0].replace("mat", "hat"), tokenized[1]], references)
+    expected = sacrebleu.corpus_bleu(
+        [tokenized[0].replace("mat", "hat"), tokenized[1]], [tokenized], tokenize="none", force=True
+    )
+    assert changed["bleu"] == pytest.approx(expected.score)
+    assert 50 < changed["bleu"] < 100
+    assert "case:lc" in changed["sacrebleu_signature"]
+    assert score(tokenized, None)["sacrebleu"] == pytest.approx(100)
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_hostile_and_damaged_checkpoints_are_refused(data, tmp_path, monkeypatch, refuses):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run" / "checkpoint_last.pt"
+    path.parent.mkdir()
+    state = {"cfg": {"model": argparse.Namespace(rank_scale=0.5)}, "model": {}, "code": Hostile()}
+    torch.save(state, path)
+    commands = [
+        (train.main, f"{data} {TINY} --save-dir run"),
+        (generate.main, f"{data} --path run/checkpoint_last.pt"),
+        (translate.main, "--checkpoint run/checkpoint_last.pt"),
+    ]
+    for main, command in commands:
+        refuses(main, command, "objects whose loading could run code")
+    path.write_bytes(path.read_bytes()[:300])
+    for main, command in commands:
+        refuses(main, command, "it is damaged")
+    torch.save({"model": {}}, path)
+    for main, command in commands:
+        refuses(main, command, "is not a checkpoint of transformer_iwslt/train.py")
+    torch.save({"cfg": {"model": argparse.Namespace(rank_scale=0.5)}, "model": {}}, path)
+    refuses(generate.main, commands[1][1], "it lacks encoder.net.embed_tokens")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
+    run(data, tmp_path / "run", "--max-update 1")
+    best = tmp_path / "run" / "checkpoint_best.pt"
+    refuses(generate.main, f"{data} --path {best} --rank-scale 0.25", "--rank-scale 0.25 is not that of")
+    prepare.main(f"--corpus numbers --size 400 --bpe 60 --dest {tmp_path / 'other'}".split())
+    refuses(generate.main, f"{tmp_path / 'other'} --path {best}", "give the folder that it was trained on")
+    refuses(translate.main, f"--checkpoint {best} --vocabulary {tmp_path / 'other'}", "dictionary of")
+    lines = (data / "dict.de.txt").read_text().splitlines()
+    (tmp_path / "run" / "vocabulary" / "dict.de.txt").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
+    refuses(generate.main, f"{data} --path {best}", "is not that of")
+    with pytest.raises(ValueError, match="holds no finished training"):
+        generate.write_result(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("DATA --arch transformer_huge", "invalid choice: 'transformer_huge'"),
+        ("DATA --rank-scale 1.2", "must be in [0, 1], where 0 and 1 factorize nothing, got 1.2"),
+        ("DATA --wd2fd", "--wd2fd needs factorized layers: give --rank-scale above 0 and below 1, got 0"),
+        ("DATA --spectral --rank-scale 1", "--init spectral needs factorized layers"),
+        ("DATA --frobenius-decay 1e-4", "--frobenius-decay needs --wd2fd"),
+        ("DATA --wd2fd-quekey --frobenius-decay -1", "must be finite and not negative, got -1"),
+        ("DATA --heads 3", "--embed-dim 256 does not split over --heads 3"),
+        ("DATA --dropout 1", "must be in [0, 1), got 1"),
+        ("DATA --optimizer adam", "--optimizer adam needs --lr"),
+        ("DATA --optimizer nah --lr 1", "fairseq: argument --optimizer: invalid choice: 'nah'"),
+        ("DATA --embdim 3", "fairseq: unrecognized arguments: --embdim 3"),
+        ("--update-freq 2 DATA", "DATA must come before the flags"),
+        ("DATA other", "unrecognized arguments: other"),
+        ("nowhere", "there is no folder nowhere: python transformer_iwslt/prepare.py --dest nowhere"),
+        ("EMPTY", "has no prepare.json: it was not written by prepare.py"),
+        ("DATA --distributed-world-size 2 --cpu", "--distributed-world-size 2 needs as many GPUs, and there are 0"),
+        ("DATA --fp16 --cpu", "--fp16 needs a GPU"),
+    ],
+)
+def test_bad_flags_of_training(data, tmp_path, monkeypatch, refuses, command, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    refuses(train.main, f"{command.replace('DATA', str(data))} --save-dir run", message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_targets_padded_on_the_left_are_refused(trained):
+    with pytest.raises(ValueError, match="--left-pad-target is not supported"):
+        trained("--left-pad-target")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("--train-prefix a --dest b", "go together: give all three"),
+        ("--corpus numbers --train-prefix a --valid-prefix a --test-prefix a", "exclude each other"),
+        ("--train-prefix a --valid-prefix a --test-prefix a", "needs --dest"),
+        ("--corpus numbers -s en -t en", "are both en"),
+        ("--corpus numbers -s en -t de", "is from de to en, got en to de"),
+        ("--corpus numbers --size 60000", "at most 50000, got 60000"),
+        ("--train-prefix a --valid-prefix a --test-prefix a --dest b", "there is no a.de and no a.de.gz beside it"),
+    ],
+)
+def test_bad_flags_of_preparing(tmp_path, monkeypatch, refuses, command, message):
+    monkeypatch.chdir(tmp_path)
+    refuses(prepare.main, command, message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_fairseq_the_error_says_what_to_do(data, tmp_path, monkeypatch, refuses):
+    monkeypatch.setattr(engine, "find_spec", lambda name: None)
+    for main, command in (
+        (train.main, f"{data} --save-dir {tmp_path}/run"),
+        (prepare.main, f"--corpus numbers --dest {tmp_path}/d"),
+        (generate.main, f"{data} --path x.pt"),
+    ):
+        refuses(main, command, "ve-fairseq 0.12.3, is for Python 3.11 and 3.12 on Linux x86_64, and this is Python")
+
+
+# ---- flags and rows
+
+README = (
+    "--arch transformer_small --clip-norm 0.1 --dropout 0.2 --max-tokens 4000 --criterion label_smoothed_cross_entropy "
+    "--label-smoothing 0.1 --lr-scheduler inverse_sqrt --lr 0.25 --optimizer nag --warmup-init-lr 0.25 --warmup-updates 4000 "
+    "--max-update 100000 --no-epoch-checkpoints --save-dir results --rank-scale 0.5 --spectral --spectral-quekey "
+    "--spectral-outval --wd2fd --wd2fd-quekey --wd2fd-outval --distributed-world-size 1"
+)
+
+
+def test_the_released_codes_command_is_the_default_recipe(capsys):
+    given = parse(["data-bin/iwslt14.tokenized.de-en", *README.split()])
+    short = parse(["data-bin/iwslt14.tokenized.de-en", *HALF.split(), "--rank_scale=0.5"])
+    assert configuration(given) == configuration(short)
+    assert given.frobenius_decay == 1e-4
+    assert len(given.warnings) == 1
+    assert parse(["d", "--wd2fd-outval", "--weight_decay", "5e-4"]).frobenius_decay == 5e-4
+    silent = parse(["d", "--wd2fd-outval", "--weight-decay", "5e-4", "--frobenius-decay", "1e-5"])
+    assert (silent.frobenius_decay, silent.warnings) == (1e-5, [])
+    command = "d --batch-size 128 --beam 5 --remove-bpe --quiet --path results/checkpoint_best.pt --dump results/bleu.log"
+    assert parse_generate([*command.split(), "--rank-scale", "0.5"]).rank_scale == 0.5
+
+
+def test_flags_that_change_no_result_are_no_part_of_the_configuration():
+    plain = configuration(parse(["d", "--update-freq", "2"]))
+    noisy = ["d", "--num-workers", "3", "--update-freq", "2", "--log-interval=7", "--no-epoch-checkpoints", "--seed", "5"]
+    assert configuration(parse(noisy)) == plain
+    assert plain["fairseq"] == ["--update-freq", "2"]
+    assert configuration(parse(["d", "--update-freq", "4"])) != plain
+
+
+def test_the_286_settings_are_all_here_and_differ():
+    rows = [row for table in PROGRAM.tables for row in table.rows]
+    assert [len(table.rows) for table in PROGRAM.tables] == [38, 124, 124]
+    assert len({PROGRAM.config_hash(row) for row in rows}) == 286
+    assert sum("frobenius" in row.id for row in rows) == 2 * 5 * 2 + 2 * 2 + 2 * 5 * 4 * 5
+    for row in rows:
+        args = parse(row.flags)
+        assert args.warnings == []
+        assert args.frobenius_decay in (0.0, args.weight_decay)
+
+
+def test_fairseqs_own_parser_reads_every_kind_of_row(data):
+    from fairseq import options
+
+    from transformer_iwslt.flags import fairseq_words
+
+    engine.load()
+    for row in [table.rows[index] for table in PROGRAM.tables for index in (0, len(table.rows) // 2, -1)]:
+        args = parse(row.flags)
+        read = engine.parse(options.get_training_parser, fairseq_words(args, data))
+        for name in (
+            "rank_scale",
+            "init",
+            "spectral_quekey",
+            "wd2fd",
+            "wd2fd_outval",
+            "frobenius_decay",
+            "weight_decay",
+            "dropout",
+        ):
+            assert getattr(read, name) == getattr(args, name), name
+        assert (read.lr, read.max_update, read.momentum, read.warmup_init_lr) == ([0.25], 100_000, 0.99, 0.25)
+
+
+def test_prepare_defaults():
+    args = parse_prepare([])
+    assert (args.corpus, args.bpe) == ("iwslt14", 25_000)
+    assert args.dest == ROOT / "data-bin" / "iwslt14.tokenized.de-en"

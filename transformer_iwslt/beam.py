@@ -1,0 +1,55 @@
+"""Beam search in plain torch, with the rules of fairseq's: the same translations from the same model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from transformer_iwslt.model import EOS, PAD, Transformer
+
+Hypothesis = tuple[list[int], float]  # words without </s>, and score
+
+
+@torch.inference_mode()
+def search(model: Transformer, source: Tensor, *, beam: int = 5, lenpen: float = 1.0, max_words: int = 200) -> list[Hypothesis]:
+    """The best translation of each sentence of ``source`` (batch, length), which ends with EOS and is padded with PAD.
+
+    A hypothesis is scored by its log probability over its length, EOS counted, to the power of ``lenpen``. A sentence is done
+    when ``beam`` hypotheses of it have ended, each among the best ``beam`` at its step, or at ``max_words`` words.
+    """
+    state = model.decoder.start(*model.encoder(source))
+    device = source.device
+    sentences = list(range(len(source)))  # those that are not done
+    state.reorder(torch.arange(len(source), device=device).repeat_interleave(beam))
+    words = torch.full((len(source) * beam, 1), EOS, device=device)
+    scores = torch.full((len(source), beam), -torch.inf, device=device)
+    scores[:, 0] = 0  # at first all beams are alike: only one of them counts
+    ended: list[list[Hypothesis]] = [[] for _ in sentences]
+    for step in range(max_words + 1):
+        following = model.decoder(words[:, -1:], state)[:, -1].float().log_softmax(-1).view(len(sentences), beam, -1)
+        following[..., PAD] = -torch.inf
+        if step == 0:
+            following[..., EOS] = -torch.inf
+        if step == max_words:
+            following[..., :EOS] = following[..., EOS + 1 :] = -torch.inf
+        count = following.shape[-1]
+        best, index = (scores[..., None] + following).flatten(1).topk(min(2 * beam, beam * count))
+        origin, word = index // count, index % count
+        finite, ends = best.isfinite(), word.eq(EOS)
+        for row, column in (ends & finite)[:, :beam].nonzero().tolist():
+            found = ended[sentences[row]]
+            if len(found) < beam:
+                prefix = words[row * beam + int(origin[row, column]), 1:].tolist()
+                found.append((prefix, best[row, column].item() / (step + 1) ** lenpen))
+        kept = [row for row, sentence in enumerate(sentences) if len(ended[sentence]) < beam]
+        if not kept or step == max_words:
+            break
+        rows = torch.tensor(kept, device=device)
+        going = (~ends)[rows].int().argsort(dim=1, descending=True, stable=True)[:, :beam]  # the best that go on, in order
+        origin, word = origin[rows].gather(1, going), word[rows].gather(1, going)
+        scores = best[rows].gather(1, going)
+        order = (rows[:, None] * beam + origin).flatten()
+        state.reorder(order)
+        words = torch.cat([words[order], word.reshape(-1, 1)], dim=1)
+        sentences = [sentences[row] for row in kept]
+    return [max(found, key=lambda hypothesis: hypothesis[1]) if found else ([], -torch.inf) for found in ended]

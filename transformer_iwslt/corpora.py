@@ -1,0 +1,152 @@
+"""Sentence pairs: IWSLT'14 German-English, plain-text files of one's own, and embedded number words."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import random
+import re
+import shutil
+import sys
+import tarfile
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common.downloads import downloading
+
+Pairs = list[tuple[str, str]]
+Splits = dict[str, Pairs]  # "train", "valid" and "test"
+
+IWSLT_URL = "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"
+IWSLT_BYTES = 19_982_877  # as a download log in fairseq issue 1493 shows; no checksum of it is published that we know of
+_IWSLT_TESTS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
+_SKIPPED = ("<url>", "<talkid>", "<keywords>")
+
+
+def numbers(seed: int = 0, train: int = 20_000, held_out: int = 500) -> Splits:
+    """German number words and the English ones, cardinals below a million, ordinals, years: all distinct between splits.
+
+    Which numbers are drawn depends on the seed alone.
+    """
+    from num2words import num2words
+
+    generator = random.Random(seed)
+    candidates = [("cardinal", value) for value in range(2000)]
+    candidates += [("cardinal", value) for value in generator.sample(range(2000, 1_000_000), 2 * train)]
+    candidates += [("ordinal", value) for value in range(1, 2000)]
+    candidates += [("year", value) for value in range(1000, 2100)]
+    generator.shuffle(candidates)
+    pairs: dict[str, str] = {}
+    for kind, value in candidates:
+        pairs.setdefault(num2words(value, lang="de", to=kind), num2words(value, lang="en", to=kind))
+        if len(pairs) == train + 2 * held_out:
+            break
+    found = list(pairs.items())
+    return {"valid": found[:held_out], "test": found[held_out : 2 * held_out], "train": found[2 * held_out :]}
+
+
+def read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 text file, plain or .gz; raises ValueError naming the file, and the line that is not UTF-8."""
+    found = path if path.is_file() else path.with_name(path.name + ".gz")
+    if not found.is_file():
+        raise ValueError(f"there is no {path} and no {path.name}.gz beside it")
+    try:
+        content = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{found} is not a whole gzip file: {error}") from error
+    lines = []
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n") if content else [], 1):
+        try:
+            lines.append(line.decode("utf-8").rstrip("\r"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{found}, line {number}, is not UTF-8: {error.reason} at byte {error.start}") from error
+    return lines
+
+
+def read_pair(prefix: Path, source_lang: str, target_lang: str) -> Pairs:
+    """Pairs of PREFIX.source and PREFIX.target; raises ValueError for empty or misaligned files, naming the first bad line."""
+    names = [prefix.with_name(f"{prefix.name}.{lang}") for lang in (source_lang, target_lang)]
+    source, target = (read_lines(name) for name in names)
+    for name, lines in zip(names, (source, target), strict=True):
+        if not lines:
+            raise ValueError(f"{name} is empty")
+    if len(source) != len(target):
+        first = min(len(source), len(target)) + 1
+        raise ValueError(
+            f"{names[0]} has {len(source)} lines and {names[1]} has {len(target)}: line {first} is the first without a "
+            "translation"
+        )
+    for number, (one, other) in enumerate(zip(source, target, strict=True), 1):
+        if bool(one.strip()) != bool(other.strip()):
+            empty = names[0] if not one.strip() else names[1]
+            raise ValueError(f"{empty}, line {number}, is empty and its translation is not: the files are misaligned")
+    pairs = [(one, other) for one, other in zip(source, target, strict=True) if one.strip()]
+    if not pairs:
+        raise ValueError(f"{names[0]} and {names[1]} have only empty lines")
+    return pairs
+
+
+def iwslt14(folder: Path, sha256: str | None = None) -> tuple[Splits, str]:
+    """IWSLT'14 as the released code splits it, from de-en.tgz in a folder, which is downloaded if it is not there.
+
+    Of the training talks every 23rd pair validates; the test set is five development and test sets together. Cleaning
+    comes later, on tokenized text, and before that choice (see prepare.py), so ``valid`` is empty here. Returns the splits and
+    the archive's SHA-256; raises ValueError where that is not the one given, and OSError where it cannot be downloaded.
+    """
+    archive = folder / "de-en.tgz"
+    if not archive.exists():
+        _download(archive)
+    found = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if sha256 is not None and found != sha256.lower():
+        raise ValueError(f"{archive} has SHA-256 {found}, expected {sha256}: delete it, and it is downloaded again")
+    try:
+        with tarfile.open(archive) as packed:
+            texts = {Path(member.name).name: packed.extractfile(member) for member in packed if member.isfile()}
+            contents = {name: file.read().decode("utf-8") for name, file in texts.items() if file is not None}
+    except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{archive} is damaged ({error}): delete it, and it is downloaded again") from error
+
+    def lines(name: str) -> list[str]:
+        if name not in contents:
+            raise ValueError(f"{archive} lacks {name}: it is not the archive of IWSLT'14 German-English")
+        return contents[name].splitlines()
+
+    train = list(zip(*(list(_talks(lines(f"train.tags.de-en.{lang}"))) for lang in ("de", "en")), strict=True))
+    test: Pairs = []
+    for part in _IWSLT_TESTS:
+        sides = [list(_segments(lines(f"IWSLT14.{part}.de-en.{lang}.xml"))) for lang in ("de", "en")]
+        test += zip(*sides, strict=True)
+    return {"train": train, "valid": [], "test": test}, found
+
+
+def _talks(lines: list[str]) -> Iterator[str]:
+    for line in lines:
+        if not any(tag in line for tag in _SKIPPED):
+            yield re.sub(r"</?(title|description)>", "", line).strip()
+
+
+def _segments(lines: list[str]) -> Iterator[str]:
+    for line in lines:
+        if "<seg id" in line:
+            yield re.sub(r"\s*</?seg[^>]*>\s*", "", line).replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+
+
+def _download(archive: Path) -> None:
+    partial = archive.with_name(f".{archive.name}.partial")
+    by_hand = f"fetch {IWSLT_URL} and put it at {archive}"
+    other = "or prepare the embedded corpus with --corpus numbers, or files of your own with --train-prefix"
+    with downloading("IWSLT'14", by_hand, other):
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with urllib.request.urlopen(IWSLT_URL) as answer, open(partial, "wb") as file:
+                size = int(answer.headers.get("Content-Length") or IWSLT_BYTES)
+                with tqdm.wrapattr(answer, "read", total=size, desc="de-en.tgz", disable=not sys.stderr.isatty()) as stream:
+                    shutil.copyfileobj(stream, file)
+            if partial.stat().st_size != IWSLT_BYTES:
+                raise OSError(f"got {partial.stat().st_size:,} bytes, expected {IWSLT_BYTES:,}")
+            partial.replace(archive)
+        finally:
+            partial.unlink(missing_ok=True)

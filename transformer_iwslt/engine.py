@@ -1,0 +1,128 @@
+"""The way to fairseq: whether it is there, and its command lines read with clear errors."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy._core import multiarray
+
+from common import checkpoints
+from transformer_iwslt.flags import PLUGIN
+from transformer_iwslt.model import Transformer, TransformerConfig, from_checkpoint
+from transformer_iwslt.text import VOCABULARY, Vocabulary, find_vocabularies
+
+
+def require() -> None:
+    """Raise ValueError, saying what to install instead, where fairseq is not installed."""
+    if find_spec("fairseq") is None:
+        here = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+        raise ValueError(
+            "fairseq is not installed. Its wheel, ve-fairseq 0.12.3, is for Python 3.11 and 3.12 on Linux x86_64, and this is "
+            f"{here}. There, run bash setup.sh with such a Python; elsewhere, use a container that has one, or build "
+            "ve-fairseq 0.12.3 from source. translate.py and the models need no fairseq"
+        )
+
+
+def load() -> None:
+    """Import fairseq, which is slow, without the messages of its import and its warnings about other libraries."""
+    require()
+    os.environ.setdefault("LOGLEVEL", "WARNING")  # read by each of its programs
+    for kind in (UserWarning, FutureWarning, DeprecationWarning):
+        warnings.simplefilter("ignore", kind)
+    logging.disable(logging.INFO)
+    import fairseq_cli.generate
+    import fairseq_cli.preprocess
+    import fairseq_cli.train  # noqa: F401
+
+    logging.disable(logging.NOTSET)
+    for name in (None, "hydra"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    allow_checkpoints()
+
+
+def strict(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser, raising ValueError where it would print its usage and end the program."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"fairseq: {message}")
+
+    parser.error = refuse
+    return parser
+
+
+def parse(make: Callable[[], argparse.ArgumentParser], words: Sequence[str]) -> argparse.Namespace:
+    """Read a command line for fairseq, its plugin loaded; raises ValueError where fairseq refuses it."""
+    from fairseq import options, utils
+
+    utils.import_user_module(argparse.Namespace(user_dir=str(PLUGIN)))
+    argv, sys.argv = sys.argv, sys.argv[:1]  # where fairseq looks for --user-dir first
+    try:
+        return options.parse_args_and_arch(strict(make()), list(words))
+    finally:
+        sys.argv = argv
+
+
+def allow_checkpoints() -> None:
+    """Let torch load fairseq's checkpoints without unpickling code: beside tensors they hold these plain classes."""
+    numbers = [np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32"))]
+    arrays = [multiarray.scalar, multiarray._reconstruct, np.ndarray]
+    torch.serialization.add_safe_globals([argparse.Namespace, *numbers, *arrays])
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Content of a checkpoint of fairseq; raises ValueError where it is missing, damaged, would run code, or is another's."""
+    allow_checkpoints()
+    state = checkpoints.load(path)
+    held = state.get("cfg")
+    if not isinstance(held, dict) or not isinstance(held.get("model"), argparse.Namespace) or "model" not in state:
+        raise ValueError(f"{path} is not a checkpoint of transformer_iwslt/train.py")
+    return state
+
+
+def to_transformer(state: dict[str, Any], path: Path) -> Transformer:
+    """The model of a checkpoint that :func:`load_checkpoint` read, from it alone, in plain torch."""
+    weights = {name.replace("coder.net.", "coder.", 1): value for name, value in state["model"].items()}
+    flags = vars(state["cfg"]["model"])
+    try:
+        words = {f"{side}_words": words_of(state, side) for side in ("source", "target")}
+        sizes = {field.name: flags[field.name] for field in fields(TransformerConfig) if field.name in flags}
+        return from_checkpoint({"architecture": {**sizes, **words}, "model": weights})
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path} holds no Transformer of this program: {error}") from error
+
+
+def words_of(state: dict[str, Any], side: str) -> int:
+    """Size of the dictionary, "source" or "target", that a checkpoint was trained with."""
+    name = f"{'encoder' if side == 'source' else 'decoder'}.net.embed_tokens"
+    tables = [state["model"][key] for key in (f"{name}.weight", f"{name}.u") if key in state["model"]]
+    if not tables:
+        raise ValueError(f"it lacks {name}")
+    return len(tables[0])
+
+
+def check_vocabulary(state: dict[str, Any], path: Path, folder: Path, source: Vocabulary, target: Vocabulary) -> None:
+    """Raise ValueError where the dictionaries of a folder are not those a checkpoint was trained with."""
+    for side, vocabulary in (("source", source), ("target", target)):
+        trained = words_of(state, side)
+        if len(vocabulary) != trained:
+            raise ValueError(
+                f"the {side} dictionary of {folder} has {len(vocabulary):,} words, and {path} was trained with one of "
+                f"{trained:,}: give the folder that it was trained on"
+            )
+    kept = path.parent / VOCABULARY
+    if kept.is_dir() and kept != folder:
+        for side, ours, theirs in zip(("source", "target"), (source, target), find_vocabularies(kept)[1:], strict=True):
+            if ours.words != theirs.words:
+                raise ValueError(f"the {side} dictionary of {folder} is not that of {kept}, which {path} was trained with")

@@ -1,0 +1,188 @@
+"""Translate a split with fairseq's beam search and score it: BLEU of tokenized text, and sacreBLEU of plain text."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.runs import ROOT, Run, clean_errors, config_hash, digest, environment, read_json, write_atomic, write_json
+from transformer_iwslt import engine
+from transformer_iwslt.flags import BEAM, LENPEN, PLUGIN, PROGRAM, TASK, WHOLE, parse_generate
+from transformer_iwslt.text import Pipeline, find_vocabularies
+
+BEST, LAST, TRAINED = "checkpoint_best.pt", "checkpoint_last.pt", "trained.json"
+
+
+def find_data(data: Path) -> Path:
+    """The prepared folder, as given or below the project's; raises ValueError saying how to make it."""
+    for folder in (data, ROOT / data):
+        if folder.is_dir():
+            find_vocabularies(folder)
+            return folder
+    raise ValueError(f"there is no folder {data}: python transformer_iwslt/prepare.py --dest {data} makes it of IWSLT'14")
+
+
+def inputs(data: Path) -> dict[str, str]:
+    """Digest of what a run learns from."""
+    return {"data": config_hash({path.name: digest(path) for path in sorted(data.iterdir()) if path.is_file()})}
+
+
+def translate(
+    checkpoint: Path, data: Path, decoding: dict[str, Any], words: Sequence[str], *, cpu: bool
+) -> list[dict[str, str]]:
+    """Source, hypothesis and reference of each sentence of a split, in its order, as tokenized text.
+
+    The model is rebuilt from the checkpoint alone. ``decoding`` holds subset, beam and lenpen, ``words`` fairseq's own flags.
+    Raises ValueError where checkpoint and data do not fit.
+    """
+    engine.load()
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+    from fairseq_cli import generate
+
+    pipeline, source, target = find_vocabularies(data)
+    state = engine.load_checkpoint(checkpoint)
+    engine.check_vocabulary(state, checkpoint, data, source, target)
+    flags = ["--gen-subset", decoding["subset"], "--beam", str(decoding["beam"]), "--lenpen", str(decoding["lenpen"])]
+    own = [str(data), "--path", str(checkpoint), "--user-dir", str(PLUGIN), "--task", TASK, *WHOLE, *(["--cpu"] if cpu else [])]
+    cfg = convert_namespace_to_omegaconf(engine.parse(options.get_generation_parser, [*own, *flags, *words]))
+    output = io.StringIO()
+    generate._main(cfg, output)
+    found: dict[int, dict[str, str]] = {}
+    for kind, number, text in re.findall(r"^([STH])-(\d+)\t(.*)$", output.getvalue(), re.MULTILINE):
+        name = {"S": "source", "T": "reference", "H": "hypothesis"}[kind]
+        subwords = text.rpartition("\t")[2].split()
+        found.setdefault(int(number), {}).setdefault(
+            name, pipeline.join(subwords)
+        )  # of several hypotheses the first is the best
+    return [found[number] for number in sorted(found)]
+
+
+def score(translations: Sequence[dict[str, str]], pipeline: Pipeline, references: Sequence[str] | None) -> dict[str, Any]:
+    """BLEU in percent of tokenized text, as the released code's toolkit counts it, and sacreBLEU of plain text.
+
+    ``references`` are plain sentences; without them those of the split are put together from their words. Lower case on both
+    sides where the text was prepared in lower case.
+    """
+    from sacrebleu.metrics import BLEU
+
+    lang, hypotheses = pipeline.target_lang, [each["hypothesis"] for each in translations]
+    tokenized = [each["reference"] for each in translations]
+    if references is not None:
+        if len(references) != len(translations):
+            raise ValueError(f"there are {len(translations)} translations and {len(references)} references")
+        tokenized = [pipeline.tokenize(reference, lang) for reference in references]
+    plain = references or [pipeline.detokenize(line, lang) for line in tokenized]
+    by_word = BLEU(tokenize="none", force=True)
+    by_sentence = BLEU(lowercase=pipeline.lowercase)
+    return {
+        "bleu": by_word.corpus_score(hypotheses, [tokenized]).score,
+        "sacrebleu": by_sentence.corpus_score([pipeline.detokenize(line, lang) for line in hypotheses], [list(plain)]).score,
+        "sacrebleu_signature": str(by_sentence.get_signature()),
+        "sentences": len(hypotheses),
+    }
+
+
+def references_of(data: Path, subset: str) -> list[str] | None:
+    """Plain references of a split, where prepare.py kept them."""
+    path = data / f"references.{subset}"
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else None
+
+
+def measure(
+    checkpoint: Path, data: Path, decoding: dict[str, Any], words: Sequence[str] = (), *, cpu: bool = False
+) -> dict[str, Any]:
+    """Scores of a checkpoint on a split, and its translations."""
+    pipeline = Pipeline.load(data)
+    translations = translate(checkpoint, data, decoding, words, cpu=cpu)
+    return {**score(translations, pipeline, references_of(data, decoding["subset"])), "translations": translations}
+
+
+STANDARD = {"subset": "test", "beam": BEAM, "lenpen": LENPEN}
+
+
+def write_result(path: Path, data: Path, best: dict[str, Any] | None = None, *, cpu: bool = False) -> Path:
+    """Write the result of a finished training: test BLEU of the checkpoint with the best validation loss, and of the last one.
+
+    ``best`` holds the scores of the former where they are known. Raises ValueError where the training has not finished.
+    """
+    if not (path / TRAINED).exists():
+        raise ValueError(f"{path} holds no finished training: start train.py again, and it goes on")
+    trained = read_json(path / TRAINED)
+    if trained["inputs"] != inputs(data):
+        raise ValueError(f"{path} was not trained on what {data} holds now")
+    words = ["--batch-size", "128"]
+    last = measure(path / LAST, data, STANDARD, words, cpu=cpu)
+    if best is None:
+        best = measure(path / BEST, data, STANDARD, words, cpu=cpu) if (path / BEST).exists() else last
+    state = engine.load_checkpoint(path / LAST)
+    scores = {key: value for key, value in best.items() if key != "translations"}
+    metrics = {**scores, "final": last["bleu"], "best": best["bleu"], "final_sacrebleu": last["sacrebleu"]}
+    write_translations(path, best["translations"])
+    run = Run(path, trained["config"], trained["seed"], inputs=trained["inputs"], resume=True, row=trained["row"])
+    return run.finish(
+        metrics=metrics,
+        parameters=trained["parameters"],
+        decays=trained["decays"],
+        decoding=STANDARD,
+        seconds=float(state["extra_state"]["previous_training_time"]),
+        environment=environment("cuda" if torch.cuda.is_available() and not cpu else "cpu", trained["processes"])
+        | {"ve-fairseq": version("ve-fairseq"), "sacrebleu": version("sacrebleu")},
+    )
+
+
+def write_translations(directory: Path, translations: Sequence[dict[str, str]]) -> None:
+    """Write translations.txt: source, reference and hypothesis of each sentence, tokenized."""
+    blocks = (f"S {each['source']}\nT {each['reference']}\nH {each['hypothesis']}\n" for each in translations)
+    write_atomic(directory / "translations.txt", "".join(blocks))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_generate(argv)
+    with clean_errors(f"{PROGRAM}/generate.py"):
+        args.data = find_data(args.data)
+        engine.require()
+        state = engine.load_checkpoint(args.path)
+        held = state["cfg"]["model"].rank_scale
+        if args.rank_scale is not None and args.rank_scale != held:
+            raise ValueError(f"--rank-scale {args.rank_scale:g} is not that of {args.path}, {held:g}; it need not be given")
+        decoding = {"subset": args.gen_subset, "beam": args.beam, "lenpen": args.lenpen}
+        words = ["--batch-size", str(args.batch_size), *args.fairseq]
+        found = measure(args.path, args.data, decoding, words, cpu=args.cpu)
+        report = (
+            f"BLEU = {found['bleu']:.2f} (tokenized{', lower case' if Pipeline.load(args.data).lowercase else ''})\n"
+            f"sacreBLEU = {found['sacrebleu']:.2f} ({found['sacrebleu_signature']})"
+        )
+        if not args.quiet:
+            for each in found["translations"]:
+                print(each["hypothesis"])
+        print(report)
+        if args.dump is not None:
+            write_atomic(args.dump, report + "\n")
+        print(record(args, decoding, found), file=sys.stderr)
+
+
+def record(args: argparse.Namespace, decoding: dict[str, Any], found: dict[str, Any]) -> Path:
+    """Keep the scores: as the run's result where this is how results are made, else in a folder of their own."""
+    path = args.path.parent
+    standard = decoding == STANDARD and not args.fairseq and args.path.name == BEST and args.results_path is None
+    if standard and (path / TRAINED).exists() and read_json(path / TRAINED)["inputs"] == inputs(args.data):
+        return write_result(path, args.data, found, cpu=args.cpu)
+    settings = {**decoding, "checkpoint": args.path.name, "fairseq": args.fairseq, **inputs(args.data)}
+    directory = args.results_path or path / f"generate-{config_hash(settings)}"
+    write_translations(directory, found["translations"])
+    metrics = {key: value for key, value in found.items() if key != "translations"}
+    write_json(directory / "scores.json", {"format": 1, "decoding": settings, "metrics": metrics})
+    return directory / "scores.json"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Prepare sentence pairs for train.py: tokenize, clean, split, learn subwords, and write fairseq's binary files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from common.runs import ROOT, clean_errors, read_json, write_atomic
+from transformer_iwslt import corpora, engine
+from transformer_iwslt.corpora import Pairs, Splits
+from transformer_iwslt.flags import parse_prepare
+from transformer_iwslt.text import PREPARED, Pipeline, learn_codes
+
+SPLITS = ("train", "valid", "test")
+MAX_WORDS, MAX_RATIO, VALID_EVERY = 175, 1.5, 23  # of IWSLT'14's preparation: longest sentence, length ratio, split
+
+
+def clean(pairs: Pairs) -> Pairs:
+    """The pairs whose sentences have 1 to 175 words and differ in length by no more than a factor of 1.5."""
+
+    def keep(source: int, target: int) -> bool:
+        return min(source, target) >= 1 and max(source, target) <= min(MAX_WORDS, MAX_RATIO * min(source, target))
+
+    return [(source, target) for source, target in pairs if keep(len(source.split()), len(target.split()))]
+
+
+def split_off(pairs: Pairs) -> tuple[Pairs, Pairs]:
+    """Training pairs and validation pairs: every 23rd validates."""
+    valid = pairs[VALID_EVERY - 1 :: VALID_EVERY]
+    return [pair for number, pair in enumerate(pairs, 1) if number % VALID_EVERY], valid
+
+
+def tokenize(pairs: Pairs, pipeline: Pipeline, name: str) -> Pairs:
+    progress = tqdm(pairs, desc=f"tokenizing {name}", disable=not sys.stderr.isatty())
+    sides = (pipeline.source_lang, pipeline.target_lang)
+    return [(pipeline.tokenize(source, sides[0]), pipeline.tokenize(target, sides[1])) for source, target in progress]
+
+
+def binarize(directory: Path, pipeline: Pipeline) -> None:
+    """Write fairseq's dictionaries and binary files from the text files of the splits in the folder."""
+    words = ["--source-lang", pipeline.source_lang, "--target-lang", pipeline.target_lang, "--destdir", str(directory)]
+    for split in SPLITS:
+        words += [f"--{split}pref", str(directory / "text" / split)]
+    from fairseq import options
+    from fairseq_cli import preprocess
+
+    args = engine.strict(options.get_preprocessing_parser()).parse_args(words)
+    with contextlib.redirect_stdout(io.StringIO()):
+        preprocess.main(args)
+
+
+def prepare(splits: Splits, pipeline: Pipeline, dest: Path, facts: dict[str, Any]) -> dict[str, int]:
+    """Tokenize the splits and write the folder, whole or not at all; returns the number of pairs of each split.
+
+    Where there is no validation split, as of IWSLT'14, the training pairs are cleaned and it is taken from what is left.
+    ``references.test`` holds the target sentences as they were, for BLEU of plain text.
+    """
+    tokenized = {name: tokenize(splits[name], pipeline, name) for name in SPLITS}
+    if not tokenized["valid"]:
+        tokenized["train"], tokenized["valid"] = split_off(clean(tokenized["train"]))
+    for name in SPLITS:
+        if not tokenized[name]:
+            raise ValueError(f"no {name} pair is left: sentences must have 1 to {MAX_WORDS} words, and similar lengths")
+    text = [line for side in (0, 1) for line in (pair[side] for pair in tokenized["train"])]
+    pipeline = Pipeline(pipeline.source_lang, pipeline.target_lang, pipeline.lowercase, learn_codes(text, facts["merges"]))
+    partial = dest.with_name(f".{dest.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name in SPLITS:
+            for side, lang in enumerate((pipeline.source_lang, pipeline.target_lang)):
+                lines = (" ".join(pipeline.split(pair[side])) for pair in tokenized[name])
+                write_atomic(partial / "text" / f"{name}.{lang}", "".join(f"{line}\n" for line in lines))
+        references = "".join(f"{' '.join(target.split())}\n" for _, target in splits["test"])
+        write_atomic(partial / "references.test", references)
+        counts = {name: len(tokenized[name]) for name in SPLITS}
+        pipeline.save(partial, pairs=counts, **facts)
+        binarize(partial, pipeline)
+        shutil.rmtree(partial / "text")
+        (partial / "preprocess.log").unlink()
+        partial.replace(dest)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return counts
+
+
+def read(args: argparse.Namespace) -> tuple[Splits, str]:
+    """The splits that the flags name, and a SHA-256 that tells their content."""
+    if args.corpus == "iwslt14":
+        return corpora.iwslt14(args.data_dir, args.sha256)
+    if args.corpus == "numbers":
+        splits = corpora.numbers(args.seed, args.size)
+    else:
+        prefixes = {name: getattr(args, f"{name}_prefix") for name in SPLITS}
+        splits = {name: corpora.read_pair(prefix, args.source_lang, args.target_lang) for name, prefix in prefixes.items()}
+    return splits, hashlib.sha256(json.dumps(splits).encode()).hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_prepare(argv)
+    with clean_errors("transformer_iwslt/prepare.py"):
+        engine.require()
+        splits, sha256 = read(args)
+        pipeline = Pipeline(args.source_lang, args.target_lang, not args.keep_case, codes="")
+        facts = {"merges": args.bpe, "corpus": args.corpus or "files", "sha256": sha256}
+        if args.dest.exists():
+            held = read_json(args.dest / PREPARED) if (args.dest / PREPARED).exists() else {}
+            if any(held.get(key) != value for key, value in (facts | pipeline.languages()).items()):
+                raise ValueError(f"{args.dest} exists and was not prepared like this: choose another --dest, or remove it")
+            print(f"{args.dest} is prepared already: nothing to do", file=sys.stderr)
+            return
+        engine.load()
+        counts = prepare(splits, pipeline, args.dest, facts)
+    where = args.dest.relative_to(ROOT) if args.dest.is_relative_to(ROOT) else args.dest
+    print(f"{where}: " + ", ".join(f"{count:,} {name} pairs" for name, count in counts.items()) + f" (SHA-256 {sha256})")
+
+
+if __name__ == "__main__":
+    main()

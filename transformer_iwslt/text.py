@@ -1,0 +1,135 @@
+"""Text to subwords and back: Moses tokenization, lower case, byte pair encoding; and vocabularies as files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from common.runs import read_json, write_atomic, write_json
+
+PREPARED, CODES = "prepare.json", "codes"
+VOCABULARY = "vocabulary"  # folder of a run: what is needed beside the weights
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+_JOINER = "@@"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How text of a language pair was prepared. ``codes`` are the merges of byte pair encoding, one a line."""
+
+    source_lang: str
+    target_lang: str
+    lowercase: bool
+    codes: str
+
+    @cached_property
+    def _bpe(self) -> Any:
+        from subword_nmt.apply_bpe import BPE
+
+        return BPE(io.StringIO(self.codes))
+
+    @cached_property
+    def _moses(self) -> dict[str, tuple[Any, Any]]:
+        from sacremoses import MosesDetokenizer, MosesTokenizer
+
+        return {lang: (MosesTokenizer(lang), MosesDetokenizer(lang)) for lang in (self.source_lang, self.target_lang)}
+
+    def tokenize(self, line: str, lang: str) -> str:
+        """Words separated by single spaces, in lower case where the pipeline says so; never holds a line break."""
+        line = " ".join(line.split())
+        tokens = self._moses[lang][0].tokenize(line, escape=True)
+        text = " ".join(" ".join(tokens).split())
+        return text.lower() if self.lowercase else text
+
+    def split(self, tokenized: str) -> list[str]:
+        """Subwords of a tokenized line."""
+        return self._bpe.process_line(tokenized).split()
+
+    def join(self, subwords: Iterable[str]) -> str:
+        """Tokenized line of subwords."""
+        return (" ".join(subwords) + " ").replace(f"{_JOINER} ", "").strip()
+
+    def detokenize(self, tokenized: str, lang: str) -> str:
+        """Plain text of a tokenized line."""
+        return self._moses[lang][1].detokenize(tokenized.split())
+
+    def languages(self) -> dict[str, Any]:
+        """Everything but the codes."""
+        return {"source_lang": self.source_lang, "target_lang": self.target_lang, "lowercase": self.lowercase}
+
+    def save(self, directory: Path, **facts: Any) -> None:
+        """Write the pipeline, and facts on how it was made, to a folder."""
+        write_atomic(directory / CODES, self.codes)
+        write_json(directory / PREPARED, {"format": 1, **self.languages(), **facts})
+
+    @staticmethod
+    def load(directory: Path) -> Pipeline:
+        """The pipeline that a folder holds; raises ValueError where it holds none."""
+        for name in (PREPARED, CODES):
+            if not (directory / name).exists():
+                raise ValueError(f"{directory} has no {name}: it was not written by prepare.py")
+        held = read_json(directory / PREPARED)
+        try:
+            codes = (directory / CODES).read_text()
+            return Pipeline(held["source_lang"], held["target_lang"], bool(held["lowercase"]), codes)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{directory / PREPARED} lacks {error}") from error
+
+
+def learn_codes(lines: Iterable[str], merges: int) -> str:
+    """Merges of byte pair encoding, learned on tokenized lines of both languages together."""
+    from subword_nmt.learn_bpe import learn_bpe
+
+    codes = io.StringIO()
+    with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):  # it always draws a progress bar
+        learn_bpe(io.StringIO("".join(line + "\n" for line in lines)), codes, merges)
+    return codes.getvalue()
+
+
+class Vocabulary:
+    """Words of a fairseq dictionary file and their indices; ``<s>``, ``<pad>``, ``</s>`` and ``<unk>`` come first."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = [*SPECIAL, *words]
+        self.index = {word: index for index, word in enumerate(self.words)}
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, words: Iterable[str]) -> list[int]:
+        """Indices, ``<unk>`` for what is not in the vocabulary, with ``</s>`` at the end."""
+        unknown = SPECIAL.index("<unk>")
+        return [*(self.index.get(word, unknown) for word in words), SPECIAL.index("</s>")]
+
+    def decode(self, indices: Iterable[int]) -> list[str]:
+        """Words of indices, without ``<s>``, ``<pad>`` and ``</s>``."""
+        return [self.words[index] for index in indices if index >= SPECIAL.index("<unk>")]
+
+    @staticmethod
+    def load(path: Path) -> Vocabulary:
+        """Read a dictionary file, a word and its count a line; raises ValueError naming the first bad line."""
+        if not path.is_file():
+            raise ValueError(f"there is no dictionary at {path}")
+        words = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            word, _, count = line.rstrip().rpartition(" ")
+            if not word or not count.isdigit():
+                raise ValueError(f"{path}, line {number}, is not a word and its count: {line!r}")
+            words.append(word)
+        return Vocabulary(words)
+
+
+def find_vocabularies(directory: Path) -> tuple[Pipeline, Vocabulary, Vocabulary]:
+    """Pipeline, source and target vocabulary of a folder that prepare.py wrote, or of a run that learned from one."""
+    pipeline = Pipeline.load(directory)
+    return (
+        pipeline,
+        Vocabulary.load(directory / f"dict.{pipeline.source_lang}.txt"),
+        Vocabulary.load(directory / f"dict.{pipeline.target_lang}.txt"),
+    )

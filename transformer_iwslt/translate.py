@@ -1,0 +1,80 @@
+"""Translate sentences of one's own with a trained checkpoint: lines in, lines out, in plain torch, without fairseq."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from common.runs import clean_errors
+from common.vision.distributed import find_device
+from transformer_iwslt import engine
+from transformer_iwslt.beam import search
+from transformer_iwslt.flags import PROGRAM, parse_translate
+from transformer_iwslt.model import PAD, Transformer
+from transformer_iwslt.text import VOCABULARY, Pipeline, Vocabulary, find_vocabularies
+
+SHORT = 200  # words that a translation may have in any case
+
+
+class Translator:
+    """A model with its text pipeline and dictionaries."""
+
+    def __init__(self, model: Transformer, pipeline: Pipeline, source: Vocabulary, target: Vocabulary) -> None:
+        self.model, self.pipeline, self.source, self.target = model.eval(), pipeline, source, target
+        self.device = next(model.parameters()).device
+        self.limit = model.config.max_positions - PAD - 2  # subwords of a sentence, </s> aside
+
+    def subwords(self, line: str) -> list[str]:
+        return self.pipeline.split(self.pipeline.tokenize(line, self.pipeline.source_lang))
+
+    def translate(self, lines: Sequence[str], *, beam: int, lenpen: float) -> list[str]:
+        """Translations of plain lines. A line with more subwords than the model has positions is translated in parts."""
+        parts: list[tuple[int, list[str]]] = []  # (line, subwords)
+        for number, line in enumerate(lines):
+            subwords = self.subwords(line)
+            parts += [(number, subwords[start : start + self.limit]) for start in range(0, len(subwords), self.limit)]
+        found: list[list[str]] = [[] for _ in lines]
+        if parts:
+            encoded = [torch.tensor(self.source.encode(subwords)) for _, subwords in parts]
+            longest = max(len(sentence) for sentence in encoded)
+            batch = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True, padding_value=PAD).to(self.device)
+            max_words = min(max(SHORT, 2 * longest), self.limit)
+            for (number, _), (words, _) in zip(
+                parts, search(self.model, batch, beam=beam, lenpen=lenpen, max_words=max_words), strict=True
+            ):
+                found[number] += self.target.decode(words)
+        return [self.pipeline.detokenize(self.pipeline.join(words), self.pipeline.target_lang) for words in found]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_translate(argv)
+    with clean_errors(f"{PROGRAM}/translate.py"):
+        device = find_device(args.device)
+        state = engine.load_checkpoint(args.checkpoint)
+        folder = args.vocabulary or args.checkpoint.parent / VOCABULARY
+        pipeline, source, target = find_vocabularies(folder)
+        engine.check_vocabulary(state, args.checkpoint, folder, source, target)
+        translator = Translator(engine.to_transformer(state, args.checkpoint).to(device), pipeline, source, target)
+    content = sys.stdin.buffer.read()
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    decoded = [line.decode("utf-8", "replace") for line in lines]
+    for number, (line, raw) in enumerate(zip(decoded, lines, strict=True), 1):
+        if "\N{REPLACEMENT CHARACTER}" in line and "\N{REPLACEMENT CHARACTER}".encode() not in raw:
+            print(f"warning: line {number} is not UTF-8: its bad bytes are replaced", file=sys.stderr)
+        size = len(translator.subwords(line)) if len(line) > translator.limit else 0
+        if size > translator.limit:
+            print(
+                f"warning: line {number} has {size} subwords: it is translated in parts of {translator.limit}", file=sys.stderr
+            )
+    starts = range(0, len(decoded), args.batch_size)
+    for start in tqdm(starts, desc="translating", disable=not sys.stderr.isatty()):
+        batch = decoded[start : start + args.batch_size]
+        for translation in translator.translate(batch, beam=args.beam, lenpen=args.lenpen):
+            print(translation, flush=True)
+
+
+if __name__ == "__main__":
+    main()
