@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from common import FrobeniusDecay, param_groups
-from common.vision.flags import positive_int
+from common.runs import positive_int
 from tensor_wrn.factorize import make_tensors
 from tensor_wrn.flags import FORMS
 from tensor_wrn.layers import TensorPointwise

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from common.runs import FlagParser
+from common.runs import FlagParser, natural, non_negative, positive_int
 from common.vision import flags
 
 PROGRAM = "compression_baselines"
@@ -102,11 +102,11 @@ def make_prune_parser() -> FlagParser:
     method.add_argument("--target-ratio", type=_share, help="parameters to keep, as a share of the dense network's")
     method.add_argument("--ratio", type=_share, help="instead of --target-ratio: channels (or eigendirections) to remove")
     method.add_argument("--prune-ratio-limit", type=_share, default=0.95, help="at most this share of a layer's is removed")
-    method.add_argument("--rounds", type=flags.positive_int, default=1, help="iterative pruning: rounds, each of --epochs")
+    method.add_argument("--rounds", type=positive_int, default=1, help="iterative pruning: rounds, each of --epochs")
     method.add_argument(
         "--fisher", choices=("true", "empirical"), default="true", help="labels sampled from the network, or given"
     )
-    method.add_argument("--fisher-samples", type=flags.positive_int, metavar="N", help="images (default: the training split)")
+    method.add_argument("--fisher-samples", type=positive_int, metavar="N", help="images (default: the training split)")
     method.add_argument("--fix-rotation", action="store_true", help="eigendamage: do not train the rotations")
     return parser
 
@@ -137,16 +137,14 @@ def make_sparse_parser() -> FlagParser:
     method.add_argument("--method", choices=SPARSE, required=True)
     method.add_argument("--target-ratio", type=_share, help="non-zeros to keep, as a share of all parameters")
     method.add_argument("--distribution", choices=("uniform", "erk", "global"), help="how non-zeros spread over layers")
-    method.add_argument("--update-every", type=flags.positive_int, metavar="N", help="steps between changes of the masks")
+    method.add_argument("--update-every", type=positive_int, metavar="N", help="steps between changes of the masks")
     method.add_argument("--update-until", type=_share, help="share of the training after which masks stay")
     method.add_argument("--drop-fraction", type=_share, help="share of the non-zeros that a change replaces")
-    method.add_argument("--rounds", type=flags.positive_int, help="lottery: trainings, each of --epochs")
-    method.add_argument("--rewind", type=flags.natural, metavar="EPOCH", help="lottery: epoch whose weights are gone back to")
-    method.add_argument(
-        "--score-batches", type=flags.positive_int, metavar="N", help="snip, grasp: batches (default: 10 a class)"
-    )
-    method.add_argument("--l1", type=flags.non_negative, help="deepr: strength of the decay towards zero")
-    method.add_argument("--temperature", type=flags.non_negative, help="deepr: strength of the random walk")
+    method.add_argument("--rounds", type=positive_int, help="lottery: trainings, each of --epochs")
+    method.add_argument("--rewind", type=natural, metavar="EPOCH", help="lottery: epoch whose weights are gone back to")
+    method.add_argument("--score-batches", type=positive_int, metavar="N", help="snip, grasp: batches (default: 10 a class)")
+    method.add_argument("--l1", type=non_negative, help="deepr: strength of the decay towards zero")
+    method.add_argument("--temperature", type=non_negative, help="deepr: strength of the random walk")
     return parser
 
 

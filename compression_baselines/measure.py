@@ -21,12 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import checkpoints
+from common.distributed import find_device
 from common.layers import Factorized
-from common.runs import FlagParser, clean_errors, environment, write_json
+from common.runs import FlagParser, clean_errors, environment, positive_int, write_json
 from common.surgery import count_parameters, densify_
 from common.vision import session
-from common.vision.distributed import find_device
-from common.vision.flags import positive_int
 from compression_baselines.structure import ARCHITECTURE, build
 
 BATCHES = (1, 128)

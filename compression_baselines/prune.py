@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import checkpoints, param_groups
+from common import checkpoints, distributed, param_groups
+from common.distributed import Processes
 from common.runs import Run, clean_errors, seed_everything
 from common.surgery import count_parameters
-from common.vision import distributed, session
+from common.vision import session
 from common.vision.data import Data
-from common.vision.distributed import Processes
 from common.vision.training import Trainer, evaluate
 from compression_baselines import measure, recipe
 from compression_baselines.flags import PROGRAM, parse_prune

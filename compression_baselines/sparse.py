@@ -15,10 +15,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from common import checkpoints, param_groups
+from common import checkpoints, distributed, param_groups
 from common.runs import clean_errors, seed_everything
 from common.surgery import count_parameters
-from common.vision import distributed, session
+from common.vision import session
 from common.vision.data import Batch, Data
 from common.vision.training import Trainer
 from compression_baselines import measure, recipe

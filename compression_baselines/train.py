@@ -14,10 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import FactorizationReport, FrobeniusDecay, LowRankConfig, factorize_, param_groups, rank_scale_for_ratio
+from common import (
+    FactorizationReport,
+    FrobeniusDecay,
+    LowRankConfig,
+    distributed,
+    factorize_,
+    param_groups,
+    rank_scale_for_ratio,
+)
 from common.norms import weight_statistics
 from common.runs import clean_errors, seed_everything
-from common.vision import distributed, session
+from common.vision import session
 from common.vision.training import Trainer
 from compression_baselines import measure, recipe
 from compression_baselines.flags import PROGRAM, parse

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from common.runs import FlagParser
+from common.runs import FlagParser, non_negative
 from common.vision import flags
 
 PROGRAM = "resnet_cifar"
@@ -22,7 +22,7 @@ def make_parser() -> FlagParser:
     method = flags.add_factorization_flags(parser, "both convolutions of every block")
     method.add_argument("--no-frob", action="store_true", help="no decay at all on the factors")
     method.add_argument("--square", action="store_true", help="three factors U M V^T (deep) instead of two")
-    method.add_argument("--residual", type=flags.non_negative, default=0.0, metavar="STD", help="noise added to the initial M")
+    method.add_argument("--residual", type=non_negative, default=0.0, metavar="STD", help="noise added to the initial M")
     method.add_argument(
         "--dump-frobnorms", action="store_true", help="write each layer's norm after each step to frobnorms.tensor"
     )

@@ -18,13 +18,14 @@ from common import (
     FrobeniusDecay,
     LowRankConfig,
     checkpoints,
+    distributed,
     factorize_,
     param_groups,
     rank_scale_for_ratio,
 )
 from common.norms import NormRecorder, NormReplay, load_record, weight_statistics
 from common.runs import clean_errors, seed_everything
-from common.vision import distributed, session
+from common.vision import session
 from common.vision.training import Trainer
 from resnet_cifar.flags import DEPTHS, PROGRAM, parse
 from resnet_cifar.models import build, is_factorized

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from common.runs import FlagParser
+from common.runs import FlagParser, natural, non_negative
 from common.vision import flags
 
 PROGRAM = "tensor_wrn"
@@ -38,8 +38,8 @@ def make_parser() -> FlagParser:
     parser.set_defaults(data=None, weight_decay=5e-4)
     parser.add_argument("--GPU", dest="device", default=argparse.SUPPRESS, metavar="N", help="short for --device N")
     parser.add_argument("--epoch-step", type=_milestones, default=[60, 120, 160], metavar="LIST", help="where the rate drops")
-    parser.add_argument("--lr-decay-ratio", type=flags.non_negative, default=0.2, help="by what factor it drops")
-    parser.add_argument("--cutout", type=flags.natural, metavar="PIXELS", help="side of the cutout (default: half the image)")
+    parser.add_argument("--lr-decay-ratio", type=non_negative, default=0.2, help="by what factor it drops")
+    parser.add_argument("--cutout", type=natural, metavar="PIXELS", help="side of the cutout (default: half the image)")
     parser.add_argument(
         "-t", "--teacher-checkpoint", type=Path, metavar="DIR", help="run of the teacher; for a teacher, its save-dir"
     )
@@ -51,11 +51,11 @@ def make_parser() -> FlagParser:
     )
     method.add_argument(
         "--rank-scale",
-        type=flags.non_negative,
+        type=non_negative,
         default=0.0,
         help="the same as R; of Conv: rank as a share of out_channels * kernel",
     )
-    method.add_argument("--target-ratio", type=flags.non_negative, default=0.0, help="instead: parameters to keep")
+    method.add_argument("--target-ratio", type=non_negative, default=0.0, help="instead: parameters to keep")
     method.add_argument("--spectral", action="store_true", help="spectral initialization, short for --init spectral")
     method.add_argument(
         "--init",
@@ -67,9 +67,9 @@ def make_parser() -> FlagParser:
     method.add_argument("--no-frob", action="store_true", help="with --wd2fd: no decay at all on the factors")
 
     student = parser.add_argument_group("student")
-    student.add_argument("--temperature", type=flags.non_negative, help="of the teacher's and student's answers (default: 4)")
-    student.add_argument("--alpha", type=flags.non_negative, help="weight of the teacher's answers, in [0, 1] (default: 0)")
-    student.add_argument("--beta", type=flags.non_negative, help="weight of the attention transfer (default: 1000)")
+    student.add_argument("--temperature", type=non_negative, help="of the teacher's and student's answers (default: 4)")
+    student.add_argument("--alpha", type=non_negative, help="weight of the teacher's answers, in [0, 1] (default: 0)")
+    student.add_argument("--beta", type=non_negative, help="weight of the attention transfer (default: 1000)")
     return parser
 
 

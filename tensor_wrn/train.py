@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import FrobeniusDecay, checkpoints, param_groups
+from common import FrobeniusDecay, checkpoints, distributed, param_groups
 from common.norms import weight_statistics
 from common.runs import clean_errors, seed_everything
-from common.vision import distributed, session
+from common.vision import session
 from common.vision.data import CIFAR10, CIFAR100, Batch
 from common.vision.training import Trainer
 from tensor_wrn.distillation import distillation_loss

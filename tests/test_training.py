@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import FactorizedLinear, FrobeniusDecay, LowRankConfig, checkpoints, factorize_, load_factorized_, param_groups
+from common.distributed import Processes
 from common.linalg import frobenius_norm
 from common.runs import REQUEUE, ROOT, Run, read_json, seed_everything
 from common.vision.data import Data, load
-from common.vision.distributed import Processes
 from common.vision.training import Trainer
 from resnet_cifar.flags import parse
 from resnet_cifar.models import BasicBlock, build, is_factorized

@@ -14,8 +14,8 @@ from common import FrobeniusDecay
 from common.linalg import frobenius_grads
 from common.runs import REQUEUE, ROOT, config_hash, read_json
 from transformer_iwslt import engine, generate, prepare, train, translate
-from transformer_iwslt.flags import configuration, parse, parse_generate, parse_prepare
 from transformer_iwslt.beam import search
+from transformer_iwslt.flags import configuration, parse, parse_generate, parse_prepare
 from transformer_iwslt.model import PAD, attentions
 from transformer_iwslt.rows import PROGRAM
 

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.runs import ROOT, FlagParser
-from common.vision.flags import natural, non_negative, positive_int
+from common.runs import ROOT, FlagParser, natural, non_negative, positive_int
 
 PROGRAM = "transformer_iwslt"
 PLUGIN = Path(__file__).resolve().parent / "plugin"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
+from common.distributed import find_device
 from common.runs import clean_errors
-from common.vision.distributed import find_device
 from transformer_iwslt import engine
 from transformer_iwslt.beam import search
 from transformer_iwslt.flags import PROGRAM, parse_translate

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.runs import ROOT, FlagParser, digest
+from common.runs import ROOT, FlagParser, digest, natural, non_negative, positive_int
 
 DATASETS: dict[str, tuple[int | None, int | None]] = {  # name: (classes, image size in pixels); None: as on disk
     "digits": (10, 8),
@@ -24,27 +23,6 @@ _NOT_CONFIGURATION = {
     "data_dir", "device", "workers", "save_dir", "save_every", "print_freq", "tensorboard", "row", "row_config", "resume",
     "evaluate", "dry_run", "dump_frobnorms", "measure", "densify", "seed", "half", "num_classes",
 }  # fmt: skip
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def non_negative(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"must be finite and not negative, got {text}")
-    return value
-
-
-def natural(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must not be negative and below 2^63, got {text}")
-    return value
 
 
 def add_flags(parser: FlagParser, *, epochs: int, datasets: Sequence[str]) -> None:

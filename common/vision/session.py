@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from common import checkpoints
+from common import checkpoints, distributed
 from common.decay import FrobeniusDecay
+from common.distributed import Processes
 from common.runs import ROOT, Run, config_hash, environment
 from common.surgery import FactorizationReport, count_parameters, densify_, load_factorized_
-from common.vision import distributed
 from common.vision.data import Data, load
-from common.vision.distributed import Processes
 from common.vision.flags import configuration, inputs
 from common.vision.training import Trainer, evaluate
 

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from common import checkpoints
 from common.decay import FrobeniusDecay
+from common.distributed import Processes
 from common.runs import REQUEUE, Run, differences
 from common.vision.data import Batch, Data
-from common.vision.distributed import Processes
 
 _EVALUATION_BATCH = 1000
 _AGREE_EVERY = 10  # steps between asking the other processes whether they were told to stop
