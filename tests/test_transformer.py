@@ -263,11 +263,13 @@ def test_a_sentence_is_translated_alike_in_any_company():
     source = sentences(5)
     for row in range(1, 5):
         source[row, :row] = PAD
-    together = search(model, source, beam=3, max_words=12)
-    for row, (words, score) in enumerate(together):
-        alone = search(model, source[row : row + 1, row:], beam=3, max_words=12)[0]
+    limits = [12, 3, 12, 7, 1]
+    together = search(model, source, beam=3, max_words=limits)
+    for row, ((words, score), limit) in enumerate(zip(together, limits, strict=True)):
+        alone = search(model, source[row : row + 1, row:], beam=3, max_words=limit)[0]
         assert (alone[0], pytest.approx(alone[1], abs=1e-4)) == (words, score)
-        assert len(words) <= 12
+        assert len(words) <= limit
+    assert max(len(words) for words, _ in together) > 7
 
 
 # ---- text
@@ -369,12 +371,16 @@ def test_a_broken_gzip_file_is_named(tmp_path):
         corpora.read_lines(tmp_path / "x.de")
 
 
-def iwslt_archive(path, talks=60, leave_out=None):
+def iwslt_archive(path, talks=60, leave_out=None, english_talks=60):
     """An archive of the form of IWSLT'14's, of a few made-up sentences."""
     files = {}
     for lang, word in (("de", "Satz"), ("en", "Sentence")):
-        lines = ["<url>http://x</url>", "<title>" + word + " zero</title>", "<keywords>a, b</keywords>"]
-        files[f"train.tags.de-en.{lang}"] = [*lines, *(f"{word} {i} ." for i in range(1, talks))]
+        count = talks if lang == "de" else english_talks
+        lines = ["<url>http://x</url>", f"<title>{word} \u2028zero</title>", "<keywords>a, b</keywords>"]
+        files[f"train.tags.de-en.{lang}"] = [
+            *lines,
+            *(f"{word} {i} ." for i in range(1, count)),
+        ]
         for part in corpora._IWSLT_TESTS:
             files[f"IWSLT14.{part}.de-en.{lang}.xml"] = ["<doc>", f'<seg id="1"> {word} \u2019{part} </seg>', "</doc>"]
     with tarfile.open(path, "w:gz") as archive:
@@ -389,7 +395,7 @@ def iwslt_archive(path, talks=60, leave_out=None):
 def test_iwslt_is_split_as_in_the_released_code(tmp_path):
     iwslt_archive(tmp_path / "de-en.tgz")
     splits, sha256 = corpora.iwslt14(tmp_path)
-    assert splits["train"][:2] == [("Satz zero", "Sentence zero"), ("Satz 1 .", "Sentence 1 .")]
+    assert splits["train"][:2] == [("Satz \u2028zero", "Sentence \u2028zero"), ("Satz 1 .", "Sentence 1 .")]
     assert len(splits["train"]) == 60
     assert [target for _, target in splits["test"]][:2] == ["Sentence 'TED.dev2010", "Sentence 'TEDX.dev2012"]
     train, valid = prepare.split_off(splits["train"])
@@ -403,6 +409,9 @@ def test_iwslt_is_split_as_in_the_released_code(tmp_path):
 def test_an_archive_that_is_damaged_or_another_is_named(tmp_path):
     iwslt_archive(tmp_path / "de-en.tgz", leave_out="train.tags.de-en.en")
     with pytest.raises(ValueError, match=r"lacks train.tags.de-en.en"):
+        corpora.iwslt14(tmp_path)
+    iwslt_archive(tmp_path / "de-en.tgz", english_talks=59)
+    with pytest.raises(ValueError, match=r"train.tags.de-en.de has 60 sentences, the English 59"):
         corpora.iwslt14(tmp_path)
     (tmp_path / "de-en.tgz").write_bytes(b"<html>not found</html>")
     with pytest.raises(ValueError, match="is damaged"):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_a_run_trains_and_leaves_its_records(data, tmp_path, capsys):
 
 
 def test_the_last_epochs_norms_are_those_of_the_checkpoint(data, tmp_path):
-    state = run(data, tmp_path, f"{HALF} --max-update 3")
+    state = run(data, tmp_path, f"{HALF} --max-update 5 --validate-interval-updates 2")
     model = engine.to_transformer(state, tmp_path)
     pairs = [attention.query_key(name) for name, attention in attentions(model).items()]
     products = [(u @ vt).double() for pair in pairs for u, vt in zip(*pair.factors(), strict=True)]
@@ -119,9 +120,11 @@ def test_the_last_epochs_norms_are_those_of_the_checkpoint(data, tmp_path):
 
 
 def test_stopped_and_gone_on_is_uninterrupted(data, tmp_path, monkeypatch):
-    """Stopped within the first epoch and within a later one, by the signal a scheduler sends; with momentum and dropout."""
-    flags = f"{HALF} --max-update 14"
+    """By the signal a scheduler sends, within an epoch and at the update that ends one; with momentum, dropout and patience."""
+    flags = f"{HALF} --max-update 30 --patience 9"
     whole = run(data, tmp_path / "whole", flags)
+    ends = [record["step"] for record in lines(tmp_path / "whole")]
+    assert len(ends) > 2
     heartbeat = train.Watch.before_step
 
     def stop_at(*steps):
@@ -132,12 +135,13 @@ def test_stopped_and_gone_on_is_uninterrupted(data, tmp_path, monkeypatch):
 
         monkeypatch.setattr(train.Watch, "before_step", before_step)
 
-    for step in (3, 9):
+    for step, stopped in ((3, 4), (ends[0] - 1, ends[0] + 1), (ends[1] - 1, ends[1] + 1), (28, 29)):
         stop_at(step)
         run(data, tmp_path / "parts", flags, fails=REQUEUE)
         assert read_json(tmp_path / "parts" / "status.json")["status"] == "stopped"
         held = engine.load_checkpoint(tmp_path / "parts" / "checkpoint_last.pt")
-        assert held["optimizer_history"][-1]["num_updates"] == step + 1
+        assert held["optimizer_history"][-1]["num_updates"] == stopped
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.setattr(train.Watch, "before_step", heartbeat)
     parts = run(data, tmp_path / "parts", flags)
     for name, value in whole["model"].items():
@@ -145,6 +149,10 @@ def test_stopped_and_gone_on_is_uninterrupted(data, tmp_path, monkeypatch):
     for one, other in zip(*(s["last_optimizer_state"]["state"].values() for s in (whole, parts)), strict=True):
         assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    best = [engine.load_checkpoint(tmp_path / name / "checkpoint_best.pt") for name in ("whole", "parts")]
+    assert best[0]["extra_state"]["val_loss"] == best[1]["extra_state"]["val_loss"]
+    counted = [state["extra_state"]["ObservedTranslation"] for state in (whole, parts)]
+    assert counted[0] == counted[1] != {}
 
 
 def test_a_finished_training_is_not_gone_on_with(data, tmp_path):
@@ -153,6 +161,31 @@ def test_a_finished_training_is_not_gone_on_with(data, tmp_path):
     after = run(data, tmp_path, "--max-update 4")
     assert after["optimizer_history"][-1]["num_updates"] == 4
     assert all(torch.equal(after["model"][name], value) for name, value in before["model"].items())
+
+
+def test_going_on_for_longer_is_another_run_of_the_same_steps(data, tmp_path, capsys, refuses):
+    """A run of few steps does not stand in for the whole one, which goes on from it."""
+    run(data, tmp_path / "a", "--max-steps 3 --max-update 6 --generate")
+    assert read_json(tmp_path / "a" / "result.json")["config"]["max_steps"] == 3
+    longer = run(data, tmp_path / "a", "--max-update 6")
+    assert longer["optimizer_history"][-1]["num_updates"] == 6
+    assert read_json(tmp_path / "a" / "trained.json")["config"]["max_steps"] is None
+    whole = run(data, tmp_path / "whole", "--max-update 6")
+    assert all(torch.equal(longer["model"][name], value) for name, value in whole["model"].items())
+    command = f"{data} {TINY} --max-update 6 --max-steps 4 --save-dir {tmp_path / 'a'}"
+    refuses(train.main, command, "was trained for 6 updates already, more than the 4 asked for")
+
+
+def test_checkpoints_are_copied_whole(tmp_path):
+    from fairseq.file_io import PathManager
+
+    engine.load()
+    (tmp_path / "a").write_text("new")
+    (tmp_path / "b").write_text("old")
+    kept = open(tmp_path / "b")  # noqa: SIM115 (read after it was replaced)
+    assert PathManager.copy(str(tmp_path / "a"), str(tmp_path / "b"), overwrite=True)
+    assert (kept.read(), (tmp_path / "b").read_text()) == ("old", "new")
+    kept.close()
 
 
 PLAIN = "--dropout 0 --attention-dropout 0 --activation-dropout 0 --optimizer sgd --lr-scheduler fixed --clip-norm 0"
@@ -217,11 +250,30 @@ def test_the_decays_gradient_over_two_processes(data, tmp_path):
     assert len(lines(tmp_path / "two")) == 1
 
 
+def test_a_signal_to_one_process_stops_all(data, tmp_path):
+    """Two gloo processes, of which the second is told: both save at the same update and ask to be queued again."""
+    rendezvous = f"file://{tmp_path}/rendezvous"
+    distributed = "--distributed-world-size 2 --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp"
+    words = f"{TINY} --max-update 100000 {distributed} --distributed-init-method {rendezvous} --save-dir {tmp_path}/run".split()
+    command = [sys.executable, str(ROOT / "transformer_iwslt" / "train.py"), str(data), *words, "--distributed-rank"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)]
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    processes[1].terminate()
+    for process in processes:
+        _, messages = process.communicate(timeout=100)
+        assert process.returncode == REQUEUE, messages
+    held = engine.load_checkpoint(tmp_path / "run" / "checkpoint_last.pt")
+    assert held["extra_state"]["train_iterator"]["iterations_in_epoch"] > 0
+
+
 @pytest.fixture
 def trained(data):
     """Task, model, criterion and a batch, as fairseq makes them from this program's flags."""
 
-    def make(flags):
+    def make(flags, **task_options):
         from fairseq import options, tasks
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
@@ -231,6 +283,8 @@ def trained(data):
         args = parse([str(data), *f"{TINY} {flags}".split()])
         cfg = convert_namespace_to_omegaconf(engine.parse(options.get_training_parser, fairseq_words(args, data)))
         torch.manual_seed(0)
+        for name, value in task_options.items():
+            cfg.task[name] = value
         task = tasks.setup_task(cfg.task)
         model = task.build_model(cfg.model)
         task.load_dataset("valid")
@@ -267,7 +321,6 @@ def test_weight_decay_leaves_out_what_frobenius_decay_covers(trained, precision)
     from fairseq import optim
 
     cfg, _, model, _, _ = trained("--rank-scale 0.5 --wd2fd --wd2fd-outval --frobenius-decay 1e-4 --weight-decay 0.01")
-    assert "fp16_no_flatten_grads" not in parse(["x", "--rank-scale", "0.5"]).fairseq
     if precision == "float16":
         model.half()
         cfg.common.fp16_no_flatten_grads = True
@@ -290,8 +343,9 @@ def test_half_precision_keeps_gradients_apart_where_decays_differ():
 
 def test_generation_translations_and_plain_torch_agree(data, tmp_path, capsys, monkeypatch):
     """fairseq's beam search, ours, and the command for one's own sentences, on a model that has learned a little."""
-    state = run(data, tmp_path, "--rank-scale 0.5 --spectral --optimizer adam --lr 0.01 --clip-norm 1 --max-update 60")
+    run(data, tmp_path, "--rank-scale 0.5 --spectral --optimizer adam --lr 0.01 --clip-norm 1 --max-update 60")
     best = tmp_path / "checkpoint_best.pt"
+    state = engine.load_checkpoint(best)
     capsys.readouterr()
     command = f"--path {best} --batch-size 128 --beam 3 --remove-bpe --rank-scale 0.5 --dump {tmp_path}/bleu.log --cpu"
     generate.main([str(data), *command.split()])
@@ -323,7 +377,7 @@ def test_generation_translations_and_plain_torch_agree(data, tmp_path, capsys, m
     assert len(done.stdout.decode().split("\n")) == 5 + 1
     assert done.stdout.split(b"\n")[1] == b""
     assert b"line 3 is not UTF-8" in done.stderr
-    assert b"line 4 has 1500 subwords: it is cut into parts" in done.stderr
+    assert b"subwords: it is cut into parts of 1021" in done.stderr
 
 
 def test_translating_needs_no_fairseq():
@@ -368,6 +422,11 @@ def test_known_scores():
     assert 50 < changed["bleu"] < 100
     assert "case:lc" in changed["sacrebleu_signature"]
     assert score(tokenized, None)["sacrebleu"] == pytest.approx(100)
+    for hypothesis, expected in (("a b c d e", 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25), ("a b x d e", 0.0)):
+        found = generate.score([{"hypothesis": hypothesis, "reference": "a b c d f"}], pipeline, None)
+        assert found["bleu"] == pytest.approx(expected)  # precisions by hand, and no smoothing of those that are zero
+    with pytest.raises(ValueError, match="there are 2 translations and 1 references"):
+        score(tokenized, references[:1])
 
 
 class Hostile:
@@ -394,7 +453,8 @@ def test_hostile_and_damaged_checkpoints_are_refused(data, tmp_path, monkeypatch
     torch.save({"model": {}}, path)
     for main, command in commands:
         refuses(main, command, "is not a checkpoint of transformer_iwslt/train.py")
-    torch.save({"cfg": {"model": argparse.Namespace(rank_scale=0.5)}, "model": {}}, path)
+    state.pop("code")
+    torch.save(state | {"extra_state": {}, "optimizer_history": [{"num_updates": 0}]}, path)
     refuses(generate.main, commands[1][1], "it lacks encoder.net.embed_tokens")
     assert not (tmp_path / "pwned").exists()
 
@@ -433,6 +493,10 @@ def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
         ("EMPTY", "has no prepare.json: it was not written by prepare.py"),
         ("DATA --distributed-world-size 2 --cpu", "--distributed-world-size 2 needs as many GPUs, and there are 0"),
         ("DATA --fp16 --cpu", "--fp16 needs a GPU"),
+        ("DATA/ --fp16 --cpu", "--fp16 needs a GPU"),
+        ("DATA --left-pad-target", "--left-pad-target is not passed on to fairseq"),
+        ("DATA --task=translation", "--task is not passed on to fairseq"),
+        ("DATA --seed 4294967290", "--seed must be below 2^32 less --max-update"),
     ],
 )
 def test_bad_flags_of_training(data, tmp_path, monkeypatch, refuses, command, message):
@@ -442,9 +506,16 @@ def test_bad_flags_of_training(data, tmp_path, monkeypatch, refuses, command, me
     assert not (tmp_path / "run").exists()
 
 
+def test_sentences_that_are_too_long_end_in_one_line(data, tmp_path, capsys):
+    run(data, tmp_path, "--max-tokens 12 --max-update 3", fails=2)
+    assert (
+        "error: a sentence is too long for the model or for --max-tokens: Sentences lengths should" in capsys.readouterr().err
+    )
+
+
 def test_targets_padded_on_the_left_are_refused(trained):
     with pytest.raises(ValueError, match="--left-pad-target is not supported"):
-        trained("--left-pad-target")
+        trained("--rank-scale 0", left_pad_target=True)
 
 
 @pytest.mark.parametrize(
@@ -502,7 +573,11 @@ def test_flags_that_change_no_result_are_no_part_of_the_configuration():
     plain = configuration(parse(["d", "--update-freq", "2"]))
     noisy = ["d", "--num-workers", "3", "--update-freq", "2", "--log-interval=7", "--no-epoch-checkpoints", "--seed", "5"]
     assert configuration(parse(noisy)) == plain
-    assert plain["fairseq"] == ["--update-freq", "2"]
+    assert plain["fairseq"] == ["--update-freq 2"]
+    assert configuration(parse(["d", "--ddp-backend", "legacy_ddp", "--update-freq=2"])) == plain
+    assert configuration(parse(["d", "--ddp-backend", "slowmo", "--update-freq=2"])) != plain
+    both = ["--update-freq", "2", "--patience", "3"]
+    assert configuration(parse(["d", *both])) == configuration(parse(["d", *both[2:], *both[:2]]))
     assert configuration(parse(["d", "--update-freq", "4"])) != plain
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,14 @@ Hypothesis = tuple[list[int], float]  # words without </s>, and score
 
 
 @torch.inference_mode()
-def search(model: Transformer, source: Tensor, *, beam: int = 5, lenpen: float = 1.0, max_words: int = 200) -> list[Hypothesis]:
+def search(
+    model: Transformer, source: Tensor, *, beam: int = 5, lenpen: float = 1.0, max_words: int | Sequence[int] = 200
+) -> list[Hypothesis]:
     """The best translation of each sentence of ``source`` (batch, length), which ends with EOS and is padded with PAD.
 
     A hypothesis is scored by its log probability over its length, EOS counted, to the power of ``lenpen``. A sentence is done
-    when ``beam`` hypotheses of it have ended, each among the best ``beam`` at its step, or at ``max_words`` words.
+    when ``beam`` hypotheses of it have ended, each among the best ``beam`` at its step, or at ``max_words`` words, a number for
+    all sentences or one each.
     """
     state = model.decoder.start(*model.encoder(source))
     device = source.device
@@ -25,13 +30,14 @@ def search(model: Transformer, source: Tensor, *, beam: int = 5, lenpen: float =
     scores = torch.full((len(source), beam), -torch.inf, device=device)
     scores[:, 0] = 0  # at first all beams are alike: only one of them counts
     ended: list[list[Hypothesis]] = [[] for _ in sentences]
-    for step in range(max_words + 1):
+    limits = [max_words] * len(source) if isinstance(max_words, int) else list(max_words)
+    for step in range(max(limits) + 1):
         following = model.decoder(words[:, -1:], state)[:, -1].float().log_softmax(-1).view(len(sentences), beam, -1)
         following[..., PAD] = -torch.inf
         if step == 0:
             following[..., EOS] = -torch.inf
-        if step == max_words:
-            following[..., :EOS] = following[..., EOS + 1 :] = -torch.inf
+        last = torch.tensor([limits[sentence] == step for sentence in sentences], device=device)
+        following[last, :, :EOS] = following[last, :, EOS + 1 :] = -torch.inf
         count = following.shape[-1]
         best, index = (scores[..., None] + following).flatten(1).topk(min(2 * beam, beam * count))
         origin, word = index // count, index % count
@@ -41,8 +47,8 @@ def search(model: Transformer, source: Tensor, *, beam: int = 5, lenpen: float =
             if len(found) < beam:
                 prefix = words[row * beam + int(origin[row, column]), 1:].tolist()
                 found.append((prefix, best[row, column].item() / (step + 1) ** lenpen))
-        kept = [row for row, sentence in enumerate(sentences) if len(ended[sentence]) < beam]
-        if not kept or step == max_words:
+        kept = [row for row, each in enumerate(sentences) if len(ended[each]) < beam and step < limits[each]]
+        if not kept:
             break
         rows = torch.tensor(kept, device=device)
         going = (~ends)[rows].int().argsort(dim=1, descending=True, stable=True)[:, :beam]  # the best that go on, in order

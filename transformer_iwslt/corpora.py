@@ -10,7 +10,7 @@ import shutil
 import sys
 import tarfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -104,26 +104,31 @@ def iwslt14(folder: Path, sha256: str | None = None) -> tuple[Splits, str]:
         raise ValueError(f"{archive} has SHA-256 {found}, expected {sha256}: delete it, and it is downloaded again")
     try:
         with tarfile.open(archive) as packed:
-            texts = {Path(member.name).name: packed.extractfile(member) for member in packed if member.isfile()}
-            contents = {name: file.read().decode("utf-8") for name, file in texts.items() if file is not None}
+            files = {Path(member.name).name: member for member in packed if member.isfile()}
+
+            def pairs(name: str, read: Callable[[list[str]], Iterator[str]]) -> Pairs:
+                sides = []
+                for lang in ("de", "en"):
+                    member = files.get(name.format(lang))
+                    content = None if member is None else packed.extractfile(member)
+                    if content is None:
+                        raise ValueError(f"{archive} lacks {name.format(lang)}: it is not IWSLT'14 German-English")
+                    sides.append(list(read(content.read().decode("utf-8").split("\n"))))
+                if len(sides[0]) != len(sides[1]):
+                    raise ValueError(
+                        f"{archive}: {name.format('de')} has {len(sides[0])} sentences, the English {len(sides[1])}"
+                    )
+                return list(zip(*sides, strict=True))
+
+            train = pairs("train.tags.de-en.{}", _talks)
+            test = [pair for part in _IWSLT_TESTS for pair in pairs(f"IWSLT14.{part}.de-en.{{}}.xml", _segments)]
     except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{archive} is damaged ({error}): delete it, and it is downloaded again") from error
-
-    def lines(name: str) -> list[str]:
-        if name not in contents:
-            raise ValueError(f"{archive} lacks {name}: it is not the archive of IWSLT'14 German-English")
-        return contents[name].splitlines()
-
-    train = list(zip(*(list(_talks(lines(f"train.tags.de-en.{lang}"))) for lang in ("de", "en")), strict=True))
-    test: Pairs = []
-    for part in _IWSLT_TESTS:
-        sides = [list(_segments(lines(f"IWSLT14.{part}.de-en.{lang}.xml"))) for lang in ("de", "en")]
-        test += zip(*sides, strict=True)
     return {"train": train, "valid": [], "test": test}, found
 
 
 def _talks(lines: list[str]) -> Iterator[str]:
-    for line in lines:
+    for line in lines[:-1] if lines[-1] == "" else lines:
         if not any(tag in line for tag in _SKIPPED):
             yield re.sub(r"</?(title|description)>", "", line).strip()
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import platform
+import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,11 +47,42 @@ def load() -> None:
     import fairseq_cli.generate
     import fairseq_cli.preprocess
     import fairseq_cli.train  # noqa: F401
+    from fairseq.file_io import PathManager
 
+    setattr(PathManager, "copy", staticmethod(copy_whole))  # noqa: B010 (as in plugin/optimizer.py)
     logging.disable(logging.NOTSET)
     for name in (None, "hydra"):
         logging.getLogger(name).setLevel(logging.WARNING)
     allow_checkpoints()
+
+
+def loading(words: Sequence[str], gpus: int) -> list[str]:
+    """On a CPU: no process that loads batches, unless the flags ask for some. There it saves nothing, and takes long to end."""
+    return [] if gpus or any(word.startswith("--num-workers") for word in words) else ["--num-workers", "0"]
+
+
+class TooLong(ValueError):
+    """A sentence has more words than the model has positions, or a batch may have."""
+
+
+@contextlib.contextmanager
+def clear_sizes() -> Generator[None]:
+    """Turn fairseq's exception about sentences that are too long into :class:`TooLong`."""
+    try:
+        yield
+    except Exception as error:
+        if not str(error).startswith(("Size of sample", "Sentences lengths should not exceed")):
+            raise
+        raise TooLong(f"a sentence is too long for the model or for --max-tokens: {error}") from error
+
+
+def copy_whole(source: str, target: str, overwrite: bool = False) -> bool:
+    """Copy a file so that a reader, or a crash, sees the old content or the new: fairseq copies checkpoints in place."""
+    if overwrite or not os.path.exists(target):
+        partial = f"{target}.tmp"
+        shutil.copyfile(source, partial)
+        os.replace(partial, target)
+    return True
 
 
 def strict(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -86,7 +119,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     allow_checkpoints()
     state = checkpoints.load(path)
     held = state.get("cfg")
-    if not isinstance(held, dict) or not isinstance(held.get("model"), argparse.Namespace) or "model" not in state:
+    made_here = isinstance(held, dict) and hasattr(held.get("model"), "rank_scale") and "extra_state" in state
+    if not made_here or "model" not in state or not state.get("optimizer_history"):
         raise ValueError(f"{path} is not a checkpoint of transformer_iwslt/train.py")
     return state
 

@@ -29,14 +29,17 @@ DEFAULT_DECAY = 1e-4  # strength of Frobenius decay where no flag tells one
 _NAG = {"lr": 0.25, "warmup_init_lr": 0.25}
 # What this program reads itself and passes on to fairseq.
 _PASSED = ("arch", "optimizer", "lr", "lr_scheduler", "clip_norm", "max_tokens", "max_update", "weight_decay", "seed")
-# Flags of fairseq that change no result, with whether they take a value.
+# Flags of fairseq that change no result, and those that this program sets itself or whose effects it relies on.
 _HARMLESS = {
-    "--num-workers": True, "--log-interval": True, "--log-format": True, "--log-file": True, "--tensorboard-logdir": True,
-    "--wandb-project": True, "--keep-last-epochs": True, "--no-epoch-checkpoints": False, "--no-progress-bar": False,
-    "--device-id": True, "--distributed-port": True, "--distributed-init-method": True, "--distributed-rank": True,
-    "--distributed-no-spawn": False, "--distributed-backend": True, "--ddp-backend": True,
+    "--num-workers", "--log-interval", "--tensorboard-logdir", "--wandb-project", "--keep-last-epochs",
+    "--no-epoch-checkpoints", "--no-progress-bar", "--device-id", "--distributed-port", "--distributed-init-method",
+    "--distributed-rank", "--distributed-no-spawn", "--distributed-backend",
 }  # fmt: skip
-
+_PLAIN_DDP = ("pytorch_ddp", "c10d", "legacy_ddp", "no_c10d")  # values of --ddp-backend that compute the same
+_OWN = {
+    "--task", "--user-dir", "--restore-file", "--checkpoint-suffix", "--valid-subset", "--no-save", "--no-last-checkpoints",
+    "--log-format", "--log-file", "--left-pad-target",
+}  # fmt: skip
 
 # By default fairseq leaves out the last batch where its size is no multiple of 8: of 500 test sentences it translates 496.
 WHOLE = ("--required-batch-size-multiple", "1")
@@ -141,20 +144,24 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
     words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
     args, args.fairseq = parser.parse_known_args(words)
-    _check_data_first(parser, args, words)
+    _check_fairseq(parser, args, words)
     args.warnings = []
     _resolve_model(parser, args)
     _resolve_training(parser, args)
     return args
 
 
-def _check_data_first(parser: FlagParser, args: argparse.Namespace, words: Sequence[str]) -> None:
-    """Refuse DATA after a flag that is fairseq's: its value, not known here to be one, would be taken for DATA."""
-    first = next((word for word in words if word.startswith("-")), None)
-    if args.fairseq and first is not None and words.index(str(args.data)) > words.index(first):
-        parser.error(f"DATA must come before the flags, got {args.data} after {first}")
+def _check_fairseq(parser: FlagParser, args: argparse.Namespace, words: Sequence[str]) -> None:
+    """Refuse flags of fairseq that this program sets, and DATA after a flag of fairseq's, whose value would be taken for it."""
+    given = next(index for index, word in enumerate(words) if not word.startswith("-") and Path(word) == args.data)
+    first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
+    if args.fairseq and given > first:
+        parser.error(f"DATA must come before the flags, got {words[given]} after {words[first]}")
     if args.fairseq and not args.fairseq[0].startswith("-"):
         parser.error(f"unrecognized arguments: {args.fairseq[0]}")
+    for flag, *_ in _groups(args.fairseq):
+        if flag in _OWN:
+            parser.error(f"{flag} is not passed on to fairseq: this program relies on its own value of it")
 
 
 def _resolve_model(parser: FlagParser, args: argparse.Namespace) -> None:
@@ -192,20 +199,28 @@ def _resolve_training(parser: FlagParser, args: argparse.Namespace) -> None:
         args.warmup_init_lr = _NAG["warmup_init_lr"] if args.optimizer == "nag" else 0.0
     if args.criterion == "cross_entropy":
         args.label_smoothing = 0.0
+    if args.seed >= 2**32 - args.max_update:
+        parser.error(f"--seed must be below 2^32 less --max-update, got {args.seed}")
+
+
+def _groups(words: Sequence[str]) -> list[tuple[str, ...]]:
+    """Flags with their values, in whichever of the two forms, ``--flag value`` or ``--flag=value``."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("--"):
+            groups.append(word.split("=", 1))
+        elif groups:
+            groups[-1].append(word)
+    return [tuple(group) for group in groups]
 
 
 def configuration(args: argparse.Namespace) -> dict[str, Any]:
     """The resolved configuration: everything that changes the result, without seed, device and paths."""
     left_out = ("data", "save_dir", "seed", "row", "row_config", "resume", "dry_run", "generate", "cpu", "warnings", "fairseq")
     config = {key: value for key, value in sorted(vars(args).items()) if key not in left_out}
-    words, kept = iter(args.fairseq), []
-    for word in words:
-        flag = word.partition("=")[0]
-        if flag not in _HARMLESS:
-            kept.append(word)
-        elif _HARMLESS[flag] and "=" not in word:
-            next(words, None)
-    return {"program": PROGRAM, **config, "fairseq": kept}
+    plain = {("--ddp-backend", name) for name in _PLAIN_DDP}
+    kept = [group for group in _groups(args.fairseq) if group[0] not in _HARMLESS and group not in plain]
+    return {"program": PROGRAM, **config, "fairseq": [" ".join(group) for group in sorted(kept)]}
 
 
 def fairseq_words(args: argparse.Namespace, save_dir: Path) -> list[str]:
@@ -224,7 +239,7 @@ def fairseq_words(args: argparse.Namespace, save_dir: Path) -> list[str]:
         words += ["--" + name.replace("_", "-"), str(value)]
     for name in ("spectral_quekey", "spectral_outval", "wd2fd", "wd2fd_quekey", "wd2fd_outval", "cpu"):
         words += ["--" + name.replace("_", "-")] if getattr(args, name) else []
-    if "--fp16" in args.fairseq and args.frobenius_decay and args.weight_decay:
+    if "--fp16" in args.fairseq and args.weight_decay and (args.wd2fd or args.wd2fd_quekey or args.wd2fd_outval):
         words.append("--fp16-no-flatten-grads")  # flat gradients cannot tell what takes no weight decay
     return [*words, *WHOLE, *args.fairseq]
 
@@ -298,7 +313,7 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="translate on the CPU where there is a GPU too")
     words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
     args, args.fairseq = parser.parse_known_args(words)
-    _check_data_first(parser, args, words)
+    _check_fairseq(parser, args, words)
     if not math.isfinite(args.lenpen):
         parser.error(f"--lenpen must be finite, got {args.lenpen}")
     return args

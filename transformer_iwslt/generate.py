@@ -51,11 +51,14 @@ def translate(
     pipeline, source, target = find_vocabularies(data)
     state = engine.load_checkpoint(checkpoint)
     engine.check_vocabulary(state, checkpoint, data, source, target)
+    gpus = 0 if cpu else torch.cuda.device_count()
+    words = [*words, *engine.loading(words, gpus)]
     flags = ["--gen-subset", decoding["subset"], "--beam", str(decoding["beam"]), "--lenpen", str(decoding["lenpen"])]
     own = [str(data), "--path", str(checkpoint), "--user-dir", str(PLUGIN), "--task", TASK, *WHOLE, *(["--cpu"] if cpu else [])]
     cfg = convert_namespace_to_omegaconf(engine.parse(options.get_generation_parser, [*own, *flags, *words]))
     output = io.StringIO()
-    generate._main(cfg, output)
+    with engine.clear_sizes():
+        generate._main(cfg, output)
     found: dict[int, dict[str, str]] = {}
     for kind, number, text in re.findall(r"^([STH])-(\d+)\t(.*)$", output.getvalue(), re.MULTILINE):
         name = {"S": "source", "T": "reference", "H": "hypothesis"}[kind]
@@ -81,7 +84,7 @@ def score(translations: Sequence[dict[str, str]], pipeline: Pipeline, references
             raise ValueError(f"there are {len(translations)} translations and {len(references)} references")
         tokenized = [pipeline.tokenize(reference, lang) for reference in references]
     plain = references or [pipeline.detokenize(line, lang) for line in tokenized]
-    by_word = BLEU(tokenize="none", force=True)
+    by_word = BLEU(tokenize="none", force=True, smooth_method="none")
     by_sentence = BLEU(lowercase=pipeline.lowercase)
     return {
         "bleu": by_word.corpus_score(hypotheses, [tokenized]).score,
@@ -151,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.data = find_data(args.data)
         engine.require()
         state = engine.load_checkpoint(args.path)
-        held = state["cfg"]["model"].rank_scale
+        held = state["cfg"]["model"].rank_scale  # load_checkpoint has seen to it
         if args.rank_scale is not None and args.rank_scale != held:
             raise ValueError(f"--rank-scale {args.rank_scale:g} is not that of {args.path}, {held:g}; it need not be given")
         decoding = {"subset": args.gen_subset, "beam": args.beam, "lenpen": args.lenpen}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -303,7 +303,9 @@ def from_checkpoint(state: Mapping[str, Any]) -> Transformer:
         raise ValueError("the checkpoint is not one of a Transformer: it lacks its architecture or weights")
     if set(held) - known:
         raise ValueError(f"the checkpoint's architecture has {sorted(set(held) - known)[0]!r}, which is not known here")
-    model = Transformer(TransformerConfig(**held))
+    config = TransformerConfig(**held)
+    model = Transformer(replace(config, init="regular", spectral_quekey=False, spectral_outval=False))  # no decomposition
+    model.config = config
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:

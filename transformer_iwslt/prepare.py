@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -73,7 +74,7 @@ def prepare(splits: Splits, pipeline: Pipeline, dest: Path, facts: dict[str, Any
             raise ValueError(f"no {name} pair is left: sentences must have 1 to {MAX_WORDS} words, and similar lengths")
     text = [line for side in (0, 1) for line in (pair[side] for pair in tokenized["train"])]
     pipeline = Pipeline(pipeline.source_lang, pipeline.target_lang, pipeline.lowercase, learn_codes(text, facts["merges"]))
-    partial = dest.with_name(f".{dest.name}.partial")
+    partial = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         for name in SPLITS:

@@ -76,7 +76,7 @@ class Pipeline:
                 raise ValueError(f"{directory} has no {name}: it was not written by prepare.py")
         held = read_json(directory / PREPARED)
         try:
-            codes = (directory / CODES).read_text()
+            codes = (directory / CODES).read_text(encoding="utf-8")
             return Pipeline(held["source_lang"], held["target_lang"], bool(held["lowercase"]), codes)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{directory / PREPARED} lacks {error}") from error

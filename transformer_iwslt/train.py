@@ -6,17 +6,23 @@ import argparse
 import contextlib
 import json
 import logging
+import math
+import multiprocessing
+import os
 import shutil
 import signal
+import socket
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from common.runs import REQUEUE, ROOT, Run, clean_errors, config_hash, write_json
+from common.runs import REQUEUE, ROOT, Run, clean_errors, config_hash, read_json, write_json
 from transformer_iwslt import engine, generate
 from transformer_iwslt.flags import PROGRAM, configuration, fairseq_words, parse
 from transformer_iwslt.model import Transformer, TransformerConfig, frobenius_decay
@@ -45,27 +51,44 @@ class Watch(logging.Handler):
 
     def __init__(self, run: Run, cfg: Any) -> None:
         super().__init__(logging.INFO)
-        self.run, self.cfg, self.stopping = run, cfg, False
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            with contextlib.suppress(ValueError):  # not the main thread
-                signal.signal(number, self._stop)
+        self.run, self.cfg, self.process = run, cfg, os.getpid()
+        self.told = False  # this process was sent a signal
+        self.stopping = False  # all processes know of it
+        self._agreed = -1
 
-    def _stop(self, *_: Any) -> None:
-        self.stopping = True
+    def stop(self, number: int, _: Any) -> None:
+        """Answer a signal: stop after an update. The loader's processes, which inherit this, end at once."""
+        if os.getpid() != self.process:
+            os._exit(128 + number)
+        self.told = True
 
     def before_step(self, updates: int) -> None:
         self.run.heartbeat({"step": updates, "steps": self.cfg.optimization.max_update})
-        if self.stopping:
-            # After this update fairseq takes its time to be over: it saves a checkpoint, within an epoch too, and returns.
-            self.cfg.optimization.stop_time_hours = 1e-12
-            self.cfg.dataset.disable_validation = True
+        if updates != self._agreed:
+            self.stopping, self._agreed = any_process(self.told), updates
+
+    def validate_and_save(self, inner: Callable[..., Any], *args: Any) -> Any:
+        """fairseq's function after an update, ``inner``; where the run was told to stop, save and say so.
+
+        An update that is validated in any case, at the end of an epoch for one, is no place to stop: the next one is. So a
+        run that was stopped is validated where an uninterrupted one is, and has the same best checkpoint.
+        """
+        cfg, trainer, _, epoch_itr, _, end_of_epoch = args
+        updates, limit = trainer.get_num_updates(), cfg.optimization.max_update or math.inf
+        every = (cfg.dataset.validate_interval_updates, cfg.checkpoint.save_interval_updates)
+        if not self.stopping or end_of_epoch or updates >= limit or any(n > 0 and updates % n == 0 for n in every):
+            return inner(*args)
+        from fairseq import checkpoint_utils
+
+        checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+        return [None], True
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name != "valid" or self.stopping:
+        if record.name != "valid":
             return
-        valid = read_stats(record.getMessage())
         from fairseq.logging import metrics
 
+        valid = read_stats(record.getMessage())
         smoothed = metrics.get_smoothed_values("train")
         trained = {name: float(value) for name, value in smoothed.items() if value is not None}
         epoch, step = int(valid.pop("epoch")), int(valid.pop("num_updates"))
@@ -73,6 +96,28 @@ class Watch(logging.Handler):
         self.run.truncate_log(epoch - 1)  # an epoch that was validated within has the line of its latest validation
         line = {name: value for name, value in trained.items() if name not in left_out}
         self.run.log({"epoch": epoch, "step": step, **line, **{f"valid_{name}": value for name, value in valid.items()}})
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any of the processes that train together."""
+    if not torch.distributed.is_initialized():
+        return flag
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    value = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    return bool(value)
+
+
+@contextlib.contextmanager
+def answering(handler: Callable[[int, Any], None]) -> Generator[None]:
+    """Let a function answer SIGTERM and SIGUSR2, where this is the main thread."""
+    numbers = (signal.SIGTERM, signal.SIGUSR2) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 def read_stats(line: str) -> dict[str, float]:
@@ -92,12 +137,10 @@ def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
     engine.load()
     from fairseq import checkpoint_utils, utils
     from fairseq_cli import train
-    from omegaconf import OmegaConf
 
     utils.import_user_module(cfg.common)
     from transformer_iwslt.plugin.task import ObservedTranslation
 
-    OmegaConf.set_struct(cfg, False)
     for function in (checkpoint_utils.save_checkpoint, train.should_stop_early):
         vars(function).clear()  # where fairseq keeps the best loss of a training, and of any before it in this process
     main = cfg.distributed_training.distributed_rank == 0
@@ -105,29 +148,42 @@ def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
     log = logging.FileHandler(run_of["path"] / "train.log") if main else logging.NullHandler()
     log.setFormatter(logging.Formatter("%(asctime)s | %(name)s | %(message)s"))
     root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
+    level, handlers, inner = root.level, list(root.handlers), train.validate_and_save
     for handler in handlers:
         handler.setLevel(logging.WARNING)
     root.setLevel(logging.INFO)
     root.handlers = [*handlers, watch, log]
     ObservedTranslation.before_step = watch.before_step
+    setattr(train, "validate_and_save", partial(watch.validate_and_save, inner))  # noqa: B010 (as in plugin/optimizer.py)
     try:
-        train.main(cfg)
+        with answering(watch.stop):
+            train.main(cfg)
+            if watch.stopping:
+                if torch.distributed.is_initialized():
+                    torch.distributed.barrier()  # until the one that saves has saved
+                raise SystemExit(REQUEUE)
     finally:
+        setattr(train, "validate_and_save", inner)  # noqa: B010
         ObservedTranslation.before_step = None
         root.setLevel(level)
         root.handlers = handlers
         log.close()
-    if watch.stopping:
-        raise SystemExit(REQUEUE)
 
 
 def launch(cfg: Any, run_of: dict[str, Any]) -> None:
-    """Train in this process or, on several GPUs, in one each."""
+    """Train in this process or, on several GPUs, in one each, which are told what signals this one receives."""
     from fairseq.distributed import utils
 
+    def forward(number: int, _: Any) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, number)
+
+    world = cfg.distributed_training
+    spawns = world.distributed_world_size > 1 and not world.distributed_no_spawn
     try:
-        utils.call_main(cfg, train_process, run_of=run_of)
+        with answering(forward) if spawns else contextlib.nullcontext():
+            utils.call_main(cfg, train_process, run_of=run_of)
     except torch.multiprocessing.ProcessExitedException as error:
         if error.exit_code == REQUEUE:
             raise SystemExit(REQUEUE) from error
@@ -139,26 +195,42 @@ def read_fairseq(args: argparse.Namespace, path: Path) -> Any:
     from fairseq import options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-    cfg = convert_namespace_to_omegaconf(engine.parse(options.get_training_parser, fairseq_words(args, path)))
-    world = cfg.distributed_training
     gpus = 0 if args.cpu else torch.cuda.device_count()
-    if world.distributed_world_size > max(1, gpus) and not world.distributed_no_spawn:
-        raise ValueError(
-            f"--distributed-world-size {world.distributed_world_size} needs as many GPUs, and there are {gpus}. On CPUs start "
-            "one process each, with --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp "
-            "--distributed-init-method tcp://HOST:PORT --distributed-rank R"
-        )
+    words = [*fairseq_words(args, path), *engine.loading(args.fairseq, gpus)]
+    cfg = convert_namespace_to_omegaconf(engine.parse(options.get_training_parser, words))
+    world, size = cfg.distributed_training, args.distributed_world_size
+    if size > 1 and not world.distributed_no_spawn:
+        if size > gpus:
+            raise ValueError(
+                f"--distributed-world-size {size} needs as many GPUs, and there are {gpus}. On CPUs start one process each, "
+                "with --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp "
+                "--distributed-init-method tcp://HOST:PORT --distributed-rank R"
+            )
+        if world.distributed_init_method is None:  # else fairseq would take the size of a Slurm allocation instead
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                world.distributed_init_method = f"tcp://localhost:{free.getsockname()[1]}"
+            world.distributed_num_procs = size
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not world.distributed_no_spawn:
+        raise ValueError("torchrun is not for this program: --distributed-world-size N starts a process for each of N GPUs")
     if cfg.common.fp16 and gpus == 0:
         raise ValueError("--fp16 needs a GPU")
     return cfg
 
 
-def trained_already(path: Path, updates: int) -> bool:
-    """Whether the checkpoint of a run has all its updates; raises ValueError where it is damaged or would run code."""
+def trained_already(run_of: dict[str, Any], updates: int) -> bool:
+    """Whether the run has all its updates; raises ValueError where its checkpoint is damaged, would run code, or has more."""
+    path = run_of["path"]
+    if (path / generate.TRAINED).exists():
+        held = read_json(path / generate.TRAINED)
+        if all(held.get(key) == run_of[key] for key in ("config", "seed", "inputs")):
+            return True
     if not (path / generate.LAST).exists():
         return False
-    history = engine.load_checkpoint(path / generate.LAST)["optimizer_history"]
-    return history[-1]["num_updates"] >= updates
+    made = engine.load_checkpoint(path / generate.LAST)["optimizer_history"][-1]["num_updates"]
+    if made > updates:
+        raise ValueError(f"{path} was trained for {made} updates already, more than the {updates} asked for")
+    return made == updates
 
 
 def keep_vocabulary(data: Path, path: Path) -> None:
@@ -182,35 +254,43 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine.load()
         path = args.save_dir or ROOT / "results" / PROGRAM / (args.row or "run") / config_hash(config) / f"seed{args.seed}"
         cfg = read_fairseq(args, path)
-        run_of: dict[str, Any] = {
-            "path": path,
-            "config": config,
-            "seed": args.seed,
-            "inputs": generate.inputs(args.data),
-            "resume": True,
-        }
-        run_of |= {"row": args.row, "row_config": args.row_config}
+        run_of: dict[str, Any] = {"path": path, "config": config, "seed": args.seed, "inputs": generate.inputs(args.data)}
+        run_of |= {"resume": True, "row": args.row, "row_config": args.row_config}
         run = Run(**run_of, main=cfg.distributed_training.distributed_rank == 0)
         if run.finished:
             print(f"{path} holds a finished run of this configuration and seed: nothing to do", file=sys.stderr)
             print(path / "result.json")
             return
-        trained = (path / generate.TRAINED).exists() or trained_already(path, cfg.optimization.max_update)
+        trained = trained_already(run_of, cfg.optimization.max_update)
         run.begin()
     if run.main:
+        if not trained:
+            (path / generate.TRAINED).unlink(missing_ok=True)  # of fewer updates
         keep_vocabulary(args.data, path)
         told = [f"warning: {warning}" for warning in args.warnings]
         told += [report, *(f"decay: {json.dumps(entry)}" for entry in description["decays"])]
         print(*told, sep="\n", file=sys.stderr)
     with run.recorded():
         if not trained:
-            launch(cfg, run_of)
+            try:
+                with engine.clear_sizes():
+                    launch(cfg, run_of)
+            except engine.TooLong as error:
+                fail(error)
         if run.main:
             facts = {key: run_of[key] for key in ("config", "seed", "inputs")}
             facts |= {"row": run.row, "processes": args.distributed_world_size}
             write_json(path / generate.TRAINED, {**facts, **{key: description[key] for key in ("parameters", "decays")}})
         if run.main and args.generate:
-            print(generate.write_result(path, args.data, cpu=args.cpu))
+            with clean_errors(f"{PROGRAM}/train.py"):
+                print(generate.write_result(path, args.data, cpu=args.cpu))
+
+
+def fail(error: ValueError) -> NoReturn:
+    """End with one line, as the errors do that are found before training."""
+    with clean_errors(f"{PROGRAM}/train.py"):
+        raise error
+    raise AssertionError
 
 
 if __name__ == "__main__":

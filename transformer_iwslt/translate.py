@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -16,7 +17,7 @@ from transformer_iwslt.flags import PROGRAM, parse_translate
 from transformer_iwslt.model import PAD, Transformer
 from transformer_iwslt.text import VOCABULARY, Pipeline, Vocabulary, find_vocabularies
 
-SHORT = 200  # words that a translation may have in any case
+SHORT = 200  # words that a translation may have in any case, and a fairseq translation at most
 
 
 class Translator:
@@ -39,12 +40,10 @@ class Translator:
         found: list[list[str]] = [[] for _ in lines]
         if parts:
             encoded = [torch.tensor(self.source.encode(subwords)) for _, subwords in parts]
-            longest = max(len(sentence) for sentence in encoded)
             batch = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True, padding_value=PAD).to(self.device)
-            max_words = min(max(SHORT, 2 * longest), self.limit)
-            for (number, _), (words, _) in zip(
-                parts, search(self.model, batch, beam=beam, lenpen=lenpen, max_words=max_words), strict=True
-            ):
+            limits = [min(max(SHORT, 2 * len(sentence)), self.limit) for sentence in encoded]
+            translated = search(self.model, batch, beam=beam, lenpen=lenpen, max_words=limits)
+            for (number, _), (words, _) in zip(parts, translated, strict=True):
                 found[number] += self.target.decode(words)
         return [self.pipeline.detokenize(self.pipeline.join(words), self.pipeline.target_lang) for words in found]
 
@@ -66,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"warning: line {number} is not UTF-8: its bad bytes are replaced", file=sys.stderr)
         size = len(translator.subwords(line)) if len(line) > translator.limit else 0
         if size > translator.limit:
-            print(
-                f"warning: line {number} has {size} subwords: it is translated in parts of {translator.limit}", file=sys.stderr
-            )
+            print(f"warning: line {number} has {size} subwords: it is cut into parts of {translator.limit}", file=sys.stderr)
     starts = range(0, len(decoded), args.batch_size)
     for start in tqdm(starts, desc="translating", disable=not sys.stderr.isatty()):
         batch = decoded[start : start + args.batch_size]
@@ -77,4 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # whoever reads has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

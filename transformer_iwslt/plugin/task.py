@@ -9,9 +9,10 @@ import torch
 from fairseq.logging import metrics
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
+from fairseq_cli.train import should_stop_early
 from torch import Tensor, nn
 
-from common import FactorPair, linalg
+from common import linalg
 from common.layers import FactorizedMatrix
 from transformer_iwslt.flags import TASK
 from transformer_iwslt.model import attentions
@@ -30,10 +31,27 @@ class ObservedTranslation(TranslationTask):
             ObservedTranslation.before_step(update_num)
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
+    def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Batches of the same sentences whichever epoch a training goes on in.
+
+        fairseq draws them once, seeded by the epoch that it starts with, and keeps them: gone on with in its third epoch, a
+        training would see others than one that was not interrupted.
+        """
+        if not (kwargs.get("update_epoch_batch_itr") or kwargs.get("disable_iterator_cache")):
+            kwargs["epoch"] = 1
+        return super().get_batch_iterator(dataset, *args, **kwargs)
+
+    def get_checkpoint_dict(self) -> dict[str, Any]:
+        """What ``--patience`` counts, which fairseq forgets when a training goes on."""
+        return {type(self).__name__: dict(vars(should_stop_early))}
+
+    def set_checkpoint_dict(self, held: dict[str, Any]) -> None:
+        vars(should_stop_early).update(held)
+
     def begin_valid_epoch(self, epoch: int, model: nn.Module) -> None:
         super().begin_valid_epoch(epoch, model)
         for name, value in norms(model).items():
-            metrics.log_scalar(name, value, priority=2000)
+            metrics.log_scalar(name, value, weight=0, priority=2000)  # the latest, not an average
 
 
 @torch.no_grad()
@@ -43,22 +61,23 @@ def norms(model: nn.Module) -> dict[str, float]:
     Of each its Frobenius norm, its nuclear norm, and the bound on the nuclear norm that weight decay on the factors acts on
     (paper, equation 2). Families that the model lacks are left out.
     """
-    pairs: dict[str, list[FactorPair]] = {"query_key": [], "output_value": []}
+    families: dict[str, list[tuple[Tensor, ...]]] = {"layers": [], "query_key": [], "output_value": []}
+    for module in model.modules():
+        if isinstance(module, FactorizedMatrix):
+            families["layers"].append(module.factors())
     for name, attention in attentions(model).items():
-        pairs["query_key"].append(attention.query_key(name))
-        pairs["output_value"].append(attention.output_value(name))
-    families: dict[str, list[tuple[Tensor, ...]]] = {
-        "layers": [m.factors() for m in model.modules() if isinstance(m, FactorizedMatrix)]
-    }
-    families |= {family: [pair.factors() for pair in found] for family, found in pairs.items()}
+        families["query_key"].append(attention.query_key(name).factors())
+        families["output_value"].append(attention.output_value(name).factors())
     kinds = {
         "frobenius_norm": linalg.frobenius_norm,
         "nuclear_norm": linalg.nuclear_norm,
         "nuclear_norm_bound": linalg.nuclear_norm_bound,
     }
-    return {
-        f"{family}_{kind}": torch.stack([norm(factors).mean().double().cpu() for factors in products]).mean().item()
-        for family, products in families.items()
-        if products
-        for kind, norm in kinds.items()
-    }
+
+    def mean(norm: Callable[[list[Tensor]], Tensor], products: list[tuple[Tensor, ...]]) -> float:
+        # In float64: half precision overflows at the norm of an embedding.
+        each = [norm([linalg.to_float64(factor) for factor in factors]).mean().cpu() for factors in products]
+        return torch.stack(each).mean().item()
+
+    found = [(family, products) for family, products in families.items() if products]
+    return {f"{family}_{kind}": mean(norm, products) for family, products in found for kind, norm in kinds.items()}
