@@ -59,7 +59,7 @@ translation() {
   "$python" transformer_iwslt/train.py data-bin/numbers --embed-dim 128 --ffn-dim 512 --rank-scale 0.5 \
     --spectral --spectral-quekey --spectral-outval --wd2fd --wd2fd-quekey --wd2fd-outval --frobenius-decay 1e-4 \
     --optimizer adam --adam-betas '(0.9, 0.98)' --lr 2e-3 --warmup-updates 100 --clip-norm 1 --dropout 0.1 \
-    --max-update 500 --no-epoch-checkpoints --save-dir "$run"
+    --max-update 900 --no-epoch-checkpoints --save-dir "$run"
   say "translating the test set"
   "$python" transformer_iwslt/generate.py data-bin/numbers --path "$run/checkpoint_best.pt" --batch-size 128 --beam 5 --quiet
   say "took $((SECONDS - started)) seconds; one's own words: echo einundvierzig |" \

@@ -27,22 +27,24 @@ _SKIPPED = ("<url>", "<talkid>", "<keywords>")
 
 
 def numbers(seed: int = 0, train: int = 20_000, held_out: int = 500) -> Splits:
-    """German number words and the English ones, cardinals below a million, ordinals, years: all distinct between splits.
+    """German number words and the English ones, cardinals below a million, ordinals, years; no two German ones are alike.
 
     Which numbers are drawn depends on the seed alone.
     """
     from num2words import num2words
 
     generator = random.Random(seed)
+    wanted = train + 2 * held_out
     candidates = [("cardinal", value) for value in range(2000)]
-    candidates += [("cardinal", value) for value in generator.sample(range(2000, 1_000_000), 2 * train)]
-    candidates += [("ordinal", value) for value in range(1, 2000)]
+    candidates += [("ordinal", value) for value in range(1, 1000)]
     candidates += [("year", value) for value in range(1000, 2100)]
+    large = max(0, wanted - len(candidates) + 1500)  # more than are missing: some of these are alike in German
+    candidates += [("cardinal", value) for value in generator.sample(range(2000, 1_000_000), large)]
     generator.shuffle(candidates)
     pairs: dict[str, str] = {}
     for kind, value in candidates:
         pairs.setdefault(num2words(value, lang="de", to=kind), num2words(value, lang="en", to=kind))
-        if len(pairs) == train + 2 * held_out:
+        if len(pairs) == wanted:
             break
     found = list(pairs.items())
     return {"valid": found[:held_out], "test": found[held_out : 2 * held_out], "train": found[2 * held_out :]}
