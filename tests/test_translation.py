@@ -231,17 +231,21 @@ def test_the_decays_gradient_is_the_closed_form_whatever_the_batch(data, tmp_pat
             assert step.abs().max() == 0, name
 
 
+def two_processes(data, tmp_path, flags):
+    """Two gloo processes of train.py with one run directory."""
+    rendezvous = f"--distributed-init-method file://{tmp_path}/rendezvous"
+    distributed = "--distributed-world-size 2 --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp"
+    words = f"{TINY} {flags} {distributed} {rendezvous} --save-dir {tmp_path}/two --distributed-rank".split()
+    command = [sys.executable, str(ROOT / "transformer_iwslt" / "train.py"), str(data), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)]
+
+
 def test_the_decays_gradient_over_two_processes(data, tmp_path):
-    """Two gloo processes make the update that one process makes of the same two batches; the decay counts once."""
+    """Two processes make the update that one process makes of the same two batches; the decay counts once."""
     flags = f"{HALF} {PLAIN} --lr 1 --frobenius-decay 0.1 --max-update 1"
     one = run(data, tmp_path / "one", f"{flags} --update-freq 2")
-    rendezvous = f"file://{tmp_path}/rendezvous"
-    distributed = "--distributed-world-size 2 --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp"
-    words = f"{TINY} {flags} {distributed} --distributed-init-method {rendezvous} --save-dir {tmp_path}/two".split()
-    command = [sys.executable, str(ROOT / "transformer_iwslt" / "train.py"), str(data), *words, "--distributed-rank"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)]
-    for process in processes:
+    for process in two_processes(data, tmp_path, flags):
         _, messages = process.communicate(timeout=240)
         assert process.returncode == 0, messages
     two = engine.load_checkpoint(tmp_path / "two" / "checkpoint_last.pt")
@@ -251,21 +255,16 @@ def test_the_decays_gradient_over_two_processes(data, tmp_path):
 
 
 def test_a_signal_to_one_process_stops_all(data, tmp_path):
-    """Two gloo processes, of which the second is told: both save at the same update and ask to be queued again."""
-    rendezvous = f"file://{tmp_path}/rendezvous"
-    distributed = "--distributed-world-size 2 --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp"
-    words = f"{TINY} --max-update 100000 {distributed} --distributed-init-method {rendezvous} --save-dir {tmp_path}/run".split()
-    command = [sys.executable, str(ROOT / "transformer_iwslt" / "train.py"), str(data), *words, "--distributed-rank"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True, env=environment) for rank in (0, 1)]
+    """Of two processes the second is told: both save at the same update and ask to be queued again."""
+    processes = two_processes(data, tmp_path, "--max-update 100000")
     deadline = time.monotonic() + 200
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "two" / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     processes[1].terminate()
     for process in processes:
         _, messages = process.communicate(timeout=100)
         assert process.returncode == REQUEUE, messages
-    held = engine.load_checkpoint(tmp_path / "run" / "checkpoint_last.pt")
+    held = engine.load_checkpoint(tmp_path / "two" / "checkpoint_last.pt")
     assert held["extra_state"]["train_iterator"]["iterations_in_epoch"] > 0
 
 
@@ -507,7 +506,7 @@ def test_bad_flags_of_training(data, tmp_path, monkeypatch, refuses, command, me
 
 
 def test_sentences_that_are_too_long_end_in_one_line(data, tmp_path, capsys):
-    run(data, tmp_path, "--max-tokens 12 --max-update 3", fails=2)
+    run(data, tmp_path, "--max-tokens 6 --max-update 3", fails=2)
     assert (
         "error: a sentence is too long for the model or for --max-tokens: Sentences lengths should" in capsys.readouterr().err
     )

@@ -121,14 +121,12 @@ def answering(handler: Callable[[int, Any], None]) -> Generator[None]:
 
 
 def read_stats(line: str) -> dict[str, float]:
-    """The numbers in a line of fairseq's log, plain or JSON."""
-    parts = (
-        json.loads(line).items() if line.startswith("{") else [part.strip().rpartition(" ")[::2] for part in line.split("|")]
-    )
+    """The numbers in a line of fairseq's log."""
     found = {}
-    for name, value in parts:
+    for part in line.split("|"):
+        name, _, value = part.strip().rpartition(" ")
         with contextlib.suppress(ValueError):
-            found[name.strip().removeprefix("valid_")] = float(value)
+            found[name] = float(value)
     return found
 
 
