@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
+from benchmarks.timing import interleaved, machine, ratio, spread
 from transformer_iwslt import engine
 from transformer_iwslt.model import EOS, PAD, Transformer, TransformerConfig
 
@@ -84,18 +84,6 @@ def training_step(words: list[str], source: Any, target: Any, sample: dict[str, 
     return step, sum(parameter.numel() for parameter in model.parameters())
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, the calls taking turns, after one turn of warming up."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, call in calls.items():
-            started = time.perf_counter()
-            call()
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
 def steps(words: int, repeats: int) -> str:
     from transformer_iwslt.flags import fairseq_words, parse
 
@@ -110,9 +98,8 @@ def steps(words: int, repeats: int) -> str:
     lines = []
     for name, found in seconds.items():
         median = statistics.median(found)
-        ratio = statistics.median(a / b for a, b in zip(seconds[first], found, strict=True))
-        spread = f"{median * 1e3:.0f} ({min(found) * 1e3:.0f} to {max(found) * 1e3:.0f})"
-        lines.append([name, f"{made[name][1]:,}", spread, f"{sample['ntokens'] / median:,.0f}", f"{ratio:.2f}"])
+        speed = [f"{sample['ntokens'] / median:,.0f}", f"{ratio(seconds[first], found):.2f}"]
+        lines.append([name, f"{made[name][1]:,}", spread(found), *speed])
     header = ["model", "parameters", "ms a step, median (range)", "target tokens / s", "times fairseq's speed"]
     return tabulate(lines, header, tablefmt="github", disable_numparse=True)
 
@@ -155,7 +142,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     engine.load()
-    print(f"{args.threads} threads, dictionaries of {args.words:,} words, {args.repeats} repeats, torch {torch.__version__}\n")
+    print(f"{machine()}; dictionaries of {args.words:,} words, {args.repeats} repeats\n")
     print(steps(args.words, args.repeats))
     print(f"\n50 words for 32 sentences\n\n{decoding(args.words, max(3, args.repeats // 3))}")
 

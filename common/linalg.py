@@ -49,7 +49,7 @@ def spectral_init(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(matrix_mn).all():
         raise ValueError(f"cannot decompose a {tuple(matrix_mn.shape)} matrix that holds NaN or infinite values")
     wide = matrix_mn.detach().to(torch.promote_types(matrix_mn.dtype, torch.float32))
-    u, s, vt = torch.linalg.svd(wide, full_matrices=False)
+    u, s, vt = _leading_svd(wide, rank) or torch.linalg.svd(wide, full_matrices=False)
     tolerance = s[:1] * max(wide.shape) * torch.finfo(s.dtype).eps
     live = int((s[:rank] > tolerance).sum())
     root = s[:live].sqrt()
@@ -60,6 +60,31 @@ def spectral_init(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         u = torch.cat([u, u.new_zeros(u.shape[0], surplus)], dim=1)
         vt = torch.cat([vt, torch.randn(surplus, vt.shape[1], dtype=vt.dtype, device=vt.device) * std])
     return u.to(matrix_mn.dtype).contiguous(), vt.to(matrix_mn.dtype).contiguous()
+
+
+def _leading_svd(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The leading ``rank`` singular triples of a large float32 matrix on the CPU, or None where the whole SVD is the way.
+
+    From the leading eigenvectors of the Gram matrix of the shorter side, in float64, where squaring the singular values
+    still leaves more digits than float32 has. LAPACK finds some eigenvectors in a third of the time of the SVD. Not for
+    singular values below a thousandth of the largest, of which squares keep too few digits.
+    """
+    shorter = min(matrix_mn.shape)
+    if matrix_mn.dtype != torch.float32 or matrix_mn.device.type != "cpu" or shorter < 256 or 2 * rank > shorter:
+        return None
+    from scipy.linalg import eigh
+
+    flat = (matrix_mn if matrix_mn.shape[0] >= matrix_mn.shape[1] else matrix_mn.mT).double()
+    gram = (flat.mT @ flat).numpy()
+    wanted = (shorter - rank, shorter - 1)
+    values, vectors = eigh(gram, subset_by_index=wanted, driver="evr", overwrite_a=True, check_finite=False)
+    s = torch.from_numpy(values).flip(0).clamp_min(0).sqrt()
+    if s[-1] < 1e-3 * s[0]:
+        return None
+    right = torch.from_numpy(vectors).flip(1)
+    left = flat @ right / s
+    u, v = (left, right) if flat.shape == matrix_mn.shape else (right, left)
+    return u.float(), s.float(), v.mT.float()
 
 
 def balance(u_mr: Tensor, vt_rn: Tensor) -> tuple[Tensor, Tensor]:

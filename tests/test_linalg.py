@@ -38,6 +38,35 @@ def test_spectral_init_is_the_best_approximation(m, n, rank):
     torch.testing.assert_close((vt @ vt.T)[:k, :k], torch.diag(singular_values[:k]))
 
 
+@pytest.mark.parametrize(("m", "n", "rank"), [(300, 410, 20), (410, 300, 20), (512, 256, 128), (256, 300, 1)])
+def test_large_matrices_need_no_whole_svd_and_are_as_exact(m, n, rank, monkeypatch):
+    """Eckart-Young to 1e-6 against float64, from some eigenvectors of the Gram matrix."""
+    matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
+    u64, s64, vt64 = torch.linalg.svd(matrix.double(), full_matrices=False)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    u, vt = linalg.spectral_init(matrix, rank)
+    assert u.dtype == vt.dtype == torch.float32
+    best = (u64[:, :rank] * s64[:rank]) @ vt64[:rank]
+    assert torch.linalg.matrix_norm(u.double() @ vt.double() - best) < 1e-6 * torch.linalg.matrix_norm(best)
+    error = torch.linalg.matrix_norm(matrix.double() - u.double() @ vt.double())
+    assert error == pytest.approx(s64[rank:].square().sum().sqrt().item(), rel=1e-6)
+    torch.testing.assert_close(u.T @ u, vt @ vt.T, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("smallest", [1e-6, 0.0])
+def test_matrices_of_falling_singular_values_take_the_whole_svd(smallest):
+    """Their squares would keep too few digits."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(300, 300, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+    values = torch.logspace(0, -6, 300, dtype=torch.float64).clamp_min(smallest)
+    values[200:] = smallest
+    matrix = (left * values @ right).float()
+    u, vt = linalg.spectral_init(matrix, 100)
+    best = (left[:, :100] * values[:100]) @ right[:100]
+    assert torch.linalg.matrix_norm(u.double() @ vt.double() - best) < 1e-6
+    assert torch.linalg.matrix_norm(u.double() @ vt.double() - matrix.double()) < values[100:].norm() + 1e-6
+
+
 def test_surplus_columns_are_not_dead():
     """Every column beyond min(m, n) is zero in exactly one factor, so that it changes nothing and still gets a gradient."""
     u, vt = linalg.spectral_init(torch.randn(4, 6, dtype=torch.float64), 9)
