@@ -75,11 +75,7 @@ def main() -> None:
     scale = rank_scale_for_ratio(vgg, 0.1, filter_fn=compression.is_factorized)
     cases = {
         "ResNet20, rank scale 0.111": network(resnets.build("resnet20", 10), resnets.is_factorized, 0.111),
-        "ResNet18 (torchvision), rank scale 0.1": network(
-            resnet18(num_classes=10),
-            lambda module, name: name not in ("conv1", "fc") and not isinstance(module, nn.BatchNorm2d),
-            0.1,
-        ),
+        "ResNet18 (torchvision), rank scale 0.1": network(resnet, lambda module, name: id(module) in convolutions, 0.1),
         "VGG19, 10 %": network(vgg, compression.is_factorized, scale),
         "Transformer (small), rank scale 0.5": transformer(0.5),
     }
