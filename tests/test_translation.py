@@ -1,12 +1,14 @@
 """Translation on fairseq: the plugin's decay and optimizer, training, stopping and going on, results, bad input."""
 
 import argparse
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -543,6 +545,26 @@ def test_without_fairseq_the_error_says_what_to_do(data, tmp_path, monkeypatch, 
         (generate.main, f"{data} --path x.pt"),
     ):
         refuses(main, command, "ve-fairseq 0.12.3, is for Python 3.11 and 3.12 on Linux x86_64, and this is Python")
+
+
+def test_real_sentences(tmp_path, capsys):
+    """A part of Multi30k from FNL_DATA: prepared, trained on for some updates, translated and scored."""
+    source = Path(os.environ.get("FNL_DATA", "nowhere")) / "multi30k"
+    if not source.is_dir():
+        pytest.skip("FNL_DATA names no folder of real data")
+    for name, count in (("train", 600), ("val", 60), ("test_2016_flickr", 60)):
+        for lang in ("de", "en"):
+            with gzip.open(source / f"{name}.{lang}.gz", "rt", encoding="utf-8") as file:
+                (tmp_path / f"{name}.{lang}").write_text("".join(next(file) for _ in range(count)), encoding="utf-8")
+    prefixes = f"--train-prefix {tmp_path}/train --valid-prefix {tmp_path}/val --test-prefix {tmp_path}/test_2016_flickr"
+    prepare.main(f"{prefixes} --bpe 500 --dest {tmp_path}/data".split())
+    assert read_json(tmp_path / "data" / "prepare.json")["pairs"] == {"train": 600, "valid": 60, "test": 60}
+    vocabulary = generate.find_vocabularies(tmp_path / "data")[1]
+    assert any("ü" in word for word in vocabulary.words)
+    run(tmp_path / "data", tmp_path / "run", f"{HALF} --max-tokens 1000 --max-update 5 --generate")
+    metrics = read_json(tmp_path / "run" / "result.json")["metrics"]
+    assert metrics["sentences"] == 60
+    assert 0 <= metrics["bleu"] < 100
 
 
 # ---- flags and rows

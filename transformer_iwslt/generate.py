@@ -62,10 +62,8 @@ def translate(
     found: dict[int, dict[str, str]] = {}
     for kind, number, text in re.findall(r"^([STH])-(\d+)\t(.*)$", output.getvalue(), re.MULTILINE):
         name = {"S": "source", "T": "reference", "H": "hypothesis"}[kind]
-        subwords = text.rpartition("\t")[2].split()
-        found.setdefault(int(number), {}).setdefault(
-            name, pipeline.join(subwords)
-        )  # of several hypotheses the first is the best
+        line = pipeline.join(text.rpartition("\t")[2].split())
+        found.setdefault(int(number), {}).setdefault(name, line)  # of several hypotheses the first is the best
     return [found[number] for number in sorted(found)]
 
 
