@@ -90,13 +90,12 @@ class FrobeniusDecay:
         return list({id(factor): factor for factor in (*layers, *paired)}.values())
 
     def penalty(self) -> Tensor:
-        """coef/2 times the sum of ||W||_F^2: a differentiable scalar, for a loss or a log."""
-        norms = [linalg.frobenius_norm(_at_least_float32(pair.factors())).square().sum() for pair in self.pairs]
-        for layer in self._layers:
-            if isinstance(layer, FactorizedMatrix):
-                norms.append(linalg.frobenius_norm(_at_least_float32(layer.factors())).square())
-            else:
-                norms.append(layer.squared_norm())
+        """coef/2 times the sum of ||W||_F^2: a scalar, differentiable once, for a loss or a log."""
+        norms = [linalg.squared_norm(_at_least_float32(pair.factors())) for pair in self.pairs]
+        for group in self._groups.values():
+            columns = zip(*group, strict=True)
+            norms.append(linalg.squared_norm([torch.stack(_at_least_float32(column)) for column in columns]))
+        norms += [layer.squared_norm() for layer in self._layers if not isinstance(layer, FactorizedMatrix)]
         return self.coef / 2 * torch.stack(norms).sum()
 
     @torch.no_grad()

@@ -8,9 +8,11 @@ A matrix W of shape (m, n) is a chain of factors, W = U V^T or W = U M V^T. Suff
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def to_float64(tensor: Tensor) -> Tensor:
@@ -156,6 +158,27 @@ def frobenius_norm(factors: Sequence[Tensor]) -> Tensor:
         gram = factor.mT @ gram @ factor
     last = factors[-1]
     return (gram * (last @ last.mT)).sum((-2, -1)).clamp_min(0).sqrt()
+
+
+class _SquaredNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *factors: Tensor) -> Tensor:
+        grads = frobenius_grads(factors)
+        ctx.save_for_backward(*grads)
+        return (factors[0] * grads[0]).sum()  # <U, W V> = <U V^T, W>
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(2 * grad * each for each in ctx.saved_tensors)
+
+
+def squared_norm(factors: Sequence[Tensor]) -> Tensor:
+    """||F_1 F_2 ... F_k||_F^2, summed over batch dimensions; differentiable once.
+
+    The gradients of :func:`frobenius_grads` are computed with it, which takes two thirds of what autograd needs.
+    """
+    return _SquaredNorm.apply(*factors)
 
 
 def nuclear_norm(factors: Sequence[Tensor]) -> Tensor:

@@ -115,6 +115,18 @@ def test_frobenius_norm_and_grads_gradcheck(depth):
     assert torch.autograd.gradcheck(lambda *f: tuple(linalg.frobenius_grads(f)), factors)
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize(("m", "n", "rank"), SHAPES)
+def test_squared_norm_is_that_of_the_product_and_so_is_its_gradient(m, n, rank, depth, batch):
+    factors = [f.requires_grad_() for f in random_factors(m, n, rank, depth, batch)]
+    expected, found = linalg.compose(factors).square().sum(), linalg.squared_norm(factors)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    for one, other in zip(*(torch.autograd.grad(3 * norm, factors) for norm in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+    assert torch.autograd.gradcheck(lambda *f: linalg.squared_norm(f), factors)
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.tuples(*[st.integers(1, 12)] * 3), st.sampled_from([2, 3]), st.integers(0, 2**32), st.sampled_from([1e-6, 1.0, 1e6]))
 def test_norms_equal_those_of_the_dense_product(shape, depth, seed, scale):
