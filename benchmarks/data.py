@@ -8,35 +8,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import torch
-from PIL import Image
 from tabulate import tabulate
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torch.utils.data import DataLoader
 
+from benchmarks.reference import Transformed
 from benchmarks.timing import interleaved, machine, ratio
 from common.runs import positive_int
-from common.vision.data import IMAGENET, Data
+from common.vision.data import Data
 
 IMAGES, BATCH = 10_000, 128
-
-
-class Transformed(Dataset):
-    """Images of an array through torchvision's transforms."""
-
-    def __init__(self, pixels: np.ndarray, labels: Sequence[int]) -> None:
-        self.pixels, self.labels = pixels, labels
-        steps = [transforms.RandomHorizontalFlip(), transforms.RandomCrop(32, 4), transforms.ToTensor()]
-        self.transform = transforms.Compose([*steps, transforms.Normalize(*IMAGENET)])
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
 
 
 def main() -> None:
