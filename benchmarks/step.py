@@ -3,8 +3,8 @@
     python -m benchmarks.step [--repeats N] [--no-compile]
 
 End to end is data, step, Frobenius decay and metrics, at batch 128 of 32x32 images. All cases take turns in one process;
-warming up, and with it compilation, is timed apart. Prints a Markdown table of images a second, of ratios, and of the epochs until
-compiling pays.
+warming up, and with it compilation, is timed apart. Prints a Markdown table of images a second, of ratios, and of the
+epochs until compiling pays.
 """
 
 from __future__ import annotations
