@@ -81,7 +81,7 @@ def _leading_svd(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] 
     wanted = (shorter - rank, shorter - 1)
     values, vectors = eigh(gram, subset_by_index=wanted, driver="evr", overwrite_a=True, check_finite=False)
     s = torch.from_numpy(values).flip(0).clamp_min(0).sqrt()
-    if s[-1] < 1e-3 * s[0]:
+    if s[-1] <= 1e-3 * s[0]:
         return None
     right = torch.from_numpy(vectors).flip(1)
     left = flat @ right / s

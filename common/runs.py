@@ -75,11 +75,11 @@ def natural(text: str) -> int:
 
 
 @contextlib.contextmanager
-def clean_errors(prog: str) -> Generator[None]:
-    """Turn a ValueError or OSError of the preparation of a run into one line on stderr and exit status 2."""
+def clean_errors(prog: str, kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Generator[None]:
+    """Turn exceptions of these kinds into one line on stderr and exit status 2."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         message = " ".join(str(error).split())
         print(f"{prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from error

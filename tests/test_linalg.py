@@ -77,7 +77,10 @@ def test_surplus_columns_are_not_dead():
     assert (u.grad[:, 4:] != 0).all()
 
 
-@pytest.mark.parametrize("matrix", [torch.zeros(5, 4), torch.ones(5, 4), torch.diag(torch.tensor([3.0, 1.0, 0.0, 0.0]))])
+MATRICES = [torch.zeros(5, 4), torch.ones(5, 4), torch.diag(torch.tensor([3.0, 1.0, 0.0, 0.0]))]
+
+
+@pytest.mark.parametrize("matrix", [*MATRICES, torch.zeros(300, 260), torch.ones(300, 260)])
 def test_columns_beyond_the_rank_of_the_matrix_are_not_dead(matrix):
     u, vt = linalg.spectral_init(matrix, 4)
     torch.testing.assert_close(u @ vt, matrix)

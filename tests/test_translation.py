@@ -16,11 +16,12 @@ import torch
 from common import FrobeniusDecay
 from common.linalg import frobenius_grads
 from common.runs import REQUEUE, ROOT, config_hash, read_json
-from transformer_iwslt import engine, generate, prepare, train, translate
+from transformer_iwslt import engine, generate, prepare, train, translate, watch
 from transformer_iwslt.beam import search
 from transformer_iwslt.flags import configuration, parse, parse_generate, parse_prepare
 from transformer_iwslt.model import PAD, attentions
 from transformer_iwslt.rows import PROGRAM
+from transformer_iwslt.text import find_vocabularies
 
 pytestmark = pytest.mark.skipif(
     engine.find_spec("fairseq") is None, reason="fairseq is not installed: its wheel is for Linux x86_64"
@@ -70,7 +71,7 @@ def test_prepared_data_is_whole(data):
     assert len((data / "references.test").read_text().splitlines()) == 500
     from fairseq.data import Dictionary
 
-    for lang, vocabulary in zip(("de", "en"), generate.find_vocabularies(data)[1:], strict=True):
+    for lang, vocabulary in zip(("de", "en"), find_vocabularies(data)[1:], strict=True):
         assert Dictionary.load(str(data / f"dict.{lang}.txt")).symbols == vocabulary.words
 
 
@@ -127,7 +128,7 @@ def test_stopped_and_gone_on_is_uninterrupted(data, tmp_path, monkeypatch):
     whole = run(data, tmp_path / "whole", flags)
     ends = [record["step"] for record in lines(tmp_path / "whole")]
     assert len(ends) > 2
-    heartbeat = train.Watch.before_step
+    heartbeat = watch.Watch.before_step
 
     def stop_at(*steps):
         def before_step(self, updates):
@@ -135,7 +136,7 @@ def test_stopped_and_gone_on_is_uninterrupted(data, tmp_path, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
             heartbeat(self, updates)
 
-        monkeypatch.setattr(train.Watch, "before_step", before_step)
+        monkeypatch.setattr(watch.Watch, "before_step", before_step)
 
     for step, stopped in ((3, 4), (ends[0] - 1, ends[0] + 1), (ends[1] - 1, ends[1] + 1), (28, 29)):
         stop_at(step)
@@ -144,7 +145,7 @@ def test_stopped_and_gone_on_is_uninterrupted(data, tmp_path, monkeypatch):
         held = engine.load_checkpoint(tmp_path / "parts" / "checkpoint_last.pt")
         assert held["optimizer_history"][-1]["num_updates"] == stopped
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    monkeypatch.setattr(train.Watch, "before_step", heartbeat)
+    monkeypatch.setattr(watch.Watch, "before_step", heartbeat)
     parts = run(data, tmp_path / "parts", flags)
     for name, value in whole["model"].items():
         assert torch.equal(parts["model"][name], value), name
@@ -358,7 +359,7 @@ def test_generation_translations_and_plain_torch_agree(data, tmp_path, capsys, m
     assert scores["decoding"]["beam"] == 3
     assert f"BLEU = {scores['metrics']['bleu']:.2f}" in output[-2]
     assert not (tmp_path / "result.json").exists()
-    pipeline, source, target = generate.find_vocabularies(data)
+    pipeline, source, target = find_vocabularies(data)
     sources = [line[2:] for line in (folder / "translations.txt").read_text().splitlines() if line.startswith("S ")]
     encoded = [torch.tensor(source.encode(pipeline.split(line))) for line in sources[:100]]
     batch = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True, padding_value=PAD)
@@ -559,7 +560,7 @@ def test_real_sentences(tmp_path, capsys):
     prefixes = f"--train-prefix {tmp_path}/train --valid-prefix {tmp_path}/val --test-prefix {tmp_path}/test_2016_flickr"
     prepare.main(f"{prefixes} --bpe 500 --dest {tmp_path}/data".split())
     assert read_json(tmp_path / "data" / "prepare.json")["pairs"] == {"train": 600, "valid": 60, "test": 60}
-    vocabulary = generate.find_vocabularies(tmp_path / "data")[1]
+    vocabulary = find_vocabularies(tmp_path / "data")[1]
     assert any("ü" in word for word in vocabulary.words)
     run(tmp_path / "data", tmp_path / "run", f"{HALF} --max-tokens 1000 --max-update 5 --generate")
     metrics = read_json(tmp_path / "run" / "result.json")["metrics"]

@@ -16,7 +16,7 @@ class MultiheadAttention(nn.Module):
     """Attention of ``num_heads`` heads of ``head_dim`` dimensions each, by default ``embed_dim // num_heads``.
 
     Of each head the two products are matrices of (embed_dim, embed_dim) and rank ``head_dim``: query-key, W_Q^T W_K,
-    which scores a pair of positions, and output-value, W_O W_V, which maps what is attended to (paper, section 5). A head
+    which scores a pair of positions, and output-value, W_O W_V, which maps what is attended to. A head
     narrower than usual is a low-rank factorization of both.
     """
 

@@ -25,6 +25,8 @@ from transformer_iwslt.flags import PLUGIN
 from transformer_iwslt.model import Transformer, TransformerConfig, from_checkpoint
 from transformer_iwslt.text import VOCABULARY, Vocabulary, find_vocabularies
 
+BEST, LAST = "checkpoint_best.pt", "checkpoint_last.pt"  # by validation loss, and the one that a training goes on from
+
 
 def require() -> None:
     """Raise ValueError, saying what to install instead, where fairseq is not installed."""
@@ -125,6 +127,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def updates_of(state: dict[str, Any]) -> int:
+    """How many updates a checkpoint was trained for."""
+    return state["optimizer_history"][-1]["num_updates"]
+
+
 def to_transformer(state: dict[str, Any], path: Path) -> Transformer:
     """The model of a checkpoint that :func:`load_checkpoint` read, from it alone, in plain torch."""
     weights = {name.replace("coder.net.", "coder.", 1): value for name, value in state["model"].items()}
@@ -132,7 +139,7 @@ def to_transformer(state: dict[str, Any], path: Path) -> Transformer:
     try:
         words = {f"{side}_words": words_of(state, side) for side in ("source", "target")}
         sizes = {field.name: flags[field.name] for field in fields(TransformerConfig) if field.name in flags}
-        return from_checkpoint({"architecture": {**sizes, **words}, "model": weights})
+        return from_checkpoint({**sizes, **words}, weights)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path} holds no Transformer of this program: {error}") from error
 

@@ -13,26 +13,13 @@ from typing import Any
 
 import torch
 
-from common.runs import ROOT, Run, clean_errors, config_hash, digest, environment, read_json, write_atomic, write_json
+from common.runs import Run, clean_errors, config_hash, environment, read_json, write_atomic, write_json
 from transformer_iwslt import engine
+from transformer_iwslt.engine import BEST, LAST, updates_of
 from transformer_iwslt.flags import BEAM, LENPEN, PLUGIN, PROGRAM, TASK, WHOLE, parse_generate
-from transformer_iwslt.text import Pipeline, find_vocabularies
+from transformer_iwslt.text import Pipeline, find_data, find_vocabularies, inputs
 
-BEST, LAST, TRAINED = "checkpoint_best.pt", "checkpoint_last.pt", "trained.json"
-
-
-def find_data(data: Path) -> Path:
-    """The prepared folder, as given or below the project's; raises ValueError saying how to make it."""
-    for folder in (data, ROOT / data):
-        if folder.is_dir():
-            find_vocabularies(folder)
-            return folder
-    raise ValueError(f"there is no folder {data}: python transformer_iwslt/prepare.py --dest {data} makes it of IWSLT'14")
-
-
-def inputs(data: Path) -> dict[str, str]:
-    """Digest of what a run learns from."""
-    return {"data": config_hash({path.name: digest(path) for path in sorted(data.iterdir()) if path.is_file()})}
+TRAINED = "trained.json"  # of a run whose training has finished
 
 
 def translate(
@@ -121,10 +108,11 @@ def write_result(path: Path, data: Path, best: dict[str, Any] | None = None, *, 
     if trained["inputs"] != inputs(data):
         raise ValueError(f"{path} was not trained on what {data} holds now")
     words = ["--batch-size", "128"]
-    last = measure(path / LAST, data, STANDARD, words, cpu=cpu)
-    if best is None:
-        best = measure(path / BEST, data, STANDARD, words, cpu=cpu) if (path / BEST).exists() else last
     state = engine.load_checkpoint(path / LAST)
+    if best is None:
+        best = measure(path / (BEST if (path / BEST).exists() else LAST), data, STANDARD, words, cpu=cpu)
+    alike = not (path / BEST).exists() or updates_of(engine.load_checkpoint(path / BEST)) == updates_of(state)
+    last = best if alike else measure(path / LAST, data, STANDARD, words, cpu=cpu)
     scores = {key: value for key, value in best.items() if key != "translations"}
     metrics = {**scores, "final": last["bleu"], "best": best["bleu"], "final_sacrebleu": last["sacrebleu"]}
     write_translations(path, best["translations"])
@@ -151,8 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with clean_errors(f"{PROGRAM}/generate.py"):
         args.data = find_data(args.data)
         engine.require()
-        state = engine.load_checkpoint(args.path)
-        held = state["cfg"]["model"].rank_scale  # load_checkpoint has seen to it
+        held = engine.load_checkpoint(args.path)["cfg"]["model"].rank_scale
         if args.rank_scale is not None and args.rank_scale != held:
             raise ValueError(f"--rank-scale {args.rank_scale:g} is not that of {args.path}, {held:g}; it need not be given")
         decoding = {"subset": args.gen_subset, "beam": args.beam, "lenpen": args.lenpen}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -68,6 +68,10 @@ class TransformerConfig:
     @property
     def factorized(self) -> bool:
         return 0 < self.rank_scale < 1
+
+    def without_decomposition(self) -> TransformerConfig:
+        """A model of the same shapes that is built at once, for what is about shapes or gets its weights from elsewhere."""
+        return replace(self, init="regular", spectral_quekey=False, spectral_outval=False)
 
     @property
     def head_dim(self) -> int:
@@ -290,24 +294,16 @@ def count_full(config: TransformerConfig) -> int:
     return words * config.embed_dim + config.target_words + config.layers * layer + 2 * norm
 
 
-def to_checkpoint(model: Transformer) -> dict[str, Any]:
-    """Configuration and weights as plain values, for :func:`from_checkpoint`."""
-    return {"architecture": asdict(model.config), "model": model.state_dict()}
-
-
-def from_checkpoint(state: Mapping[str, Any]) -> Transformer:
-    """The model of a checkpoint, from it alone; raises ValueError saying what does not fit."""
-    held = state.get("architecture")
-    known = {field.name for field in fields(TransformerConfig)}
-    if not isinstance(held, Mapping) or not isinstance(state.get("model"), Mapping):
-        raise ValueError("the checkpoint is not one of a Transformer: it lacks its architecture or weights")
-    if set(held) - known:
-        raise ValueError(f"the checkpoint's architecture has {sorted(set(held) - known)[0]!r}, which is not known here")
-    config = TransformerConfig(**held)
-    model = Transformer(replace(config, init="regular", spectral_quekey=False, spectral_outval=False))  # no decomposition
+def from_checkpoint(architecture: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Transformer:
+    """The model of these fields of a configuration and this state dict; raises ValueError saying what does not fit."""
+    unknown = sorted(architecture.keys() - {field.name for field in fields(TransformerConfig)})
+    if unknown:
+        raise ValueError(f"the checkpoint's architecture has {unknown[0]!r}, which is not known here")
+    config = TransformerConfig(**architecture)
+    model = Transformer(config.without_decomposition())
     model.config = config
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"the checkpoint's weights do not fit its architecture: {' '.join(str(error).split())}") from error
     return model

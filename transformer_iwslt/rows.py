@@ -54,20 +54,24 @@ def make_row(scale: str, decay: str, spectral: tuple[str, ...], frobenius: tuple
     )
 
 
+def families(config: Mapping[str, Any], *flags: str) -> str:
+    """The families that these flags, one each, are on for."""
+    on = (family for family, flag in zip(FAMILIES, flags, strict=True) if config[flag] in (True, "spectral"))
+    return " ".join(on) or "none"
+
+
 def initialization(config: Mapping[str, Any]) -> str:
-    used = (config["init"] == "spectral", config["spectral_quekey"], config["spectral_outval"])
-    return f"spectral: {' '.join(family for family, on in zip(FAMILIES, used, strict=True) if on) or 'none'}"
+    return f"spectral: {families(config, 'init', 'spectral_quekey', 'spectral_outval')}"
 
 
-def decay(config: Mapping[str, Any]) -> str:
-    used = (config["wd2fd"], config["wd2fd_quekey"], config["wd2fd_outval"])
-    return f"Frobenius decay: {' '.join(family for family, on in zip(FAMILIES, used, strict=True) if on) or 'none'}"
+def decayed_families(config: Mapping[str, Any]) -> str:
+    return f"Frobenius decay: {families(config, 'wd2fd', 'wd2fd_quekey', 'wd2fd_outval')}"
 
 
 def table(scale: str, title: str) -> Table:
     decays = DECAYS + MORE_DECAYS if scale == "0" else DECAYS
     rows = [make_row(scale, decay, *method) for decay in decays for method in methods(scale, decay)]
-    figure = Against("decay", x="weight_decay", series=decay, panel=initialization)
+    figure = Against("decay", x="weight_decay", series=decayed_families, panel=initialization)
     return Table(f"iwslt14-{scale}", f"IWSLT'14 German-English: {title}", tuple(rows), (figure,), SCORE)
 
 

@@ -1,9 +1,10 @@
-"""Text to subwords and back: Moses tokenization, lower case, byte pair encoding; and vocabularies as files."""
+"""Text to subwords and back: Moses tokenization, lower case, byte pair encoding; vocabularies, and folders that hold them."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.runs import read_json, write_atomic, write_json
+from common.runs import ROOT, config_hash, digest, read_json, write_atomic, write_json
 
 PREPARED, CODES = "prepare.json", "codes"
 VOCABULARY = "vocabulary"  # folder of a run: what is needed beside the weights
@@ -133,3 +134,25 @@ def find_vocabularies(directory: Path) -> tuple[Pipeline, Vocabulary, Vocabulary
         Vocabulary.load(directory / f"dict.{pipeline.source_lang}.txt"),
         Vocabulary.load(directory / f"dict.{pipeline.target_lang}.txt"),
     )
+
+
+def find_data(data: Path) -> Path:
+    """The prepared folder, as given or below the project's; raises ValueError saying how to make it."""
+    for folder in (data, ROOT / data):
+        if folder.is_dir():
+            find_vocabularies(folder)
+            return folder
+    raise ValueError(f"there is no folder {data}: python transformer_iwslt/prepare.py --dest {data} makes it of IWSLT'14")
+
+
+def inputs(data: Path) -> dict[str, str]:
+    """Digest of a prepared folder, which tells what a run learns from."""
+    return {"data": config_hash({path.name: digest(path) for path in sorted(data.iterdir()) if path.is_file()})}
+
+
+def keep_vocabulary(data: Path, run: Path) -> None:
+    """Copy to a run what translating needs beside its weights."""
+    pipeline = Pipeline.load(data)
+    (run / VOCABULARY).mkdir(exist_ok=True)
+    for name in (PREPARED, CODES, f"dict.{pipeline.source_lang}.txt", f"dict.{pipeline.target_lang}.txt"):
+        shutil.copyfile(data / name, run / VOCABULARY / name)

@@ -76,11 +76,10 @@ class PluginDecoder(FairseqIncrementalDecoder):
 
 @register_model("factorized_transformer")
 class PluginModel(FairseqEncoderDecoderModel):
-    """A :class:`Transformer` that fairseq trains; ``config``, ``report`` and ``decay`` say what it is and how it decays."""
+    """A :class:`Transformer` that fairseq trains; ``decay`` says how it decays."""
 
-    def __init__(self, encoder: PluginEncoder, decoder: PluginDecoder, transformer: Transformer) -> None:
+    def __init__(self, encoder: PluginEncoder, decoder: PluginDecoder) -> None:
         super().__init__(encoder, decoder)
-        self.config, self.report = transformer.config, transformer.report
         self.decay: FrobeniusDecay | None = None
 
     @staticmethod
@@ -99,7 +98,7 @@ class PluginModel(FairseqEncoderDecoderModel):
         sizes = {name: getattr(args, name) for name in _FLAGS}
         transformer = Transformer(TransformerConfig(len(task.source_dictionary), len(task.target_dictionary), **sizes))
         encoder = PluginEncoder(task.source_dictionary, transformer.encoder)
-        model = cls(encoder, PluginDecoder(task.target_dictionary, transformer.decoder), transformer)
+        model = cls(encoder, PluginDecoder(task.target_dictionary, transformer.decoder))
         model.decay = frobenius_decay(model, args.frobenius_decay, args.wd2fd, args.wd2fd_quekey, args.wd2fd_outval)
         for parameter in () if model.decay is None else model.decay.parameters():
             setattr(parameter, EXEMPT, True)

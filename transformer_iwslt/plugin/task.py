@@ -1,4 +1,4 @@
-"""fairseq's translation task, which also tells a run what happens and logs the norms of factorized products."""
+"""fairseq's translation task, exact to go on with, which also tells of its updates and logs norms of products."""
 
 from __future__ import annotations
 

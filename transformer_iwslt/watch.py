@@ -1,0 +1,164 @@
+"""fairseq's training, watched: metrics of each epoch, a heartbeat, and signals that stop all processes at one update."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Any
+
+import torch
+
+from common.runs import REQUEUE, Run
+from transformer_iwslt import engine
+
+
+class Watch(logging.Handler):
+    """Follows fairseq's training: an epoch's numbers to the run's metrics.jsonl, a heartbeat, and signals to stop.
+
+    fairseq tells an epoch's numbers to its log alone, as ``epoch 003 | valid on 'valid' subset | loss 4.2 | ...``.
+    """
+
+    def __init__(self, run: Run, cfg: Any) -> None:
+        super().__init__(logging.INFO)
+        self.run, self.cfg, self.process = run, cfg, os.getpid()
+        self.told = False  # this process was sent a signal
+        self.stopping = False  # all processes know of it
+        self._agreed = -1
+
+    def stop(self, number: int, _: Any) -> None:
+        """Answer a signal: stop after an update. The loader's processes, which inherit this, end at once."""
+        if os.getpid() != self.process:
+            os._exit(128 + number)
+        self.told = True
+
+    def before_step(self, updates: int) -> None:
+        self.run.heartbeat({"step": updates, "steps": self.cfg.optimization.max_update})
+        if updates != self._agreed:
+            self.stopping, self._agreed = any_process(self.told), updates
+
+    def validate_and_save(self, inner: Callable[..., Any], *args: Any) -> Any:
+        """fairseq's function after an update, ``inner``; where the run was told to stop, save and say so.
+
+        An update that is validated in any case, at the end of an epoch for one, is no place to stop: the next one is. So a
+        run that was stopped is validated where an uninterrupted one is, and has the same best checkpoint.
+        """
+        cfg, trainer, _, epoch_itr, _, end_of_epoch = args
+        updates, limit = trainer.get_num_updates(), cfg.optimization.max_update or math.inf
+        every = (cfg.dataset.validate_interval_updates, cfg.checkpoint.save_interval_updates)
+        if not self.stopping or end_of_epoch or updates >= limit or any(n > 0 and updates % n == 0 for n in every):
+            return inner(*args)
+        from fairseq import checkpoint_utils
+
+        checkpoint_utils.save_checkpoint(cfg.checkpoint, trainer, epoch_itr, None)
+        return [None], True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name != "valid":
+            return
+        from fairseq.logging import metrics
+
+        valid = read_stats(record.getMessage())
+        smoothed = metrics.get_smoothed_values("train")
+        trained = {name: float(value) for name, value in smoothed.items() if value is not None}
+        epoch, step = int(valid.pop("epoch")), int(valid.pop("num_updates"))
+        left_out = ("wall", "train_wall", "num_updates")
+        self.run.truncate_log(epoch - 1)  # an epoch that was validated within has the line of its latest validation
+        line = {name: value for name, value in trained.items() if name not in left_out}
+        self.run.log({"epoch": epoch, "step": step, **line, **{f"valid_{name}": value for name, value in valid.items()}})
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any of the processes that train together."""
+    if not torch.distributed.is_initialized():
+        return flag
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    value = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
+    return bool(value)
+
+
+@contextlib.contextmanager
+def answering(handler: Callable[[int, Any], None]) -> Generator[None]:
+    """Let a function answer SIGTERM and SIGUSR2, where this is the main thread."""
+    numbers = (signal.SIGTERM, signal.SIGUSR2) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+def read_stats(line: str) -> dict[str, float]:
+    """The numbers in a line of fairseq's log."""
+    found = {}
+    for part in line.split("|"):
+        name, _, value = part.strip().rpartition(" ")
+        with contextlib.suppress(ValueError):
+            found[name] = float(value)
+    return found
+
+
+def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
+    """What each process runs: fairseq's training, watched. Exits with REQUEUE where it was told to stop."""
+    engine.load()
+    from fairseq import checkpoint_utils, utils
+    from fairseq_cli import train
+
+    utils.import_user_module(cfg.common)
+    from transformer_iwslt.plugin.task import ObservedTranslation
+
+    for function in (checkpoint_utils.save_checkpoint, train.should_stop_early):
+        vars(function).clear()  # where fairseq keeps the best loss of a training, and of any before it in this process
+    main = cfg.distributed_training.distributed_rank == 0
+    watch = Watch(Run(**run_of, main=main), cfg)
+    log = logging.FileHandler(run_of["path"] / "train.log") if main else logging.NullHandler()
+    log.setFormatter(logging.Formatter("%(asctime)s | %(name)s | %(message)s"))
+    root = logging.getLogger()
+    level, handlers, inner = root.level, list(root.handlers), train.validate_and_save
+    for handler in handlers:
+        handler.setLevel(logging.WARNING)
+    root.setLevel(logging.INFO)
+    root.handlers = [*handlers, watch, log]
+    ObservedTranslation.before_step = watch.before_step
+    setattr(train, "validate_and_save", partial(watch.validate_and_save, inner))  # noqa: B010 (as in plugin/optimizer.py)
+    try:
+        with answering(watch.stop):
+            train.main(cfg)
+            if watch.stopping:
+                if torch.distributed.is_initialized():
+                    torch.distributed.barrier()  # until the one that saves has saved
+                raise SystemExit(REQUEUE)
+    finally:
+        setattr(train, "validate_and_save", inner)  # noqa: B010
+        ObservedTranslation.before_step = None
+        root.setLevel(level)
+        root.handlers = handlers
+        log.close()
+
+
+def launch(cfg: Any, run_of: dict[str, Any]) -> None:
+    """Train in this process or, on several GPUs, in one each, which are told what signals this one receives."""
+    from fairseq.distributed import utils
+
+    def forward(number: int, _: Any) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, number)
+
+    world = cfg.distributed_training
+    spawns = world.distributed_world_size > 1 and not world.distributed_no_spawn
+    try:
+        with answering(forward) if spawns else contextlib.nullcontext():
+            utils.call_main(cfg, train_process, run_of=run_of)
+    except torch.multiprocessing.ProcessExitedException as error:
+        if error.exit_code == REQUEUE:
+            raise SystemExit(REQUEUE) from error
+        raise
