@@ -1,31 +1,30 @@
-"""Batches of 32x32 images, cropped, flipped and normalized, ready on the device: python -m benchmarks.data [--repeats N].
+"""Batches of 32x32 images, cropped, flipped and normalized, ready on the device.
+
+    python -m benchmarks.data [--repeats N] [--markdown]
 
 Against what the released code does: torchvision's transforms on PIL images, image by image, through a DataLoader without and
-with two processes. Prints a Markdown table of images a second over an epoch of 10,000 images in batches of 128.
+with two processes. Prints images a second over an epoch of 10,000 images in batches of 128.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 
 import torch
-from tabulate import tabulate
 from torch.utils.data import DataLoader
 
 from benchmarks.reference import Transformed
-from benchmarks.timing import interleaved, machine, ratio
-from common.runs import positive_int
+from benchmarks.timing import arguments, interleaved, ratio, show
+from common import distributed
 from common.vision.data import Data
 
 IMAGES, BATCH = 10_000, 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=positive_int, default=5)
-    args = parser.parse_args()
+    args = arguments(__doc__, repeats=7).parse_args()
+    distributed.start("cpu")
     pixels = torch.randint(0, 256, (IMAGES, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (IMAGES,))
     data = Data((pixels, labels), (pixels[:10], labels[:10]), 10)
@@ -49,8 +48,7 @@ def main() -> None:
     seconds = interleaved(calls, args.repeats)
     first = next(iter(seconds.values()))
     lines = [[n, f"{IMAGES / statistics.median(s):,.0f}", f"{ratio(first, s):.1f}"] for n, s in seconds.items()]
-    print(f"{machine()}, {args.repeats} repeats\n")
-    print(tabulate(lines, ["batches", "images / s", "times faster"], tablefmt="github", disable_numparse=True))
+    show(args, f"Batches of {BATCH}, ready on the device", ["batches", "images / s", "times faster"], lines)
 
 
 if __name__ == "__main__":

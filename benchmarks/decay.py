@@ -1,34 +1,46 @@
-"""What Frobenius decay costs beside the rest of a training step: python -m benchmarks.decay [--repeats N].
+"""What Frobenius decay costs beside the rest of a training step: python -m benchmarks.decay [--repeats N] [--markdown].
 
 Image networks at batch 128 of 32x32 images, where the decay is ``FrobeniusDecay.step``, and the small Transformer on a batch of
 about 4,000 target tokens, where it is the forward and backward pass of ``FrobeniusDecay.penalty``. Steps and decay are timed
-in turns. Prints a Markdown table.
+in turns, and the operators that compute are counted: on a GPU each is a kernel to launch, and a loop over the layers would
+launch some for every layer.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 
-from benchmarks.timing import interleaved, machine, ratio, spread
+from benchmarks.networks import NETWORKS, Network
+from benchmarks.timing import arguments, interleaved, ratio, show, spread
 from benchmarks.translation import batch
-from common import FrobeniusDecay, LowRankConfig, factorize_, param_groups, rank_scale_for_ratio
-from common.runs import positive_int
-from compression_baselines import models as compression
-from resnet_cifar import models as resnets
+from common import FrobeniusDecay, distributed, param_groups
+from common.layers import Factorized
 from transformer_iwslt.model import PAD, Transformer, TransformerConfig, frobenius_decay
 
-Calls = tuple[Callable[[], object], Callable[[], object]]  # a step with the decay, and the decay alone
+Calls = tuple[Callable[[], object], Callable[[], object], int]  # a step with the decay, the decay alone, decayed products
 
 
-def network(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool], scale: float) -> Calls:
-    factorize_(model.to(memory_format=torch.channels_last), LowRankConfig(scale), filter_fn=filter_fn)
+class Operators(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not (func.is_view or "empty" in str(func) or "detach" in str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def of_network(network: Network) -> Calls:
+    model = network.factorized().to(memory_format=torch.channels_last)
     decay = FrobeniusDecay(model, 1e-4)
     optimizer = torch.optim.SGD(param_groups(model, weight_decay=1e-4, decay=decay), lr=0.01, momentum=0.9)
     images = torch.randn(128, 3, 32, 32).to(memory_format=torch.channels_last)
@@ -40,10 +52,10 @@ def network(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool], scale
         decay.step()
         optimizer.step()
 
-    return step, decay.step
+    return step, decay.step, sum(isinstance(module, Factorized) for module in model.modules())
 
 
-def transformer(scale: float, words: int = 10_000) -> Calls:
+def of_transformer(scale: float, words: int = 10_000) -> Calls:
     model = Transformer(TransformerConfig(words, words, rank_scale=scale, init="spectral"))
     decay = frobenius_decay(model, 1e-4, layers=True, query_key=True, output_value=True)
     assert decay is not None
@@ -62,32 +74,29 @@ def transformer(scale: float, words: int = 10_000) -> Calls:
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
 
-    return step, penalty
+    return step, penalty, sum(isinstance(module, Factorized) for module in model.modules()) + len(decay.pairs)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=positive_int, default=7)
-    args = parser.parse_args()
+    args = arguments(__doc__, repeats=7).parse_args()
     torch.manual_seed(0)
-    vgg, resnet = compression.VGG(19, 10), resnet18(num_classes=10)
-    convolutions = {id(m) for m in resnet.modules() if isinstance(m, nn.Conv2d) and m is not resnet.conv1}
-    scale = rank_scale_for_ratio(vgg, 0.1, filter_fn=compression.is_factorized)
-    cases = {
-        "ResNet20, rank scale 0.111": network(resnets.build("resnet20", 10), resnets.is_factorized, 0.111),
-        "ResNet18 (torchvision), rank scale 0.1": network(resnet, lambda module, name: id(module) in convolutions, 0.1),
-        "VGG19, 10 %": network(vgg, compression.is_factorized, scale),
-        "Transformer (small), rank scale 0.5": transformer(0.5),
-    }
-    calls = {f"{name}{part}": call for name, both in cases.items() for part, call in zip(("", " decay"), both, strict=True)}
+    distributed.start("cpu")
+    names = ["ResNet20, rank scale 0.111", "ResNet18, rank scale 0.1", "VGG19, 10 %"]
+    inner = NETWORKS["ResNet18, rank scale 0.1"].is_factorized
+    small = Network(lambda: resnet18(num_classes=10), inner, scale=0.1)
+    cases = {name: of_network(NETWORKS[name]) for name in names}
+    cases["ResNet18 with torchvision's stem, to 8x8 pixels"] = of_network(small)
+    cases["Transformer (small), rank scale 0.5"] = of_transformer(0.5)
+    calls = {f"{name}{part}": call for name, both in cases.items() for part, call in zip(("", " decay"), both[:2], strict=True)}
     seconds = interleaved(calls, args.repeats)
-    lines = [
-        [name, spread(seconds[name]), spread(seconds[f"{name} decay"]), f"{ratio(seconds[f'{name} decay'], seconds[name]):.1%}"]
-        for name in cases
-    ]
-    print(f"{machine()}, {args.repeats} repeats\n")
-    header = ["model", "step, ms", "of which decay, ms", "share"]
-    print(tabulate(lines, header, tablefmt="github", disable_numparse=True))
+    lines = []
+    for name, (_, decay, products) in cases.items():
+        with Operators() as operators:
+            decay()
+        times = [spread(seconds[name]), spread(seconds[f"{name} decay"])]
+        lines.append([name, *times, f"{ratio(seconds[f'{name} decay'], seconds[name]):.1%}", products, operators.count])
+    header = ["model", "step, ms", "of which decay, ms", "share", "products decayed", "operators in it"]
+    show(args, "Frobenius decay in a training step", header, lines)
 
 
 if __name__ == "__main__":

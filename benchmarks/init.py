@@ -1,69 +1,66 @@
-"""Spectral initialization and the search for a rank scale: python -m benchmarks.init [--repeats N].
+"""Spectral initialization and the search for a rank scale: python -m benchmarks.init [--repeats N] [--markdown].
 
 Times ``factorize_`` with init="spectral" at the paper's ratios, as it is and with the whole SVD of every layer, in turns, and
-``rank_scale_for_ratio``. Prints a Markdown table.
+``rank_scale_for_ratio``. The arithmetic of the whole SVDs is 6 m n^2 + 20 n^3 a layer of m >= n (Golub & Van Loan, for U, S
+and V); of what is done for large matrices, 2 m n^2 for the Gram matrix and 4/3 n^3 + 2 n^2 r to reduce it and to go back.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import statistics
-from collections.abc import Callable
 from functools import partial
 from unittest import mock
 
-from tabulate import tabulate
 from torch import nn
 
-from benchmarks.timing import interleaved, machine, ratio, spread
+from benchmarks.networks import NETWORKS, Filter
+from benchmarks.timing import arguments, interleaved, ratio, show, spread
 from common import LowRankConfig, factorize_, linalg, rank_scale_for_ratio
-from common.runs import positive_int
-from compression_baselines import models as compression
-from resnet_cifar import models as resnets
-from tensor_wrn import models as wrn
+from common.layers import FactorizedMatrix
 
-Filter = Callable[[nn.Module, str], bool]
+NAMES = ["ResNet20, rank scale 0.111", "VGG19, 10 %", "WRN28-10, 1.667 %", "WRN28-10, 6.667 %"]
 
 
-def networks() -> dict[str, tuple[nn.Module, Filter, float]]:
-    """Dense networks, which of their layers are factorized, and the share of the parameters that is kept."""
-    return {
-        "ResNet20, 23.7 %": (resnets.build("resnet20", 10), resnets.is_factorized, 0.237),
-        "VGG19, 10 %": (compression.VGG(19, 10), compression.is_factorized, 0.1),
-        "WRN28-10, 1.667 %": (wrn.WideResNet(28, 10, 10), wrn.is_factorized, 0.01667),
-        "WRN28-10, 6.667 %": (wrn.WideResNet(28, 10, 10), wrn.is_factorized, 0.06667),
-    }
-
-
-def initialize(model: nn.Module, filter_fn: Filter, scale: float, whole: bool) -> None:
+def initialize(model: nn.Module, filter_fn: Filter, scale: float, whole: bool) -> nn.Module:
     without = mock.patch.object(linalg, "_leading_svd", return_value=None)
+    model = copy.deepcopy(model)
     with without if whole else contextlib.nullcontext():
-        factorize_(copy.deepcopy(model), LowRankConfig(scale), filter_fn=filter_fn)
+        factorize_(model, LowRankConfig(scale), filter_fn=filter_fn)
+    return model
+
+
+def arithmetic(model: nn.Module) -> tuple[float, float]:
+    """GFLOP of the whole SVDs of the factorized layers, and of their leading triples."""
+    whole = leading = 0.0
+    for layer in model.modules():
+        if isinstance(layer, FactorizedMatrix):
+            n, m = sorted((layer.u.shape[0], layer.vt.shape[1]))
+            svd = 6 * m * n**2 + 20 * n**3
+            small = n < 256 or 2 * layer.rank > n  # as _leading_svd has it
+            whole += svd
+            leading += svd if small else 2 * m * n**2 + 4 / 3 * n**3 + 2 * n**2 * layer.rank + 2 * m * n * layer.rank
+    return whole / 1e9, leading / 1e9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=positive_int, default=3)
-    args = parser.parse_args()
-    print(f"{machine()}, {args.repeats} repeats\n")
+    args = arguments(__doc__, repeats=3).parse_args()
     lines = []
-    for name, (model, filter_fn, target) in networks().items():
-        search = partial(rank_scale_for_ratio, model, target, filter_fn=filter_fn)
-        scale = search()
-        made = interleaved(
-            {
-                "leading": partial(initialize, model, filter_fn, scale, False),
-                "whole": partial(initialize, model, filter_fn, scale, True),
-            },
-            args.repeats,
-        )
+    for name in NAMES:
+        network = NETWORKS[name]
+        model, filter_fn = network.dense(), network.is_factorized
+        scale = network.rank_scale(model)
+        make = partial(initialize, model, filter_fn, scale)
+        made = interleaved({"leading": partial(make, False), "whole": partial(make, True)}, args.repeats)
+        search = partial(rank_scale_for_ratio, model, network.ratio or 0.237, filter_fn=filter_fn)
         found = interleaved({"search": search}, 10 * args.repeats)["search"]
         times = [spread(made["whole"]), spread(made["leading"]), f"{ratio(made['whole'], made['leading']):.1f}"]
-        lines.append([name, f"{scale:.5f}", *times, f"{statistics.median(found) * 1e3:.1f}"])
-    header = ["network", "rank scale", "whole SVD, ms", "as it is, ms", "times faster", "rank search, ms"]
-    print(tabulate(lines, header, tablefmt="github", disable_numparse=True))
+        flops = [f"{count:,.1f}" for count in arithmetic(make(False))]
+        lines.append([name, f"{scale:.5f}", *times, *flops, f"{statistics.median(found) * 1e3:.1f}"])
+    header = ["network", "rank scale", "whole SVD, ms", "as it is, ms", "times faster", "GFLOP, whole", "as it is",
+              "rank search, ms"]  # fmt: skip
+    show(args, "Spectral initialization and rank search", header, lines)
 
 
 if __name__ == "__main__":

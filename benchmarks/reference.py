@@ -2,11 +2,17 @@
 
 Two thin convolutions a layer, in eager mode, on float32 images in the default memory format; Frobenius decay layer by layer,
 through the product of the factors; images transformed one by one by torchvision, from PIL, in a DataLoader.
+
+In the place of the thin convolutions can stand other libraries' layers, of about as many parameters and without Frobenius
+decay, which they do not have: a k x k convolution to r channels and a 1x1 convolution, as Composer's surgery makes, and
+tensorly-torch's Tucker convolution, where that package is installed (``pip install tensorly-torch``).
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,15 +63,53 @@ class ThinConvolutions(nn.Module):
             factor.grad.add_(grad, alpha=coef)
 
 
-def factorize(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool], rank_scale: float) -> list[ThinConvolutions]:
-    """Replace the selected convolutions of a model in place; returns the new layers."""
+def thin(donor: nn.Conv2d, scale: float) -> nn.Module:
+    return ThinConvolutions(donor, max(1, round(scale * 3 * donor.out_channels)))
+
+
+def through_few_channels(donor: nn.Conv2d, scale: float) -> nn.Module:
+    budget = 6 * round(scale * 3 * donor.out_channels) * donor.out_channels  # parameters, near enough
+    rank = max(1, round(budget / (9 * donor.in_channels + donor.out_channels)))
+    first = nn.Conv2d(donor.in_channels, rank, 3, stride=donor.stride[0], padding=1, bias=False)
+    return nn.Sequential(first, nn.Conv2d(rank, donor.out_channels, 1, bias=False))
+
+
+def tensorly_tucker(donor: nn.Conv2d, scale: float) -> nn.Module:
+    from tltorch import FactorizedConv
+
+    layer: Any = FactorizedConv.from_conv(
+        donor, rank=1.7 * scale, factorization="tucker", decompose_weights=True, implementation="factorized"
+    )
+    return layer
+
+
+PLAIN = "plain reference"
+LAYERS: dict[str, Callable[[nn.Conv2d, float], nn.Module]] = {
+    PLAIN: thin,
+    "k x k to r channels, then 1x1 (Composer)": through_few_channels,
+    "Tucker (tensorly-torch)": tensorly_tucker,
+}
+
+
+def available() -> list[str]:
+    """The layers whose libraries are installed."""
+    return [name for name in LAYERS if "tensorly-torch" not in name or importlib.util.find_spec("tltorch")]
+
+
+def factorize(
+    model: nn.Module,
+    filter_fn: Callable[[nn.Module, str], bool],
+    scale: float,
+    make: Callable[[nn.Conv2d, float], nn.Module],
+) -> list[ThinConvolutions]:
+    """Replace the selected convolutions of a model in place; returns the new layers that have a decay."""
     layers = []
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d) and filter_fn(module, name):
-            layer = ThinConvolutions(module, max(1, round(rank_scale * 3 * module.out_channels)))
+            layer = make(module, scale)
             parent, _, key = name.rpartition(".")
             setattr(model.get_submodule(parent), key, layer)
-            layers.append(layer)
+            layers += [layer] if isinstance(layer, ThinConvolutions) else []
     return layers
 
 

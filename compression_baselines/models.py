@@ -39,8 +39,9 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.add(self.bn2(self.conv2(out)), self.shortcut(x[:, :, :: self.stride, :: self.stride])))
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        out = self.add(self.bn2(self.conv2(out)), self.shortcut(x[:, :, :: self.stride, :: self.stride]))
+        return F.relu(out, inplace=True)
 
 
 class ResNet(nn.Module):
@@ -67,7 +68,7 @@ class ResNet(nn.Module):
         return nn.Sequential(BasicBlock(in_channels, channels, stride), *rest)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
 
@@ -86,7 +87,8 @@ class VGG(nn.Module):
             if layers:
                 layers.append(nn.MaxPool2d(2))
             for _ in range(count):
-                layers += [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()]
+                layers += [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels)]
+                layers.append(nn.ReLU(inplace=True))
                 channels = out_channels
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(channels, num_classes)

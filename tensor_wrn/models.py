@@ -31,8 +31,8 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Conv2d(in_channels, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        first = F.relu(self.bn1(x))
-        out = self.conv2(F.relu(self.bn2(self.conv1(first))))
+        first = F.relu(self.bn1(x), inplace=True)
+        out = self.conv2(F.relu(self.bn2(self.conv1(first)), inplace=True))
         return out + (x if self.shortcut is None else self.shortcut(first[:, :, :: self.stride, :: self.stride]))
 
 
@@ -72,7 +72,7 @@ class WideResNet(nn.Module):
         first = self.block1(self.conv1(x))
         second = self.block2(first)
         third = self.block3(second)
-        logits = self.fc(F.relu(self.bn1(third)).mean((2, 3)))
+        logits = self.fc(F.relu(self.bn1(third), inplace=True).mean((2, 3)))
         return (logits, [first, second, third]) if activations else logits
 
 

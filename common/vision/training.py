@@ -50,11 +50,12 @@ def evaluate(model: nn.Module, data: Data, processes: Processes) -> dict[str, fl
     """Accuracy in percent and mean cross-entropy on the test split."""
     model.eval()
     processes.share_buffers(model)
-    totals = torch.zeros(2, dtype=torch.float64)
+    sums = [torch.zeros(2, device=processes.device)]  # of each batch, left on the device until the last
     for batch in data.test_batches(_EVALUATION_BATCH, rank=processes.rank, world_size=processes.world_size):
         logits = model(batch.images).float()
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-        totals += torch.stack([loss, (logits.argmax(1) == batch.labels).sum().to(loss.dtype)]).cpu()
+        sums.append(torch.stack([loss, (logits.argmax(1) == batch.labels).sum().to(loss.dtype)]))
+    totals = torch.stack(sums).cpu().double().sum(0)
     if processes.world_size > 1:
         totals = processes.sum(totals.to(processes.device))
     loss, correct = totals.tolist()
@@ -116,7 +117,8 @@ class Trainer:
         self.loss = loss or _cross_entropy
         self.steps_per_epoch = data.steps_per_epoch(args.batch_size, processes.world_size)
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or sys.maxsize)
-        self.network = processes.parallel(cast(nn.Module, torch.compile(model)) if args.compile else model)
+        mode = "reduce-overhead" if processes.device.type == "cuda" else None  # CUDA graphs: no launch a kernel
+        self.network = processes.parallel(cast(nn.Module, torch.compile(model, mode=mode)) if args.compile else model)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
         self.step = 0  # optimizer steps made so far
         self.best = float("-inf")

@@ -1,0 +1,68 @@
+"""The networks that benchmarks compare, dense and factorized with spectral initialization."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+from torchvision.models import resnet18
+
+from common import LowRankConfig, factorize_, rank_scale_for_ratio
+from compression_baselines import models as compression
+from resnet_cifar import models as resnets
+from tensor_wrn import factorize as tensors
+from tensor_wrn import models as wrn
+
+Filter = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A dense network, which of its layers are factorized, and by how much: a rank scale, or a ratio of parameters."""
+
+    dense: Callable[[], nn.Module]
+    is_factorized: Filter
+    scale: float = 0.0
+    ratio: float = 0.0
+
+    def rank_scale(self, model: nn.Module) -> float:
+        return self.scale or rank_scale_for_ratio(model, self.ratio, filter_fn=self.is_factorized)
+
+    def factorized(self) -> nn.Module:
+        model = self.dense()
+        factorize_(model, LowRankConfig(self.rank_scale(model)), filter_fn=self.is_factorized)
+        return model
+
+
+class TensorNetwork(Network):
+    """WideResNet16-4 of tensor trains."""
+
+    def factorized(self) -> nn.Module:
+        architecture = {"depth": 16, "width": 4, "num_classes": 10, "form": "TensorTrain", "rank_scale": 1.0}
+        scale = tensors.tensor_scale_for_ratio(architecture, self.ratio)
+        return tensors.make_tensors({**architecture, "rank_scale": scale}, "spectral")[0]
+
+
+def cifar_resnet18() -> nn.Module:
+    """torchvision's ResNet18 with the stem that images of 32x32 pixels get: 3x3, stride 1, no pooling."""
+    model = resnet18(num_classes=10)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def _inner_convolution(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Conv2d) and name != "conv1"
+
+
+NETWORKS = {
+    "ResNet20, rank scale 0.111": Network(lambda: resnets.build("resnet20", 10), resnets.is_factorized, scale=0.111),
+    "ResNet32 [64, 128, 256], 10 %": Network(lambda: compression.ResNet(32, 64, 10), compression.is_factorized, ratio=0.1),
+    "VGG19, 10 %": Network(lambda: compression.VGG(19, 10), compression.is_factorized, ratio=0.1),
+    "WRN16-4 Conv, 6.667 %": Network(lambda: wrn.WideResNet(16, 4, 10), wrn.is_factorized, ratio=0.06667),
+    "WRN16-4 TensorTrain, 6.667 %": TensorNetwork(lambda: wrn.WideResNet(16, 4, 10), wrn.is_factorized, ratio=0.06667),
+    "ResNet18, rank scale 0.1": Network(cifar_resnet18, _inner_convolution, scale=0.1),
+    "WRN28-10, 1.667 %": Network(lambda: wrn.WideResNet(28, 10, 10), wrn.is_factorized, ratio=0.01667),
+    "WRN28-10, 6.667 %": Network(lambda: wrn.WideResNet(28, 10, 10), wrn.is_factorized, ratio=0.06667),
+}
