@@ -86,10 +86,11 @@ def plain(layer: str, workers: int) -> Call:
 def end_to_end(args: Namespace) -> None:
     cases: dict[str, Callable[[], Call]] = {name: partial(plain, name, args.workers) for name in reference.available()}
     cases |= {"dense": partial(ours, RESNET20, False), "factorized": partial(ours, RESNET20, True)}
-    for way, flags in (("compiled", {}), ("compiled, bf16", {"amp": "bf16"})):
-        if not args.no_compile:
-            cases |= {f"{kind}, {way}": partial(ours, RESNET20, kind == "factorized", compiled=True, **flags)
-                      for kind in ("dense", "factorized")}  # fmt: skip
+    ways: dict[str, dict[str, Any]] = {"bf16": {"amp": "bf16"}}
+    if not args.no_compile:
+        ways |= {"compiled": {"compiled": True}, "compiled, bf16": {"compiled": True, "amp": "bf16"}}
+    for way, flags in ways.items():
+        cases |= {f"{kind}, {way}": partial(ours, RESNET20, kind == "factorized", **flags) for kind in ("dense", "factorized")}
     calls = {name: Apart(make) for name, make in cases.items()}
     seconds = interleaved(calls, args.repeats, rest=0.2)
     peak = {name: call.peak_memory() for name, call in calls.items()}
@@ -99,7 +100,8 @@ def end_to_end(args: Namespace) -> None:
         against_dense = f"{ratio(seconds[name.replace('factorized', 'dense')], found):.2f}" if "factorized" in name else ""
         pays = ""
         if "compiled" in name:
-            saved = EPOCH / (BATCH * STEPS) * (statistics.median(seconds[name.partition(",")[0]]) - median)
+            eager = name.replace(", compiled", "")
+            saved = EPOCH / (BATCH * STEPS) * (statistics.median(seconds[eager]) - median)
             pays = f"{(calls[name].warm_up - median) / saved:.1f}" if saved > 0 else "never"
         speed = [f"{BATCH * STEPS / median:,.0f}", spread([each / STEPS for each in found])]
         against = [f"{ratio(seconds[reference.PLAIN], found):.2f}", against_dense]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,16 @@ from common.runs import write_atomic
 LATEST, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
-def save_file(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a dictionary of tensors and plain values atomically."""
+def save_file(path: Path, state: Mapping[str, Any], *, keep: Path | None = None) -> None:
+    """Write a dictionary of tensors and plain values atomically; what was there before moves to ``keep``, if given."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue(), keep=keep)
 
 
 def save(directory: Path, state: Mapping[str, Any]) -> None:
     """Write the latest checkpoint of a run; the one before it is kept."""
-    if (directory / LATEST).exists():
-        os.replace(directory / LATEST, directory / PREVIOUS)
-    save_file(directory / LATEST, state)
+    save_file(directory / LATEST, state, keep=directory / PREVIOUS)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -36,6 +34,10 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no checkpoint at {path}")
     try:
+        with zipfile.ZipFile(path) as packed:  # whose parts carry checksums, which torch does not look at
+            damaged = packed.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         foreign = "weights_only" in str(error)

@@ -7,6 +7,7 @@ A matrix W of shape (m, n) is a chain of factors, W = U V^T or W = U M V^T. Suff
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ def spectral_init(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(matrix_mn).all():
         raise ValueError(f"cannot decompose a {tuple(matrix_mn.shape)} matrix that holds NaN or infinite values")
     wide = matrix_mn.detach().to(torch.promote_types(matrix_mn.dtype, torch.float32))
-    u, s, vt = _leading_svd(wide, rank) or torch.linalg.svd(wide, full_matrices=False)
+    u, s, vt = _leading_svd(wide, rank) or _svd(wide)
     tolerance = s[:1] * max(wide.shape) * torch.finfo(s.dtype).eps
     live = int((s[:rank] > tolerance).sum())
     root = s[:live].sqrt()
@@ -64,6 +65,16 @@ def spectral_init(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u.to(matrix_mn.dtype).contiguous(), vt.to(matrix_mn.dtype).contiguous()
 
 
+def _svd(matrix_mn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The reduced SVD; where it does not converge, that of the matrix in float64 on the CPU, with a warning."""
+    try:
+        return torch.linalg.svd(matrix_mn, full_matrices=False)
+    except torch.linalg.LinAlgError as error:
+        warnings.warn(f"the SVD of a {tuple(matrix_mn.shape)} matrix failed, and is taken in float64: {error}", stacklevel=3)
+        u, s, vt = torch.linalg.svd(matrix_mn.cpu().double(), full_matrices=False)
+        return u.to(matrix_mn), s.to(matrix_mn), vt.to(matrix_mn)
+
+
 def _leading_svd(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """The leading ``rank`` singular triples of a large float32 matrix on the CPU, or None where the whole SVD is the way.
 
@@ -74,12 +85,15 @@ def _leading_svd(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] 
     shorter = min(matrix_mn.shape)
     if matrix_mn.dtype != torch.float32 or matrix_mn.device.type != "cpu" or shorter < 256 or 2 * rank > shorter:
         return None
-    from scipy.linalg import eigh
+    from scipy.linalg import LinAlgError, eigh
 
     flat = (matrix_mn if matrix_mn.shape[0] >= matrix_mn.shape[1] else matrix_mn.mT).double()
     gram = (flat.mT @ flat).numpy()
     wanted = (shorter - rank, shorter - 1)
-    values, vectors = eigh(gram, subset_by_index=wanted, driver="evr", overwrite_a=True, check_finite=False)
+    try:
+        values, vectors = eigh(gram, subset_by_index=wanted, driver="evr", overwrite_a=True, check_finite=False)
+    except LinAlgError:
+        return None
     s = torch.from_numpy(values).flip(0).clamp_min(0).sqrt()
     if s[-1] <= 1e-3 * s[0]:
         return None
@@ -215,4 +229,4 @@ def rescale(factors: Sequence[Tensor], norm: Tensor | float) -> list[Tensor]:
     current = frobenius_norm([to_float64(factor) for factor in factors])
     target = torch.as_tensor(norm, dtype=current.dtype, device=current.device)
     scale = torch.where(current > 0, target / current, torch.ones_like(current)) ** (1 / len(factors))
-    return [factor * scale[..., None, None].to(factor) for factor in factors]
+    return [(to_float64(factor) * scale[..., None, None]).to(factor) for factor in factors]  # the scale may be huge

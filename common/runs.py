@@ -74,6 +74,9 @@ def natural(text: str) -> int:
     return value
 
 
+FAILURES = (OSError, FloatingPointError)  # what may end a training that began well: the disk, or the numbers
+
+
 @contextlib.contextmanager
 def clean_errors(prog: str, kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Generator[None]:
     """Turn exceptions of these kinds into one line on stderr and exit status 2."""
@@ -96,8 +99,11 @@ def differences(held: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, s
     return {key: f"{key} {held.get(key)!r} there, {ours.get(key)!r} here" for key in keys}
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new and nothing between."""
+def write_atomic(path: Path, content: str | bytes, *, keep: Path | None = None) -> None:
+    """Write a file so that a reader, or a crash, sees the old content or the new and nothing between.
+
+    The old file moves to ``keep``, if given: a crash then leaves it there or here.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -105,6 +111,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -251,6 +259,8 @@ class Run:
         except BlockingIOError as error:
             raise ValueError(f"{self.path} is in use by another process") from error
         self._check()
+        for left in self.path.glob(".*.tmp"):  # by a process that was killed while it wrote
+            left.unlink()
         write_json(self.path / "config.json", self._record())
         self.heartbeat({}, force=True)
 
@@ -274,11 +284,11 @@ class Run:
 
     def heartbeat(self, progress: Mapping[str, Any], *, status: str = "running", force: bool = False) -> None:
         """Say in status.json that the run is alive, at most every 20 seconds."""
-        now = time.time()
+        now = time.monotonic()
         self._progress |= progress
         if self.main and (force or now - self._last_beat > 20):
             self._last_beat = now
-            record = {"status": status, "time": now, "row": self.row, "seed": self.seed, **self._progress}
+            record = {"status": status, "time": time.time(), "row": self.row, "seed": self.seed, **self._progress}
             write_json(self.path / "status.json", record)
 
     @contextlib.contextmanager
@@ -289,7 +299,8 @@ class Run:
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == REQUEUE)
             message = f"{type(error).__name__}: {error}".splitlines()[0]
-            self.heartbeat({"error": message}, status="stopped" if interrupted else "failed", force=True)
+            with contextlib.suppress(OSError):  # a disk that is full may be what ends the run
+                self.heartbeat({"error": message}, status="stopped" if interrupted else "failed", force=True)
             raise
         finally:
             if self._lock is not None:

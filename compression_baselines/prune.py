@@ -17,7 +17,7 @@ from torch import nn
 
 from common import checkpoints, distributed, param_groups
 from common.distributed import Processes
-from common.runs import Run, clean_errors, seed_everything
+from common.runs import FAILURES, Run, clean_errors, seed_everything
 from common.surgery import count_parameters
 from common.vision import session
 from common.vision.data import Data
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.begin()
 
     session.announce(processes, trainer.optimizer.param_groups)
-    with run.recorded():
+    with clean_errors(f"{PROGRAM}/prune.py", FAILURES), run.recorded():
         while True:
             if processes.main:
                 share = f"{count_parameters(model):,} of {original:,} parameters"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from common import checkpoints, distributed, param_groups
-from common.runs import clean_errors, seed_everything
+from common.runs import FAILURES, clean_errors, seed_everything
 from common.surgery import count_parameters
 from common.vision import session
 from common.vision.data import Batch, Data
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     session.announce(processes, groups)
     if processes.main:
         print(f"{args.method}: {nonzero():,} of {parameters:,} parameters are in at first", file=sys.stderr)
-    with run.recorded():
+    with clean_errors(f"{PROGRAM}/sparse.py", FAILURES), run.recorded():
         metrics = trainer.fit()
         if args.measure and processes.main:
             folded = build(architecture).to(processes.device)

@@ -24,7 +24,7 @@ from common import (
     rank_scale_for_ratio,
 )
 from common.norms import weight_statistics
-from common.runs import clean_errors, seed_everything
+from common.runs import FAILURES, clean_errors, seed_everything
 from common.vision import session
 from common.vision.training import Trainer
 from compression_baselines import measure, recipe
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.begin()
 
     session.announce(processes, groups, decay, report)
-    with run.recorded():
+    with clean_errors(f"{PROGRAM}/train.py", FAILURES), run.recorded():
         metrics = trainer.fit()
         if args.measure and processes.main:
             measure.write(run.path, copy.deepcopy(model), architecture, data.image_size)

@@ -24,7 +24,7 @@ from common import (
     rank_scale_for_ratio,
 )
 from common.norms import NormRecorder, NormReplay, load_record, weight_statistics
-from common.runs import clean_errors, seed_everything
+from common.runs import FAILURES, clean_errors, seed_everything
 from common.vision import session
 from common.vision.training import Trainer
 from resnet_cifar.flags import DEPTHS, PROGRAM, parse
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.begin()
 
     session.announce(processes, groups, decay, report)
-    with run.recorded():
+    with clean_errors(f"{PROGRAM}/train.py", FAILURES), run.recorded():
         metrics = trainer.fit()
         if isinstance(hook, NormRecorder) and processes.main:
             checkpoints.save_file(run.path / NORMS, hook.state_dict())

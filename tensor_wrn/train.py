@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common import FrobeniusDecay, checkpoints, distributed, param_groups
 from common.norms import weight_statistics
-from common.runs import clean_errors, seed_everything
+from common.runs import FAILURES, clean_errors, seed_everything
 from common.vision import session
 from common.vision.data import CIFAR10, CIFAR100, Batch
 from common.vision.training import Trainer
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.begin()
 
     session.announce(processes, groups, decay, report)
-    with run.recorded():
+    with clean_errors(f"{PROGRAM}/train.py", FAILURES), run.recorded():
         metrics = trainer.fit()
         result = session.finish(trainer, metrics, report.to_dict()["parameters"], groups)
     distributed.stop()

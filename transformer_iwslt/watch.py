@@ -18,6 +18,8 @@ import torch
 from common.runs import REQUEUE, Run
 from transformer_iwslt import engine
 
+LOG = "train.log"
+
 
 class Watch(logging.Handler):
     """Follows fairseq's training: an epoch's numbers to the run's metrics.jsonl, a heartbeat, and signals to stop.
@@ -30,7 +32,7 @@ class Watch(logging.Handler):
         self.run, self.cfg, self.process = run, cfg, os.getpid()
         self.told = False  # this process was sent a signal
         self.stopping = False  # all processes know of it
-        self._agreed = -1
+        self._agreed = self.updates = -1
 
     def stop(self, number: int, _: Any) -> None:
         """Answer a signal: stop after an update. The loader's processes, which inherit this, end at once."""
@@ -38,7 +40,15 @@ class Watch(logging.Handler):
             os._exit(128 + number)
         self.told = True
 
+    def diverged(self, error: Exception) -> str:
+        """What to say of numbers that are not finite, which fairseq's log names the layer of."""
+        last = self.run.path / engine.LAST
+        kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
+        where = f"not finite at update {self.updates + 1}: {error}"
+        return f"{where}; {self.run.path / LOG} names the layer; {kept}. A lower --lr may help"
+
     def before_step(self, updates: int) -> None:
+        self.updates = updates
         self.run.heartbeat({"step": updates, "steps": self.cfg.optimization.max_update})
         if updates != self._agreed:
             self.stopping, self._agreed = any_process(self.told), updates
@@ -119,7 +129,7 @@ def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
         vars(function).clear()  # where fairseq keeps the best loss of a training, and of any before it in this process
     main = cfg.distributed_training.distributed_rank == 0
     watch = Watch(Run(**run_of, main=main), cfg)
-    log = logging.FileHandler(run_of["path"] / "train.log") if main else logging.NullHandler()
+    log = logging.FileHandler(run_of["path"] / LOG) if main else logging.NullHandler()
     log.setFormatter(logging.Formatter("%(asctime)s | %(name)s | %(message)s"))
     root = logging.getLogger()
     level, handlers, inner = root.level, list(root.handlers), train.validate_and_save
@@ -131,7 +141,10 @@ def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
     setattr(train, "validate_and_save", partial(watch.validate_and_save, inner))  # noqa: B010 (as in plugin/optimizer.py)
     try:
         with answering(watch.stop):
-            train.main(cfg)
+            try:
+                train.main(cfg)
+            except FloatingPointError as error:
+                raise FloatingPointError(watch.diverged(error)) from error
             if watch.stopping:
                 if torch.distributed.is_initialized():
                     torch.distributed.barrier()  # until the one that saves has saved

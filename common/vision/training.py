@@ -22,6 +22,7 @@ from common.runs import REQUEUE, Run, differences
 from common.vision.data import Batch, Data
 
 _EVALUATION_BATCH = 1000
+_CHECK_EVERY = 50  # steps between looking whether a loss or a weight is not finite: looking waits for the device
 _AGREE_EVERY = 10  # steps between asking the other processes whether they were told to stop
 
 
@@ -91,7 +92,8 @@ class Trainer:
     statistics:    called with the learning rate before training and after each epoch; its numbers join the metrics.
 
     A stopped run goes on exactly where it was: batches are functions of seed, epoch and step, and a checkpoint holds the
-    rest. SIGTERM and SIGUSR2 save a checkpoint after the current step and exit with status 75, to be queued again.
+    rest. SIGTERM and SIGUSR2 save a checkpoint after the current step and exit with status 75, to be queued again. A loss
+    or weight that is not finite ends the run with FloatingPointError, before any checkpoint holds it.
     """
 
     def __init__(
@@ -126,6 +128,8 @@ class Trainer:
         self.totals = torch.zeros(3, device=processes.device)  # loss, correct answers and samples of this epoch so far
         self.seconds = 0.0
         self._started = time.monotonic()
+        self._saved: int | None = None  # step of the last checkpoint
+        self._bad = torch.full((), -1, device=processes.device)  # first step whose loss was not finite
         self._told_to_stop = False
         self._agree_every = 1 if processes.world_size == 1 else _AGREE_EVERY
 
@@ -174,6 +178,7 @@ class Trainer:
         if isinstance(self.hook, Stateful):
             self.hook.load_state_dict(state["hook"])
         self.step, self.best, self.final = state["step"], state["best"], dict(state["final"])
+        self._saved = self.step
         if self.processes.main:  # the sum over all processes, which is taken again at the end of the epoch
             self.totals = state["totals"].to(self.processes.device)
         self.seconds = state["seconds"]
@@ -233,10 +238,14 @@ class Trainer:
                 rank=self.processes.rank,
                 world_size=self.processes.world_size,
             )
-            self.totals += self._train_step(batch, self.step)
-            if self.hook is not None:
-                self.hook.after_step(self.step)
+            sums = self._train_step(batch, self.step)
+            self.totals += sums
             self.step += 1
+            self._bad = torch.where(sums[0].isfinite() | (self._bad >= 0), self._bad, self.step)
+            if self.hook is not None:
+                self.hook.after_step(self.step - 1)
+            if self.step % _CHECK_EVERY == 0:
+                self._check_numbers()
             progress.update()
             if not progress.disable and self.step % self.args.print_freq == 0:
                 progress.set_postfix(loss=f"{(self.totals[0] / self.totals[2]).item():.4f}")
@@ -244,6 +253,7 @@ class Trainer:
             if step + 1 < last and self.step % self._agree_every == 0:
                 self._stop_if_told()
         progress.close()
+        self._check_numbers()
         if last < self.steps_per_epoch:
             self._save()
             return
@@ -298,10 +308,28 @@ class Trainer:
     def _statistics(self, epoch: int) -> dict[str, float]:
         return self.statistics(self.schedule(epoch)) if self.statistics is not None else {}
 
+    def _check_numbers(self) -> None:
+        """Raise FloatingPointError, saying where, if a loss so far or a weight is not finite in any process.
+
+        Under fp16 the loss of a step may overflow: then the scaler skips the step, and only weights count.
+        """
+        state = {name: value for name, value in self.model.state_dict().items() if value.is_floating_point()}
+        largest = torch.stack(torch._foreach_norm(list(state.values()), float("inf")))
+        bad = -1 if self.scaler.is_enabled() else int(self._bad)
+        if not self.processes.any(bad >= 0 or not largest.isfinite().all()):
+            return
+        broken = next((name for name, size in zip(state, largest, strict=True) if not size.isfinite()), None)
+        weights = f"{broken} is the first weight that is not" if broken else "every weight still is"
+        where = f"the loss is not finite at step {bad}" if bad >= 0 else f"the weights are not finite at step {self.step}"
+        newest = self.run.path / checkpoints.LATEST
+        kept = f"the last good checkpoint is {newest} at step {self._saved}" if self._saved else "no checkpoint was saved yet"
+        raise FloatingPointError(f"{where}, and {weights}; {kept}. A lower --lr may help")
+
     def _save(self) -> None:
         totals = self.processes.sum(self.totals.clone())
         if self.processes.main:
             checkpoints.save(self.run.path, self.state_dict() | {"totals": totals.cpu()})
+        self._saved = self.step
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._told_to_stop = True
@@ -309,6 +337,7 @@ class Trainer:
     def _stop_if_told(self) -> None:
         """Where a signal told any process to stop, save a checkpoint and exit."""
         if self._told_to_stop if self.processes.world_size == 1 else self.processes.any(self._told_to_stop):
+            self._check_numbers()
             self._save()
             if self.processes.main:
                 print(f"told to stop: saved a checkpoint at step {self.step}", file=sys.stderr)

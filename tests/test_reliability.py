@@ -1,0 +1,292 @@
+"""What docs/reliability.md promises: killed runs, full disks, damaged files, numbers that are not finite, hostile input."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import checkpoints
+from common.runs import ROOT, Run, read_json
+
+DIGITS = "--data digits --device cpu --batch-size 256 --save-every 1 --resume auto"
+SMALL = f"--network resnet --depth 8 --width 32 --image-size 8 {DIGITS} --lr 0.05"
+RESNET = f"--arch resnet20 --rank-scale 0.111 --spectral --wd2fd --dump-frobnorms {DIGITS} --epochs 3"
+TINY = "--embed-dim 16 --ffn-dim 24 --layers 1 --heads 2 --max-tokens 400 --cpu --num-workers 0"
+HALF = "--rank-scale 0.5 --spectral --spectral-quekey --spectral-outval --wd2fd --wd2fd-quekey --wd2fd-outval"
+PROGRAMS = {
+    "resnet_cifar.train": RESNET,
+    "compression_baselines.train": f"{SMALL} --target-ratio 0.5 --spectral --wd2fd --epochs 3",
+    "compression_baselines.sparse": f"{SMALL} --method rigl --target-ratio 0.3 --epochs 3",
+    "compression_baselines.prune": f"{SMALL} --method eigendamage --pretrained {{dense}} --target-ratio 0.5 --rounds 2 "
+    "--fisher-samples 64 --epochs 2",
+    "tensor_wrn.train": f"digits teacher --conv TensorTrain_0.5 --wrn-depth 10 --wrn-width 1 --wd2fd {DIGITS} --epochs 3",
+    "transformer_iwslt.train": f"{{data}} {TINY} {HALF} --max-update 24 --patience 9 --no-epoch-checkpoints",
+}
+
+
+class Forks:
+    """Runs commands in forks of a process that has imported the programs."""
+
+    def __init__(self, log):
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("forks.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+
+    def __call__(self, program, words, **order):
+        """Exit status and seconds of a command."""
+        self.log.write_text("")
+        self.process.stdin.write(json.dumps({"program": program, "words": words, "log": str(self.log), **order}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    made = Forks(tmp_path_factory.mktemp("forks") / "log.txt")
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, forks):
+    """The words of a program, with what it needs made before: prepared sentences, or a dense network to prune."""
+    folder = tmp_path_factory.mktemp("inputs")
+    made = {}
+
+    def words(program, directory):
+        if program.startswith("transformer") and "data" not in made:
+            pytest.importorskip("fairseq")
+            made["data"] = folder / "numbers"
+            prepare = f"--corpus numbers --size 400 --bpe 120 --dest {made['data']}".split()
+            assert forks("transformer_iwslt.prepare", prepare)[0] == 0, forks.log.read_text()
+        if program.endswith("prune") and "dense" not in made:
+            made["dense"] = folder / "dense" / "checkpoint.pt"
+            dense = f"{SMALL} --epochs 2 --save-dir {folder / 'dense'}".split()
+            assert forks("compression_baselines.train", dense)[0] == 0, forks.log.read_text()
+        return [*PROGRAMS[program].format_map(made).split(), "--save-dir", str(directory)]
+
+    return words
+
+
+def outcome(directory):
+    """All that a run leaves but times: weights, optimizer, records of epochs and of norms, result."""
+    timing = ("seconds", "images_per_second", "wps", "ups", "valid_wps")
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    found = {"metrics": [{key: value for key, value in line.items() if key not in timing} for line in lines]}
+    if (directory / "checkpoint_last.pt").exists():
+        from transformer_iwslt import engine
+
+        for name in (engine.LAST, engine.BEST):
+            state = engine.load_checkpoint(directory / name)
+            found[name] = {"model": state["model"], "optimizer": state["last_optimizer_state"]}
+        found["result"] = read_json(directory / "trained.json")
+        return found
+    state = checkpoints.load(directory / checkpoints.LATEST)
+    found["state"] = {key: state[key] for key in ("model", "optimizer", "step", "best", "final", "random", "hook")}
+    result = read_json(directory / "result.json")
+    found["result"] = {key: value for key, value in result.items() if key not in ("seconds", "environment")}
+    if (directory / "frobnorms.tensor").exists():
+        found["norms"] = torch.load(directory / "frobnorms.tensor", weights_only=True)
+    return found
+
+
+def differing(one, other, path=""):
+    """Names of the values that two nested outcomes differ in, bit for bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return [name for key in one.keys() | other.keys() for name in differing(one.get(key), other.get(key), f"{path}/{key}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        return [name for index, pair in enumerate(zip(one, other, strict=True)) for name in differing(*pair, f"{path}/{index}")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if torch.equal(one, other) else [path]
+    return [] if one == other else [path]
+
+
+def has_checkpoint(directory):
+    return any((directory / name).exists() for name in (checkpoints.LATEST, checkpoints.PREVIOUS, "checkpoint_last.pt"))
+
+
+def kill_and_go_on(forks, command, program, tmp_path, kills, seed):
+    """Kill a run at ``kills`` random moments, some in a row before it may finish, and compare each finished one.
+
+    Half of the moments are times, half are writes to the disk. Returns how many kills came after a first checkpoint.
+    """
+    chance = random.Random(seed)
+    status, seconds = forks(program, command(program, tmp_path / "whole"))
+    assert status == 0, forks.log.read_text()
+    whole = outcome(tmp_path / "whole")
+    assert differing(whole, outcome(tmp_path / "whole")) == []
+    done = late = finished = 0
+    while done < kills:
+        directory = tmp_path / f"killed{finished}"
+        for _ in range(chance.randint(1, 4)):
+            moment = {"at": chance.randint(1, 40)} if chance.random() < 0.5 else {"after": chance.uniform(0.3, 1) * seconds}
+            status, _ = forks(program, command(program, directory), **moment)
+            assert status in (-9, 0), forks.log.read_text()
+            if status == 0:  # it was done before
+                break
+            done += 1
+            late += has_checkpoint(directory)
+        status, _ = forks(program, command(program, directory))
+        assert status == 0, forks.log.read_text()
+        assert differing(whole, outcome(directory)) == [], f"{program}, killed {done} times"
+        assert not list(directory.glob(".checkpoint*.tmp"))
+        finished += 1
+    return done, late
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_killed_run_goes_on_to_the_same_end(forks, command, program, tmp_path):
+    kill_and_go_on(forks, command, program, tmp_path, kills=3, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_forty_kills_of_each_program(forks, command, program, tmp_path, record_property):
+    done, late = kill_and_go_on(forks, command, program, tmp_path, kills=40, seed=1)
+    record_property("kills", f"{program}: {done} survived of {done}, {late} of them after a first checkpoint")
+    print(f"{program}: {done} kills survived of {done}, {late} of them after a first checkpoint")
+    assert late >= done / 2
+
+
+# Disks
+
+
+@pytest.mark.parametrize("limit", [20_000, 150_000])
+def test_a_full_disk_ends_in_one_line_and_keeps_what_was_there(forks, command, tmp_path, limit):
+    """A file-size limit stands in for a full disk: a checkpoint is above it, and logs are below."""
+    words = command("resnet_cifar.train", tmp_path / "run")
+    assert forks("resnet_cifar.train", [*words, "--max-steps", "5"])[0] == 0, forks.log.read_text()
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    assert forks("resnet_cifar.train", words, limit=limit)[0] == 2
+    (line,) = [line for line in forks.log.read_text().splitlines() if "error" in line]
+    assert "File too large" in line
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert read_json(tmp_path / "run" / "status.json")["status"] == "failed"
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    assert forks("resnet_cifar.train", words)[0] == 0
+    assert forks("resnet_cifar.train", command("resnet_cifar.train", tmp_path / "whole"))[0] == 0
+    assert differing(outcome(tmp_path / "whole"), outcome(tmp_path / "run")) == []
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_directory_that_cannot_be_written_is_one_line(forks, command, program):
+    assert forks(program, command(program, "/proc/run"))[0] == 2
+    (line,) = [line for line in forks.log.read_text().splitlines() if "error" in line]
+    assert "/proc/run" in line
+
+
+def test_any_flipped_bit_is_found_or_harmless(tmp_path):
+    """A checkpoint with one byte changed, anywhere, is refused or holds what it held."""
+    state = {"model": {"weight": torch.arange(500.0), "bias": torch.ones(3)}, "step": 7, "config": {"lr": 0.1}}
+    checkpoints.save_file(tmp_path / "whole.pt", state)
+    content = (tmp_path / "whole.pt").read_bytes()
+    refused = 0
+    for place in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << (place % 8)
+        (tmp_path / "damaged.pt").write_bytes(damaged)
+        try:
+            held = checkpoints.load(tmp_path / "damaged.pt")
+        except ValueError:
+            refused += 1
+        else:
+            assert differing(state, held) == [], f"byte {place} of {len(content)}"
+    assert refused > len(content) / 7 / 2
+    for length in range(0, len(content), 101):
+        (tmp_path / "damaged.pt").write_bytes(content[:length])
+        with pytest.raises(ValueError, match="it is damaged"):
+            checkpoints.load(tmp_path / "damaged.pt")
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(forks, command, tmp_path):
+    assert forks("resnet_cifar.train", command("resnet_cifar.train", tmp_path / "whole"))[0] == 0
+    words = command("resnet_cifar.train", tmp_path / "run")
+    for steps in (5, 9):
+        assert forks("resnet_cifar.train", [*words, "--max-steps", str(steps)])[0] == 0
+    latest = tmp_path / "run" / "checkpoint.pt"
+    content = bytearray(latest.read_bytes())
+    content[len(content) // 2] ^= 1
+    latest.write_bytes(content)
+    assert forks("resnet_cifar.train", words)[0] == 0
+    assert "it is damaged; looking for an older one" in forks.log.read_text()
+    assert differing(outcome(tmp_path / "whole"), outcome(tmp_path / "run")) == []
+
+
+def test_two_processes_cannot_share_a_directory(tmp_path, forks, command):
+    run = Run(tmp_path / "run", {"lr": 0.1}, 0, resume=True)
+    run.begin()
+    with pytest.raises(ValueError, match="in use by another process"):
+        Run(tmp_path / "run", {"lr": 0.1}, 0, resume=True).begin()
+
+
+def test_a_clock_that_jumps_back_does_not_silence_the_heartbeat(tmp_path, monkeypatch):
+    run = Run(tmp_path / "run", {}, 0)
+    run.begin()
+    monkeypatch.setattr("time.time", lambda: 1000.0)
+    monkeypatch.setattr("time.monotonic", lambda: 1e9)
+    run.heartbeat({"step": 5})
+    assert read_json(tmp_path / "run" / "status.json") == {
+        "status": "running", "time": 1000.0, "row": None, "seed": 0, "step": 5
+    }  # fmt: skip
+
+
+def test_what_a_killed_process_left_half_written_is_cleaned_up(tmp_path):
+    (tmp_path / ".checkpoint.pt.123.tmp").write_bytes(b"half")
+    Run(tmp_path, {}, 0).begin()
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("program", "flags"),
+    [
+        ("resnet_cifar.train", "--lr 1e30"),
+        ("compression_baselines.train", "--lr 1e30"),
+        ("compression_baselines.sparse", "--lr 1e30"),
+        ("compression_baselines.prune", "--lr 1e30"),
+        ("tensor_wrn.train", "--lr 1e30"),
+    ],
+)
+def test_a_run_that_diverges_stops_and_says_where(forks, command, program, flags, tmp_path):
+    status, _ = forks(program, [*command(program, tmp_path / "run"), *flags.split()])
+    assert status == 2, forks.log.read_text()
+    (line,) = [line for line in forks.log.read_text().splitlines() if "error" in line]
+    assert "not finite at step" in line
+    assert "lower --lr" in line
+    assert read_json(tmp_path / "run" / "status.json")["status"] == "failed"
+    assert not (tmp_path / "run" / "result.json").exists()
+    if has_checkpoint(tmp_path / "run"):
+        state = checkpoints.load(tmp_path / "run" / "checkpoint.pt")
+        assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_translation_that_diverges_stops_and_says_where(forks, command, tmp_path):
+    words = [*command("transformer_iwslt.train", tmp_path / "run"), "--lr", "1e30", "--clip-norm", "0"]
+    assert forks("transformer_iwslt.train", words)[0] == 2, forks.log.read_text()
+    (line,) = [line for line in forks.log.read_text().splitlines() if "error" in line]
+    assert "not finite" in line
+
+
+def test_denormal_numbers_do_not_slow_a_run_down():
+    """They are flushed to zero, in every thread: arithmetic on them takes up to a hundred times as long."""
+    product = "(torch.full((2**22,), 1e-38) * 1e-3).max()"
+    code = f"import torch; from common import distributed; distributed.start('cpu'); print({product})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "tensor(0.)\n"
