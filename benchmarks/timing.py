@@ -56,7 +56,7 @@ class Apart:
 
 def _serve(make: Callable[[], Call], pipe: Connection) -> None:
     call = make()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     started = time.perf_counter()
     call()
     pipe.send(time.perf_counter() - started)
@@ -68,10 +68,10 @@ def _serve(make: Callable[[], Call], pipe: Connection) -> None:
         if wish == "peak":
             Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
         call()
-        pipe.send(_resident("VmHWM") - before if wish == "peak" else 0.0)
+        pipe.send(resident("VmHWM") - before if wish == "peak" else 0.0)
 
 
-def _resident(key: str) -> float:
+def resident(key: str) -> float:
     """Memory of this process in MiB: "VmRSS" now, "VmHWM" at most."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[key].split()[0]) / 1024

@@ -14,6 +14,7 @@ import torch
 
 from common.runs import write_atomic
 
+FORMAT = 1  # of training checkpoints; what an older one lacks, those who read it add
 LATEST, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
@@ -45,6 +46,9 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint that loads: {reason}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
+    format = state.get("format", FORMAT)  # files of other programs tell none
+    if not isinstance(format, int) or format > FORMAT:
+        raise ValueError(f"{path} is of format {format}, and this version reads up to {FORMAT}: use the version that wrote it")
     return state
 
 

@@ -135,7 +135,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "format": 1,
+            "format": checkpoints.FORMAT,
             "config": self.run.config,
             "seed": self.run.seed,
             "inputs": self.run.inputs,
