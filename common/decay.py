@@ -117,9 +117,17 @@ class FrobeniusDecay:
                     targets.append(target)
                     updates.append(grad.to(target.dtype))
 
-        # Gradients are scaled, a group at once, before they are cast: half precision would overflow.
+        # Gradients are scaled before they are cast: half precision would overflow. A CPU adds each product into its gradient
+        # at once, which saves copies; elsewhere layers of equal shapes are one batch, which saves launches.
+        in_place = self._device_type == "cpu" and lr is None
         with torch.autocast(self._device_type, enabled=False):
             for group in self._groups.values():
+                if in_place and group[0][0].dtype in (torch.float32, torch.float64):
+                    for factors in group:
+                        for factor, (left, right) in zip(factors, linalg.frobenius_grad_products(factors), strict=True):
+                            if factor.requires_grad:
+                                self._target(factor).addmm_(left, right, alpha=scale)
+                    continue
                 stacked = [torch.stack(_at_least_float32(column)) for column in zip(*group, strict=True)]
                 for column, grads in zip(zip(*group, strict=True), linalg.frobenius_grads(stacked), strict=True):
                     collect(column, map(self._target, column), (grads * scale).unbind())

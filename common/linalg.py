@@ -146,21 +146,29 @@ def frobenius_grads(factors: Sequence[Tensor]) -> list[Tensor]:
     W = U V^T that is (U V^T V, V U^T U). The Gram matrices are at most (r, r), so W itself is formed only where that
     is cheaper.
     """
+    return [left @ right for left, right in frobenius_grad_products(factors)]
+
+
+def frobenius_grad_products(factors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The gradients of :func:`frobenius_grads`, each as the two matrices whose product it is, for two or more factors."""
     if _dense_is_cheaper(factors):
         u, vt = factors
         product = u @ vt
-        return [product @ vt.mT, u.mT @ product]
+        return [(product, vt.mT), (u.mT, product)]
     before: list[Tensor | None] = [None]
     for factor in factors[:-1]:
         before.append(factor.mT @ (factor if before[-1] is None else before[-1] @ factor))
     after: list[Tensor | None] = [None]
     for factor in reversed(factors[1:]):
         after.append((factor if after[-1] is None else factor @ after[-1]) @ factor.mT)
-    grads = []
+    products = []
     for factor, left, right in zip(factors, before, reversed(after), strict=True):
-        grad = factor if left is None else left @ factor
-        grads.append(grad if right is None else grad @ right)
-    return grads
+        if right is None:
+            assert left is not None
+            products.append((left, factor))
+        else:
+            products.append((factor if left is None else left @ factor, right))
+    return products
 
 
 def frobenius_norm(factors: Sequence[Tensor]) -> Tensor:
