@@ -1,8 +1,8 @@
-"""Whether the fast paths learn as well: python -m benchmarks.accuracy DATA_DIR [--epochs N] [--seeds N] [--markdown].
+"""Whether the fast paths learn as well: python -m benchmarks.accuracy DATA_DIR [--epochs N] [--repeats N] [--markdown].
 
 Trains ResNet20 at rank scale 0.111 with both schemes on the images of DATA_DIR (train/ and test/, a folder a class), in float32
 and eagerly, and with each flag that makes it faster, on the same seeds. Prints the final test accuracies and the mean of the
-differences of each seed. Finished runs are in results/accuracy and are not made again.
+differences of each seed; there are --repeats seeds. Finished runs are in results/accuracy and are not made again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from common.runs import ROOT, read_json
 BASE = "--arch resnet20 --rank-scale 0.111 --spectral --wd2fd --device cpu --resume auto --data imagefolder"
 WAYS = {
     "float32, eager": [],
-    "--amp bf16": ["--amp", "bf16"],
     "--compile": ["--compile"],
     "--compile --amp bf16": ["--compile", "--amp", "bf16"],
 }
@@ -28,7 +27,7 @@ WAYS = {
 def accuracy(data_dir: Path, way: str, epochs: int, seed: int) -> float:
     """Final test accuracy in percent of a run, which is made where it is not there yet."""
     name = way.replace("--", "").replace(", ", "-").replace(" ", "-")
-    directory = ROOT / "results" / "accuracy" / name / f"seed{seed}"
+    directory = ROOT / "results" / "accuracy" / f"{data_dir.name}-{epochs}" / name / f"seed{seed}"
     flags = [*BASE.split(), "--data-dir", str(data_dir), "--epochs", str(epochs), "--seed", str(seed)]
     flags += ["--save-dir", str(directory)]
     subprocess.run([sys.executable, ROOT / "resnet_cifar" / "train.py", *flags, *WAYS[way]], check=True, stdout=sys.stderr)
@@ -42,23 +41,22 @@ def folder(text: str) -> Path:
 
 
 def main() -> None:
-    parser = arguments(__doc__, repeats=1)
+    parser = arguments(__doc__, repeats=3)
     parser.add_argument("data_dir", type=folder, metavar="DATA_DIR")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     found: dict[str, list[float]] = {way: [] for way in WAYS}
-    for seed in range(1, args.seeds + 1):
+    for seed in range(1, args.repeats + 1):
         for way, finals in found.items():
             finals.append(accuracy(args.data_dir, way, args.epochs, seed))
     base = next(iter(found.values()))
     lines = []
     for way, finals in found.items():
         differences = [one - other for one, other in zip(finals, base, strict=True)]
-        deviation = f" ± {statistics.stdev(finals):.2f}" if args.seeds > 1 else ""
+        deviation = f" ± {statistics.stdev(finals):.2f}" if args.repeats > 1 else ""
         each = ", ".join(f"{final:.2f}" for final in finals)
         lines.append(
-            [way, args.seeds, each, f"{statistics.mean(finals):.2f}{deviation}", f"{statistics.mean(differences):+.2f}"]
+            [way, args.repeats, each, f"{statistics.mean(finals):.2f}{deviation}", f"{statistics.mean(differences):+.2f}"]
         )
     header = ["ResNet20, rank scale 0.111", "n", "final test accuracy of each seed, %", "mean", "mean difference"]
     show(args, f"Accuracy after {args.epochs} epochs of {args.data_dir.name}", header, lines)

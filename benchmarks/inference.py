@@ -1,7 +1,7 @@
 """Inference at batch 1 and 128: python -m benchmarks.inference [--repeats N] [--markdown] [--figure FILE].
 
 ResNet32 [64, 128, 256] on 32x32 images: factorized at rank scales from 0.05 to 1 against the dense network, in turns in one
-process, with the rank scale from which it is no longer faster, and folded (``densify_``) at rank scale 0.1.
+process, with the rank scale from which it is no longer faster, and folded (``densify_``) at a tenth of the parameters.
 """
 
 from __future__ import annotations

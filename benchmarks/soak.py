@@ -1,8 +1,8 @@
 """Whether memory stays flat over many runs in one process: python -m benchmarks.soak [--minutes N].
 
-Trains, evaluates, stops and goes on with small networks on the embedded digits, over and over, with checkpoints after every
-epoch, and prints the resident memory after each round. Growth is from the end of the first tenth of the time, when all
-programs have run and the allocator has what it needs, to the end.
+Trains, evaluates, stops and goes on with small networks on the embedded digits (low-rank, sparse, of tensors), over and over,
+with checkpoints after every epoch, and tells the resident memory after each round. Growth is from the end of the first
+tenth of the time, when all programs have run and the allocator has what it needs, to the end.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -58,8 +59,9 @@ def main() -> None:
                 round_of_runs(Path(folder), rounds)
             rounds += 1
             found.append((minutes, resident("VmRSS")))
+            tqdm.write(f"{minutes:5.1f} minutes: {found[-1][1]:.0f} MiB", file=sys.stderr)
             progress.update(round(minutes - progress.n, 1))
-    first = next(memory for minutes, memory in found if minutes >= args.minutes / 10)
+    first = next((memory for minutes, memory in found if minutes >= args.minutes / 10), found[-1][1])
     most, last = max(memory for _, memory in found), found[-1][1]
     print(f"{machine()}: {rounds} rounds of {len(RUNS)} programs in {args.minutes} minutes")
     print(f"resident memory: {first:.0f} MiB after a tenth of the time, {most:.0f} at most, {last:.0f} in the end")

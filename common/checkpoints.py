@@ -35,10 +35,11 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no checkpoint at {path}")
     try:
-        with zipfile.ZipFile(path) as packed:  # whose parts carry checksums, which torch does not look at
-            damaged = packed.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+        if zipfile.is_zipfile(path):  # whose parts carry checksums, which torch does not look at; torch before 1.6 wrote no zip
+            with zipfile.ZipFile(path) as packed:
+                damaged = packed.testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         foreign = "weights_only" in str(error)

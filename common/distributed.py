@@ -63,6 +63,13 @@ class Processes:
         """Whether the flag is true in any process."""
         return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
 
+    def first(self, step: int) -> int:
+        """The smallest step of all processes, where -1 stands for none."""
+        value = torch.tensor(step if step >= 0 else 2**62, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(value, dist.ReduceOp.MIN)
+        return -1 if value == 2**62 else int(value)
+
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process the main one's buffers (running statistics), for evaluation."""
         if self.world_size > 1:

@@ -269,6 +269,8 @@ class Run:
         if self.main:
             with open(self.path / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # the checkpoint that follows knows of this line
 
     def truncate_log(self, epoch: int) -> None:
         """Drop the lines of epochs after ``epoch``: those that a checkpoint of that epoch does not know of."""
@@ -298,7 +300,8 @@ class Run:
             yield
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == REQUEUE)
-            message = f"{type(error).__name__}: {error}".splitlines()[0]
+            cause = error.__cause__ if isinstance(error, SystemExit) and error.__cause__ else error
+            message = f"{type(cause).__name__}: {cause}".splitlines()[0]
             with contextlib.suppress(OSError):  # a disk that is full may be what ends the run
                 self.heartbeat({"error": message}, status="stopped" if interrupted else "failed", force=True)
             raise

@@ -23,7 +23,7 @@ class Downsample(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalization around an identity shortcut."""
+    """Two 3x3 convolutions with batch normalization around an identity shortcut; activations overwrite what they act on."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()

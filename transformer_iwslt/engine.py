@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import platform
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -21,6 +20,7 @@ import torch
 from numpy._core import multiarray
 
 from common import checkpoints
+from common.runs import write_atomic
 from transformer_iwslt.flags import PLUGIN
 from transformer_iwslt.model import Transformer, TransformerConfig, from_checkpoint
 from transformer_iwslt.text import VOCABULARY, Vocabulary, find_vocabularies
@@ -49,9 +49,11 @@ def load() -> None:
     import fairseq_cli.generate
     import fairseq_cli.preprocess
     import fairseq_cli.train  # noqa: F401
+    from fairseq import checkpoint_utils
     from fairseq.file_io import PathManager
 
     setattr(PathManager, "copy", staticmethod(copy_whole))  # noqa: B010 (as in plugin/optimizer.py)
+    setattr(checkpoint_utils, "torch_persistent_save", save_whole)  # noqa: B010
     logging.disable(logging.NOTSET)
     for name in (None, "hydra"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -81,10 +83,13 @@ def clear_sizes() -> Generator[None]:
 def copy_whole(source: str, target: str, overwrite: bool = False) -> bool:
     """Copy a file so that a reader, or a crash, sees the old content or the new: fairseq copies checkpoints in place."""
     if overwrite or not os.path.exists(target):
-        partial = f"{target}.tmp"
-        shutil.copyfile(source, partial)
-        os.replace(partial, target)
+        write_atomic(Path(target), Path(source).read_bytes())
     return True
+
+
+def save_whole(state: dict[str, Any], filename: str, async_write: bool = False) -> None:
+    """Save a checkpoint atomically: on a disk that is full fairseq tries three times, into the same file."""
+    checkpoints.save_file(Path(filename), state)
 
 
 def strict(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from common.runs import FAILURES, ROOT, Run, clean_errors, config_hash, read_json, write_json
+from common.runs import ROOT, Run, clean_errors, config_hash, read_json, write_json
 from transformer_iwslt import engine, generate
 from transformer_iwslt.flags import PROGRAM, configuration, fairseq_words, parse
 from transformer_iwslt.model import Transformer, TransformerConfig, frobenius_decay
@@ -108,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(*told, sep="\n", file=sys.stderr)
     with run.recorded():
         if not trained:
-            with clean_errors(f"{PROGRAM}/train.py", (engine.TooLong, *FAILURES)), engine.clear_sizes():
-                launch(cfg, run_of)
+            launch(cfg, run_of)
         if run.main:
             facts = {key: run_of[key] for key in ("config", "seed", "inputs")}
             facts |= {"row": run.row, "processes": args.distributed_world_size}

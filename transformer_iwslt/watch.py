@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
-from common.runs import REQUEUE, Run
+from common.distributed import prepare_cpu
+from common.runs import FAILURES, REQUEUE, Run, clean_errors
 from transformer_iwslt import engine
+from transformer_iwslt.flags import PROGRAM
 
 LOG = "train.log"
 
@@ -117,8 +119,12 @@ def read_stats(line: str) -> dict[str, float]:
 
 
 def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
-    """What each process runs: fairseq's training, watched. Exits with REQUEUE where it was told to stop."""
+    """What each process runs: fairseq's training, watched. Exits with REQUEUE where it was told to stop, and with 2 after a
+    line on stderr where the disk, the numbers or a sentence's length end it.
+    """
     engine.load()
+    if cfg.common.cpu:
+        prepare_cpu()
     from fairseq import checkpoint_utils, utils
     from fairseq_cli import train
 
@@ -131,6 +137,7 @@ def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
     watch = Watch(Run(**run_of, main=main), cfg)
     log = logging.FileHandler(run_of["path"] / LOG) if main else logging.NullHandler()
     log.setFormatter(logging.Formatter("%(asctime)s | %(name)s | %(message)s"))
+    setattr(log, "handleError", lambda record: None)  # noqa: B010 (where the disk is full, the next checkpoint says so)
     root = logging.getLogger()
     level, handlers, inner = root.level, list(root.handlers), train.validate_and_save
     for handler in handlers:
@@ -140,7 +147,8 @@ def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
     ObservedTranslation.before_step = watch.before_step
     setattr(train, "validate_and_save", partial(watch.validate_and_save, inner))  # noqa: B010 (as in plugin/optimizer.py)
     try:
-        with answering(watch.stop):
+        failures = (engine.TooLong, *FAILURES)
+        with clean_errors(f"{PROGRAM}/train.py", failures), engine.clear_sizes(), answering(watch.stop):
             try:
                 train.main(cfg)
             except FloatingPointError as error:
@@ -154,7 +162,8 @@ def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
         ObservedTranslation.before_step = None
         root.setLevel(level)
         root.handlers = handlers
-        log.close()
+        with contextlib.suppress(OSError):
+            log.close()
 
 
 def launch(cfg: Any, run_of: dict[str, Any]) -> None:
@@ -172,6 +181,6 @@ def launch(cfg: Any, run_of: dict[str, Any]) -> None:
         with answering(forward) if spawns else contextlib.nullcontext():
             utils.call_main(cfg, train_process, run_of=run_of)
     except torch.multiprocessing.ProcessExitedException as error:
-        if error.exit_code == REQUEUE:
-            raise SystemExit(REQUEUE) from error
+        if error.exit_code in (REQUEUE, 2):  # 2: that process has said why
+            raise SystemExit(error.exit_code) from error
         raise

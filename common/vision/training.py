@@ -309,21 +309,24 @@ class Trainer:
         return self.statistics(self.schedule(epoch)) if self.statistics is not None else {}
 
     def _check_numbers(self) -> None:
-        """Raise FloatingPointError, saying where, if a loss so far or a weight is not finite in any process.
+        """Raise FloatingPointError, saying where, if a loss since the last look or a weight is not finite in any process.
 
-        Under fp16 the loss of a step may overflow: then the scaler skips the step, and only weights count.
+        Under fp16 a loss may overflow and the scaler skip the step; that counts once the scale has fallen below 1 in vain.
         """
         state = {name: value for name, value in self.model.state_dict().items() if value.is_floating_point()}
         largest = torch.stack(torch._foreach_norm(list(state.values()), float("inf")))
-        bad = -1 if self.scaler.is_enabled() else int(self._bad)
-        if not self.processes.any(bad >= 0 or not largest.isfinite().all()):
+        skipped = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+        bad = -1 if skipped else self.processes.first(int(self._bad))
+        self._bad.fill_(-1)
+        if bad < 0 and not self.processes.any(not largest.isfinite().all()):
             return
         broken = next((name for name, size in zip(state, largest, strict=True) if not size.isfinite()), None)
-        weights = f"{broken} is the first weight that is not" if broken else "every weight still is"
         where = f"the loss is not finite at step {bad}" if bad >= 0 else f"the weights are not finite at step {self.step}"
+        which = f", and {broken} is the first weight that is not" if broken else ""
         newest = self.run.path / checkpoints.LATEST
-        kept = f"the last good checkpoint is {newest} at step {self._saved}" if self._saved else "no checkpoint was saved yet"
-        raise FloatingPointError(f"{where}, and {weights}; {kept}. A lower --lr may help")
+        at = "" if self._saved is None else f" at step {self._saved}"
+        kept = f"the last good checkpoint is {newest}{at}" if newest.exists() else "no checkpoint was saved yet"
+        raise FloatingPointError(f"{where}{which}; {kept}. A lower --lr may help")
 
     def _save(self) -> None:
         totals = self.processes.sum(self.totals.clone())
