@@ -41,6 +41,8 @@ class FlagParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None, **kwargs: Any) -> Any:
         def canonical(word: str) -> str:
             flag, equals, value = word.partition("=")
+            if flag.startswith("--") and value == "--":  # which argparse drops, and gives an empty list in its place
+                self.error(f"argument {flag}: expected a value, got '--'")
             dashed = flag.replace("_", "-")
             known = flag.startswith("--") and flag not in self._option_string_actions and dashed in self._option_string_actions
             return dashed + equals + value if known else word
@@ -55,8 +57,8 @@ class FlagParser(argparse.ArgumentParser):
 
 def positive_int(text: str) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"must be at least 1 and below 2^31, got {text}")
     return value
 
 

@@ -30,7 +30,7 @@ def fails(capsys, command, message, cwd=None):
         ("--arch resnet18", "invalid choice: 'resnet18'"),
         ("--data mnist", "invalid choice: 'mnist'"),
         ("--learning-rates 0.1", "unrecognized arguments: --learning-rates 0.1"),
-        ("--epochs 0", "must be at least 1, got 0"),
+        ("--epochs 0", "must be at least 1 and below 2^31, got 0"),
         ("--epochs two", "invalid positive_int value: 'two'"),
         ("--rank-scale -0.1", "must be finite and not negative, got -0.1"),
         ("--rank-scale nan", "must be finite and not negative, got nan"),
