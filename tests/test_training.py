@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import FactorizedLinear, FrobeniusDecay, LowRankConfig, checkpoints, factorize_, load_factorized_, param_groups
 from common.distributed import Processes
@@ -262,6 +263,24 @@ def test_fp16_adds_the_decay_to_unscaled_gradients(tmp_path):
         updates.append(model[1].u.detach() - before)
         assert trainer.scaler.get_scale() == (256 if amp == "fp16" else 1)
     torch.testing.assert_close(updates[1], updates[0], rtol=2e-2, atol=2e-4)
+
+
+def test_no_step_waits_for_the_device(train, tmp_path):
+    """Numbers are read from the device as often in an epoch of 6 steps as in one of 23: never for the sake of a step."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += "_local_scalar_dense" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for batch in (64, 256):
+        with Reads() as reads:
+            train("--wd2fd", "--epochs", 1, "--batch-size", batch, "--save-dir", tmp_path / str(batch))
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_compiled_training_agrees_with_eager(train, tmp_path, monkeypatch):
