@@ -119,7 +119,8 @@ class Trainer:
         self.loss = loss or _cross_entropy
         self.steps_per_epoch = data.steps_per_epoch(args.batch_size, processes.world_size)
         self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or sys.maxsize)
-        mode = "reduce-overhead" if processes.device.type == "cuda" else None  # CUDA graphs: no launch a kernel
+        alone = processes.device.type == "cuda" and processes.world_size == 1
+        mode = "reduce-overhead" if alone else None  # CUDA graphs: one launch for all kernels
         self.network = processes.parallel(cast(nn.Module, torch.compile(model, mode=mode)) if args.compile else model)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
         self.step = 0  # optimizer steps made so far
