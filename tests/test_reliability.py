@@ -160,15 +160,16 @@ def whole(forks, command, tmp_path_factory):
 def kill_and_go_on(forks, command, whole, program, tmp_path, kills, seed):
     """Kill a run at ``kills`` random moments, some in a row before it may finish, and compare each finished one.
 
-    Half of the moments are times, half are writes to the disk. Returns how many kills came after a first checkpoint.
+    Half of the moments are times, half are writes to the disk, and at least half come after a first checkpoint. Returns how
+    many there were, and how many of those.
     """
     chance = random.Random(seed)
     expected, seconds = whole(program)
     done = late = finished = 0
-    while done < kills or not late:
+    while done < kills or late < kills / 2:
         directory = tmp_path / f"killed{finished}"
         for _ in range(chance.randint(1, 4)):
-            moment = {"at": chance.randint(1, 40)} if chance.random() < 0.5 else {"after": chance.uniform(0.3, 1) * seconds}
+            moment = {"at": chance.randint(1, 50)} if chance.random() < 0.5 else {"after": chance.uniform(0.4, 1) * seconds}
             status, _ = forks(program, command(program, directory), **moment)
             assert status in (-9, 0), forks.log.read_text()
             if status == 0:  # it was done before
@@ -193,7 +194,6 @@ def test_a_killed_run_goes_on_to_the_same_end(forks, command, whole, program, tm
 def test_forty_kills_of_each_program(forks, command, whole, program, tmp_path):
     done, late = kill_and_go_on(forks, command, whole, program, tmp_path, kills=40, seed=1)
     print(f"{program}: {done} kills survived of {done}, {late} of them after a first checkpoint")
-    assert late >= done / 2
 
 
 # Disks
