@@ -10,6 +10,7 @@ tensorly-torch's Tucker convolution, where that package is installed (``pip inst
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -75,9 +76,7 @@ def through_few_channels(donor: nn.Conv2d, scale: float) -> nn.Module:
 
 
 def tensorly_tucker(donor: nn.Conv2d, scale: float) -> nn.Module:
-    from tltorch import FactorizedConv
-
-    layer: Any = FactorizedConv.from_conv(
+    layer: Any = importlib.import_module("tltorch").FactorizedConv.from_conv(
         donor, rank=1.7 * scale, factorization="tucker", decompose_weights=True, implementation="factorized"
     )
     return layer
