@@ -12,6 +12,13 @@ from PIL import Image
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.fixture(autouse=True)
+def denormal_numbers():
+    """Numbers as they were, after programs that ran in this process and flush denormal ones to zero."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture
 def refuses(capsys):
     """Check that a program ends a command with exit status 2 and one line on stderr that has a message in it."""
