@@ -41,8 +41,8 @@ PROGRAMS = {
 }
 
 
-# The image programs share their loop: without --slow, one of them stands for three.
-SLOW = ("compression_baselines.train", "compression_baselines.sparse", "tensor_wrn.train")
+# The image programs share their loop: without --slow, one of them stands for all.
+SLOW = ("compression_baselines.train", "compression_baselines.sparse", "compression_baselines.prune", "tensor_wrn.train")
 SOME = [pytest.param(program, marks=[pytest.mark.slow] * (program in SLOW)) for program in PROGRAMS]
 
 
