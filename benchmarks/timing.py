@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from common.runs import positive_int
+
 Call = Callable[[], Any]
 
 
@@ -105,15 +107,9 @@ def ratio(slow: list[float], fast: list[float]) -> float:
 def arguments(doc: str | None, repeats: int) -> argparse.ArgumentParser:
     """A parser of the flags that the benchmarks share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=_positive, default=repeats, help="turns, after one of warming up")
+    parser.add_argument("--repeats", type=positive_int, default=repeats, help="turns, after one of warming up")
     parser.add_argument("--markdown", action="store_true", help="print Markdown, as benchmarks/results.md holds")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return int(text)
 
 
 def show(args: argparse.Namespace, title: str, header: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:

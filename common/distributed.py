@@ -108,8 +108,8 @@ def start(device_flag: str) -> Processes:
 def prepare_cpu() -> None:
     """Make training on the CPU fast: reuse the memory that tensors free, and compute with no denormal numbers.
 
-    As it is, glibc maps large blocks afresh at every allocation, and the kernel clears them page by page at first touch:
-    a third of the time of a small network's training step. Arithmetic on denormal numbers, below 1.2e-38 in float32, takes
+    As it is, glibc maps large blocks afresh at every allocation, and the kernel clears them page by page at first touch,
+    which takes a good part of a small network's training step. Arithmetic on denormal numbers, below 1.2e-38 in float32, takes
     up to a hundred times as long; they are flushed to zero, in this thread and in those that start after.
     """
     torch.set_flush_denormal(True)
