@@ -1,16 +1,15 @@
 """The ResNet rows of evidence/: the paper's claims at a scale that two processor cores can run, on real images.
 
 They are apart from the rows of the paper's tables. All train ResNet20 on CIFAR-10 (JPEG), that is, CIFAR-10's 50,000 and 10,000
-images stored as JPEG, in folders: give the scripts ``--data-dir IMAGES``, with a folder a class in train/ and test/.
+images stored as JPEG, in folders: give their scripts ``--data-dir IMAGES``, which has train/ and test/ with a folder a class.
 """
 
 from __future__ import annotations
 
-from common.tables.rows import Against, Curves, Program, Row, Table
-from resnet_cifar.rows import METHODS, NAME, PARAMETERS, configure, network, scheme
+from common.tables.rows import Against, Contrast, Curves, Differences, Program, Row, Table
+from resnet_cifar.rows import METHODS, NAME, PARAMETERS, configure, scheme
 
-SEEDS = (1, 2, 3)
-# The learning rate and decay of all but evidence-schedule, which chose them on the full network.
+# Learning rate and decay of all tables but evidence-schedule, which chose them on the full network.
 LR, DECAY = "0.1", "5e-4"
 
 
@@ -18,27 +17,126 @@ def make_row(
     id: str,
     label: str,
     *flags: str,
-    epochs: int,
+    epochs: int = 5,
     scale: str = "0",
     lr: str = LR,
     decay: str = DECAY,
     seeds: tuple[int, ...] = (1,),
+    after: Row | None = None,
 ) -> Row:
-    """A row of ResNet20 with the recipe above; dense at scale 0."""
+    """A row of ResNet20; dense at scale 0."""
     words = ["--arch", "resnet20", "--data", "imagefolder", "--epochs", str(epochs), "--lr", lr, "--weight-decay", decay]
     if scale != "0":
         words += ["--rank-scale", scale]
-    return Row(id, label, (*words, *flags), parameters=PARAMETERS[20]["deep" if "--square" in flags else scale], seeds=seeds)
+    parameters = PARAMETERS[20]["deep" if "--square" in flags else scale]
+    return Row(id, label, (*words, *flags), parameters=parameters, seeds=seeds, after=after)
 
 
 def schedule() -> Table:
     rows = []
     for lr, decay in (("0.1", "1e-4"), ("0.1", "5e-4"), ("0.1", "2e-3"), ("0.3", "5e-4")):
         label = f"full, learning rate {lr}, weight decay {decay}"
-        rows.append(make_row(f"full-{lr}-{decay}", label, epochs=5, lr=lr, decay=decay, seeds=(0,)))
+        rows.append(make_row(f"full-{lr}-{decay}", label, lr=lr, decay=decay, seeds=(0,)))
     return Table(
-        "evidence-schedule", "The schedule, chosen on the full network: ResNet20, 5 epochs, a seed of its own", tuple(rows)
+        "evidence-schedule", "The recipe, chosen on the full network: ResNet20, 5 epochs, a seed of its own", tuple(rows)
     )
 
 
-PROGRAM = Program(NAME, configure, (schedule(),))
+def schemes() -> Table:
+    seeds = (1, 2, 3)
+    rows = [make_row("full", "full", epochs=10, seeds=seeds)]
+    for method in ("regular", "norm-matched", "spectral", "frobenius", "spectral+frobenius"):
+        flags, words = METHODS[method]
+        rows.append(make_row(method, f"rank scale 0.111: {words}", *flags, epochs=10, scale="0.111", seeds=seeds))
+    return Table(
+        "evidence-schemes",
+        "Both schemes at a quarter of the parameters: ResNet20 at rank scale 1/9, 10 epochs",
+        tuple(rows),
+        (Differences(), Curves("curves")),
+        contrasts=(
+            Contrast("spectral initialization, under weight decay", "spectral", "regular"),
+            Contrast("its scale alone, under weight decay", "norm-matched", "regular"),
+            Contrast("its directions, at equal scale", "spectral", "norm-matched"),
+            Contrast("spectral initialization, under Frobenius decay", "spectral+frobenius", "frobenius"),
+            Contrast("Frobenius decay, from a regular start", "frobenius", "regular"),
+            Contrast("Frobenius decay, from a spectral start", "spectral+frobenius", "spectral"),
+            Contrast("both schemes", "spectral+frobenius", "regular"),
+            Contrast("what is left to the full network", "spectral+frobenius", "full"),
+        ),
+    )
+
+
+def normalization() -> Table:
+    frobenius = make_row("frobenius", "Frobenius decay", "--wd2fd", "--dump-frobnorms", scale="0.111")
+    replay = ("--no-frob", "--normalize", "{after}/frobnorms.tensor")
+    rows = (
+        make_row("none", "no decay on the factors", "--no-frob", scale="0.111"),
+        frobenius,
+        make_row("normalized", "no decay, norms of the Frobenius run replayed", *replay, scale="0.111", after=frobenius),
+    )
+    return Table(
+        "evidence-normalization",
+        "What Frobenius decay does beyond keeping norms small: ResNet20 at rank scale 1/9, 5 epochs",
+        rows,
+        (Curves("norms", ("test_accuracy", "frobenius_norm", "nuclear_norm/nuclear_norm_bound")),),
+        contrasts=(
+            Contrast("Frobenius decay against none", "frobenius", "none"),
+            Contrast("its norms alone against none", "normalized", "none"),
+            Contrast("Frobenius decay beyond its norms", "frobenius", "normalized"),
+        ),
+    )
+
+
+def decay_sweep() -> Table:
+    rows, contrasts = [], []
+    for decay in ("1e-4", "5e-4", "2e-3", "1e-2"):
+        for method in ("regular", "frobenius"):
+            flags, words = METHODS[method]
+            rows.append(make_row(f"{decay}-{method}", f"strength {decay}: {words}", *flags, scale="0.111", decay=decay))
+        contrasts.append(Contrast(f"Frobenius against weight decay of {decay}", f"{decay}-frobenius", f"{decay}-regular"))
+    return Table(
+        "evidence-decay",
+        "Accuracy against the strength of either decay: ResNet20 at rank scale 1/9, 5 epochs",
+        tuple(rows),
+        (Against("accuracy-decay", "weight_decay", scheme, lambda _: "ResNet20, rank scale 1/9"),),
+        contrasts=tuple(contrasts),
+    )
+
+
+def rank() -> Table:
+    rows, contrasts = [], []
+    for scale in ("0.037", "0.111", "0.333"):
+        for method in ("regular", "spectral", "spectral+frobenius"):
+            flags, words = METHODS[method]
+            rows.append(make_row(f"{scale}-{method}", f"rank scale {scale}: {words}", *flags, scale=scale))
+        contrasts.append(Contrast(f"both schemes at rank scale {scale}", f"{scale}-spectral+frobenius", f"{scale}-regular"))
+    return Table(
+        "evidence-rank",
+        "Accuracy against rank: ResNet20, 5 epochs",
+        tuple(rows),
+        (Against("accuracy-rank", "rank_scale", scheme, lambda _: "ResNet20"),),
+        contrasts=tuple(contrasts),
+    )
+
+
+def overcomplete() -> Table:
+    rows, contrasts = [make_row("full", "full")], []
+    for scale, kind, words, more in (
+        ("1", "full-rank", "full rank (scale 1)", ()),
+        ("1", "deep", "deep (three factors, scale 1)", ("--square",)),
+        ("3", "wide", "wide (scale 3)", ()),
+    ):
+        for method in ("regular", "frobenius"):
+            flags, decay = METHODS[method]
+            rows.append(make_row(f"{kind}-{method}", f"{words}: {decay}", *more, *flags, "--densify", scale=scale))
+        contrasts.append(Contrast(f"{words}: Frobenius against weight decay", f"{kind}-frobenius", f"{kind}-regular"))
+        contrasts.append(Contrast(f"{words}, Frobenius decay, against full", f"{kind}-frobenius", "full"))
+    title = "Overcomplete training: ResNet20, 5 epochs; folded, all have the size of the full network"
+    return Table("evidence-overcomplete", title, tuple(rows), (Differences(),), contrasts=tuple(contrasts))
+
+
+PROGRAM = Program(
+    NAME,
+    configure,
+    (schedule(), schemes(), normalization(), decay_sweep(), rank(), overcomplete()),
+)

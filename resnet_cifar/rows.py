@@ -25,7 +25,10 @@ CONTROLS = ("norm-matched", "norm-matched+frobenius")
 
 # Parameters with 10 classes, by depth and rank scale; "deep" is rank scale 1 with three factors. 100 classes add 5,850.
 PARAMETERS: dict[int, dict[str, int]] = {
-    20: {"0": 269_722, "0.111": 63_850},
+    20: {
+        "0": 269_722, "0.037": 23_482, "0.111": 63_850, "0.333": 188_314,
+        "1": 560_026, "3": 1_675_162, "deep": 850_330,
+    },
     32: {
         "0": 464_154, "0.037": 38_970, "0.111": 107_370, "0.333": 318_234,
         "1": 947_994, "3": 2_837_274, "9": 8_505_114, "deep": 1_431_834,

@@ -33,8 +33,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument("--subproject", help="only this subproject")
             command.add_argument("--table", help="only this table")
             command.add_argument("--row", metavar="PATTERN", help="only rows whose id matches, such as 'resnet20-*'")
+            command.add_argument(
+                "--evidence", action="store_true", help="the rows of evidence/ in place of the paper's; collect also draws"
+            )
         if name in ("status", "collect", "plot"):
-            command.add_argument("--results", type=Path, default=ROOT / "results", help="where runs wrote")
+            command.add_argument("--results", type=Path, help="where runs wrote (default: results/, or evidence/)")
         if name in ("collect", "plot"):
             command.add_argument("--out", type=Path, help="where a folder per table goes (default: the results folder)")
     made["status"].add_argument("--all", action="store_true", help="also show rows that were not begun")
@@ -48,19 +51,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     job.add_argument("--partition")
     job.add_argument("--logs", type=Path, default=ROOT / "results" / "slurm", help="where logs go")
     job.add_argument("flags", nargs="*", help="after --: flags for the program")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command in ("status", "collect", "plot") and args.results is None:
+        args.results = ROOT / ("evidence" if args.evidence and args.command != "status" else "results")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     with clean_errors("python -m common.tables"):
         if args.command == "emit":
-            print(f"{emit.emit(programs())} scripts in {emit.SCRIPTS}", file=sys.stderr)
+            print(f"{emit.emit([*programs(), *programs('evidence')])} scripts in {emit.SCRIPTS}", file=sys.stderr)
             return
         if args.command == "compare":
             print(compare.table(args.runs))
             return
-        chosen = select(programs(), program=args.subproject, table=args.table, row=args.row)
+        chosen = select(
+            programs("evidence" if args.evidence else "rows"), program=args.subproject, table=args.table, row=args.row
+        )
         if args.command == "list":
             print_rows(chosen)
         elif args.command == "status":
@@ -89,7 +97,7 @@ def print_rows(chosen: Sequence[Program]) -> None:
 
 
 def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
-    """Tables (collect), figures (plot) or a page of both (collect --html) of the tables that have results."""
+    """Tables (collect), figures (plot) or both (collect --evidence or --html) of the tables that have results."""
     found, problems = collect.read(args.results)
     for problem in problems:
         print(f"not counted: {problem}", file=sys.stderr)
@@ -110,15 +118,16 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
             except ValueError as error:
                 stopped.append(str(error))
                 continue
-            if args.command == "collect":
-                collect.write(table, lines, out / table.id)
-                print(collect.to_markdown(table, lines))
             figures: list[Path] = []
-            if args.command == "plot" or html:
+            if args.command == "plot" or html or args.evidence:
                 from common.tables import plot  # matplotlib takes a second to load
 
                 figures = plot.write(program, table, results, out / table.id)
-            if args.command == "plot":
+            if args.command == "collect":
+                contrasts = [difference for difference, _ in collect.differences(program, table, results)]
+                collect.write(table, lines, out / table.id, contrasts)
+                print(collect.to_markdown(table, lines, contrasts))
+            else:
                 print(*figures, sep="\n")
             begun.append((program, table, figures))
     if not begun and not stopped:

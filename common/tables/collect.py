@@ -14,7 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from common.runs import config_hash, read_json, write_atomic
-from common.tables.rows import Program, Row, Table
+from common.tables.rows import Contrast, Program, Row, Table
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,24 @@ class Line:
     published: float | None
     source: str
     label: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a contrast shows: the mean difference of the final values over n shared seeds, and Student's paired t-test.
+
+    ``low`` and ``high`` are the 95 % confidence interval; they and ``p`` are None below two seeds, or where all differences
+    are the same.
+    """
+
+    question: str
+    row: str
+    base: str
+    n: int
+    mean: float | None
+    low: float | None
+    high: float | None
+    p: float | None
 
 
 def parse(path: Path) -> Result:
@@ -145,6 +163,30 @@ def lines(program: Program, table: Table, results: Mapping[str, list[Result]]) -
     return [summarize(row, results.get(program.config_hash(row), [])) for row in table.rows]
 
 
+def differences(program: Program, table: Table, results: Mapping[str, list[Result]]) -> list[tuple[Difference, list[float]]]:
+    """The contrasts of a table over the seeds that both rows have finished, each with its difference seed by seed."""
+    finals = {row.id: {result.seed: result.final for result in results.get(program.config_hash(row), [])} for row in table.rows}
+    found = []
+    for contrast in table.contrasts:
+        ours, base = finals[contrast.row], finals[contrast.base]
+        each = [ours[seed] - base[seed] for seed in sorted(ours.keys() & base.keys())]
+        found.append((_test(contrast, each), each))
+    return found
+
+
+def _test(contrast: Contrast, each: Sequence[float]) -> Difference:
+    n, mean, low, high, p = len(each), None, None, None, None
+    if each:
+        mean = statistics.mean(each)
+    if len(set(each)) > 1:
+        from scipy.stats import ttest_1samp  # takes a second to load, which emitting scripts does not need
+
+        test = ttest_1samp(each, 0.0)
+        interval = test.confidence_interval(0.95)
+        low, high, p = float(interval.low), float(interval.high), float(test.pvalue)
+    return Difference(contrast.question, contrast.row, contrast.base, n, mean, low, high, p)
+
+
 def _spread(mean: float | None, std: float | None) -> str:
     if mean is None:
         return "-"
@@ -188,38 +230,66 @@ def in_papers_shape(table: Table, table_lines: Sequence[Line]) -> str:
     return f"{text}\n\n" if body else ""
 
 
-def note(table: Table) -> str:
-    return f"Final and best {table.score}, mean ± sample standard deviation over n seeds. Seconds are of one run."
+def note(table: Table, table_lines: Sequence[Line]) -> str:
+    runs, hours = sum(line.n for line in table_lines), sum(line.n * (line.seconds or 0.0) for line in table_lines) / 3600
+    return (
+        f"Final and best {table.score}, mean ± sample standard deviation over n seeds. Seconds are of one run; "
+        f"{runs} {'run' if runs == 1 else 'runs'} took {hours:.1f} hours in all."
+    )
 
 
-def to_markdown(table: Table, table_lines: Sequence[Line]) -> str:
+def contrasts_to_markdown(found: Sequence[Difference]) -> str:
+    """The differences as a table; empty where there are none."""
+    if not found:
+        return ""
+    header = ["Question", "Rows", "n", "Difference", "95 % interval", "p"]
+    body = [
+        [
+            each.question,
+            f"{each.row} - {each.base}",
+            str(each.n),
+            f"{each.mean:+.2f}" if each.mean is not None else "-",
+            f"[{each.low:+.2f}, {each.high:+.2f}]" if each.low is not None else "-",
+            f"{each.p:.3f}" if each.p is not None else "-",
+        ]
+        for each in found
+    ]
+    align = ("left", "left", "right", "right", "right", "right")
+    text = tabulate(body, header, tablefmt="github", disable_numparse=True, colalign=align)
+    return f"\n{text}\n\nDifferences of final values, paired over n seeds: mean, its 95 % interval and p of Student's t-test.\n"
+
+
+def to_markdown(table: Table, table_lines: Sequence[Line], found: Sequence[Difference] = ()) -> str:
     header, rows, sources = cells(table_lines)
     align = ("left", *["right"] * (len(header) - 1))
     text = tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align if rows else None)
     notes = "".join(f"\n[{number}] {source}" for number, source in enumerate(sources, 1))
-    return f"**{table.title}**\n\n{in_papers_shape(table, table_lines)}{text}\n\n{note(table)}{notes}\n"
+    shape = in_papers_shape(table, table_lines)
+    return f"**{table.title}**\n\n{shape}{text}\n\n{note(table, table_lines)}{notes}\n{contrasts_to_markdown(found)}"
 
 
 def to_latex(table: Table, table_lines: Sequence[Line]) -> str:
     header, rows, sources = cells(table_lines)
     text = tabulate(rows, header, tablefmt="latex_booktabs", disable_numparse=True).replace("±", r"$\pm$")
     notes = "".join(f"\n\n{{\\footnotesize [{number}] {source}}}" for number, source in enumerate(sources, 1))
-    return f"% {table.title}\n% {note(table)}\n{text}{notes}\n"
+    return f"% {table.title}\n% {note(table, table_lines)}\n{text}{notes}\n"
 
 
-def to_csv(table_lines: Sequence[Line]) -> str:
+def to_csv(records: Sequence[Line] | Sequence[Difference], kind: type[Line] | type[Difference] = Line) -> str:
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, [field.name for field in fields(Line)], lineterminator="\n")
+    writer = csv.DictWriter(buffer, [field.name for field in fields(kind)], lineterminator="\n")
     writer.writeheader()
-    for line in table_lines:
+    for line in records:
         writer.writerow({key: "" if value is None else value for key, value in asdict(line).items()})
     return buffer.getvalue()
 
 
-def write(table: Table, table_lines: Sequence[Line], directory: Path) -> None:
-    """Write table.md (with the figures that are there), table.csv and table.tex."""
+def write(table: Table, table_lines: Sequence[Line], directory: Path, found: Sequence[Difference] = ()) -> None:
+    """Write table.md (with the figures that are there), table.csv and table.tex, and contrasts.csv of a table that has some."""
     drawn = [figure.id for figure in table.figures if (directory / f"{figure.id}.png").exists()]
     figures = "".join(f"\n![{id}]({id}.png)\n" for id in drawn)
-    write_atomic(directory / "table.md", to_markdown(table, table_lines) + figures)
+    write_atomic(directory / "table.md", to_markdown(table, table_lines, found) + figures)
     write_atomic(directory / "table.csv", to_csv(table_lines))
     write_atomic(directory / "table.tex", to_latex(table, table_lines))
+    if found:
+        write_atomic(directory / "contrasts.csv", to_csv(found, Difference))

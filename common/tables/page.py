@@ -62,7 +62,8 @@ def _behind(program: Program, table: Table, row: Row, results: Sequence[Result],
 
 
 def _section(program: Program, table: Table, results: Mapping[str, list[Result]], figures: Sequence[Path], page: Path) -> str:
-    header, rows, sources = cells(lines(program, table, results))
+    table_lines = lines(program, table, results)
+    header, rows, sources = cells(table_lines)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = ""
     for row, (name, n, *rest) in zip(table.rows, rows, strict=True):
@@ -79,7 +80,7 @@ def _section(program: Program, table: Table, results: Mapping[str, list[Result]]
     return (
         f'<section id="{html.escape(table.id)}"><h2>{html.escape(table.title)}</h2>'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<p class="quiet">{html.escape(note(table))}{notes}</p>{images}'
+        f'<p class="quiet">{html.escape(note(table, table_lines))}{notes}</p>{images}'
         f"<details><summary>Scripts, configurations and results behind these rows</summary>{behind}</details></section>"
     )
 

@@ -15,8 +15,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from common.tables.collect import Result
-from common.tables.rows import Against, Curves, Program, Table
+from common.tables.collect import Result, differences
+from common.tables.rows import Against, Curves, Differences, Program, Table
 
 # Okabe and Ito's palette, told apart by color-blind readers; line styles and markers tell lines apart in gray print.
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C8C8C")
@@ -142,6 +142,27 @@ def against(figure: Against, program: Program, table: Table, results: Mapping[st
     return drawn
 
 
+def contrasts(program: Program, table: Table, results: Mapping[str, list[Result]]) -> Figure | None:
+    """The table's contrasts, one below the other: a point per seed, their mean and its 95 % interval."""
+    found = [(difference, each) for difference, each in differences(program, table, results) if each]
+    if not found:
+        return None
+    drawn = Figure(figsize=(7.2, 1.2 + 0.42 * len(found)), layout="constrained")
+    axes = drawn.subplots()
+    axes.axvline(0, color="#000000", linewidth=0.8)
+    for height, (difference, each) in enumerate(found):
+        if difference.low is not None and difference.high is not None:
+            axes.plot((difference.low, difference.high), (height, height), color="#0072B2", linewidth=2, zorder=1)
+        axes.plot(each, [height] * len(each), "o", markersize=4, markerfacecolor="none", color="#8C8C8C", zorder=2)
+        axes.plot(statistics.mean(each), height, "D", markersize=5, color="#0072B2", zorder=3)
+    labels = [f"{difference.question}\n{difference.row} - {difference.base} (n={difference.n})" for difference, _ in found]
+    axes.set_yticks(range(len(found)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"difference in {table.score.partition(' (')[0]}: seeds, mean and its 95 % interval")
+    drawn.suptitle(textwrap.fill(table.title, int(13 * drawn.get_figwidth())), fontsize=10)
+    return drawn
+
+
 def write(program: Program, table: Table, results: Mapping[str, list[Result]], directory: Path) -> list[Path]:
     """Write the figures of a table that have results, as PNG and PDF; returns the paths of the PNG files."""
     paths = []
@@ -149,6 +170,8 @@ def write(program: Program, table: Table, results: Mapping[str, list[Result]], d
         for figure in table.figures:
             if isinstance(figure, Curves):
                 drawn = curves(figure, program, table, results)
+            elif isinstance(figure, Differences):
+                drawn = contrasts(program, table, results)
             else:
                 drawn = against(figure, program, table, results)
             if drawn is not None:

@@ -74,14 +74,31 @@ class Against:
 
 
 @dataclass(frozen=True)
+class Differences:
+    """A figure of the table's contrasts: a point per seed, their mean and its 95 % interval."""
+
+    id: str = "differences"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A question that the difference between two rows of a table answers, paired over the seeds that both have."""
+
+    question: str
+    row: str
+    base: str
+
+
+@dataclass(frozen=True)
 class Table:
     """Rows that are read together; ``id`` names its folder, ``title`` says what of the paper it is, ``score`` what counts."""
 
     id: str
     title: str
     rows: tuple[Row, ...]
-    figures: tuple[Curves | Against, ...] = ()
+    figures: tuple[Curves | Against | Differences, ...] = ()
     score: str = "test accuracy in percent"
+    contrasts: tuple[Contrast, ...] = ()
 
     def __post_init__(self) -> None:
         if not _SAFE.fullmatch(self.id):
@@ -90,6 +107,10 @@ class Table:
         for row in self.rows:
             if ids.count(row.id) > 1:
                 raise ValueError(f"table {self.id!r} has two rows {row.id!r}")
+        for contrast in self.contrasts:
+            for id in (contrast.row, contrast.base):
+                if id not in ids:
+                    raise ValueError(f"a contrast of table {self.id!r} names row {id!r}, which it does not have")
 
     def own_runs(self) -> list[Row]:
         """The rows to start: all but those that another one runs before its own."""
@@ -122,9 +143,9 @@ class Program:
         ]
 
 
-def programs() -> list[Program]:
-    """The program of every subproject: each folder with a ``rows.py`` has one, named PROGRAM there."""
-    found = [import_module(f"{path.parent.name}.rows").PROGRAM for path in sorted(ROOT.glob("*/rows.py"))]
+def programs(module: str = "rows") -> list[Program]:
+    """The program of every subproject that has the module, ``rows`` of the paper or ``evidence``: PROGRAM there."""
+    found = [import_module(f"{path.parent.name}.{module}").PROGRAM for path in sorted(ROOT.glob(f"*/{module}.py"))]
     tables = [table.id for program in found for table in program.tables]
     twice = next((id for id in tables if tables.count(id) > 1), None)
     if twice is not None:
@@ -151,8 +172,14 @@ def select(
 
     chosen = []
     for p in found:
-        tables = [replace(t, rows=tuple(r for r in t.rows if matches(t, r))) for t in p.tables]
+        tables = [_reduce(t, [r for r in t.rows if matches(t, r)]) for t in p.tables]
         chosen.append(replace(p, tables=tuple(t for t in tables if t.rows and table in (None, t.id))))
     if not any(p.tables for p in chosen):
         raise ValueError(f"no row matches {row!r}: python -m common.tables list shows them")
     return [p for p in chosen if p.tables]
+
+
+def _reduce(table: Table, rows: Sequence[Row]) -> Table:
+    """The table with these rows alone, and the contrasts between them."""
+    ids = {row.id for row in rows}
+    return replace(table, rows=tuple(rows), contrasts=tuple(c for c in table.contrasts if {c.row, c.base} <= ids))
