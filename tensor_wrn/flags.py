@@ -65,6 +65,11 @@ def make_parser() -> FlagParser:
     method.add_argument("--wd2fd", action="store_true", help="Frobenius decay on the factors in place of their weight decay")
     method.add_argument("--nocrswd", action="store_true", help="weight decay on the factors is not scaled by the compression")
     method.add_argument("--no-frob", action="store_true", help="with --wd2fd: no decay at all on the factors")
+    method.add_argument(
+        "--decay-shortcuts",
+        action="store_true",
+        help="Conv without --wd2fd: Frobenius decay on the shortcuts, on top of their weight decay, as the released code has",
+    )
 
     student = parser.add_argument_group("student")
     student.add_argument("--temperature", type=non_negative, help="of the teacher's and student's answers (default: 4)")
@@ -127,7 +132,7 @@ def _resolve_form(parser: FlagParser, args: argparse.Namespace) -> None:
         parser.error(f"--rank-scale of {form} must be at most 1, got {args.rank_scale:g}")
     if args.init == "released" and not tensors:
         parser.error("--init released is for tensors: of Conv, the released code's regular initialization is regular")
-    flags.resolve_factorization(parser, args, ("spectral", "init", "wd2fd"))
+    flags.resolve_factorization(parser, args, ("spectral", "init", "wd2fd", "decay_shortcuts"))
     if args.wd2fd and args.nocrswd:
         parser.error("--wd2fd and --nocrswd exclude each other: Frobenius decay takes the place of weight decay")
     if args.no_frob and not args.wd2fd:
@@ -137,7 +142,13 @@ def _resolve_form(parser: FlagParser, args: argparse.Namespace) -> None:
     else:
         dense = not (args.rank_scale or args.target_ratio)
         args.decay = "plain" if args.nocrswd or dense else "crs"
-    del args.wd2fd, args.nocrswd, args.no_frob
+    if args.decay_shortcuts:
+        if tensors or args.wd2fd:
+            parser.error(
+                "--decay-shortcuts is for Conv without --wd2fd: else shortcuts are dense or decayed anyway"
+            )
+        args.decay += "+shortcuts"
+    del args.wd2fd, args.nocrswd, args.no_frob, args.decay_shortcuts
 
 
 def _resolve_directories(parser: FlagParser, args: argparse.Namespace) -> None:

@@ -61,12 +61,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             loss = distillation(args, teacher.to(processes.device))
 
         # Optimizer and decay of the factors: Frobenius, scaled by the compression rate, plain or none.
-        decay = FrobeniusDecay(model, args.weight_decay) if args.decay in ("frobenius", "none") else None
-        scaled = args.weight_decay * report.to_dict()["parameters"]["ratio"] if args.decay == "crs" else None
+        kind, _, shortcuts = args.decay.partition("+")
+        decay = FrobeniusDecay(model, args.weight_decay) if kind in ("frobenius", "none") else None
+        scaled = args.weight_decay * report.to_dict()["parameters"]["ratio"] if kind == "crs" else None
         groups = param_groups(model, weight_decay=args.weight_decay, decay=decay, factor_weight_decay=scaled)
         optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)
-        if args.decay == "none":
+        if kind == "none":
             decay = None
+        elif shortcuts:
+            decay = FrobeniusDecay(shortcuts_of(model), args.weight_decay)
 
         trainer = Trainer(
             model,
@@ -97,6 +100,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     """Times --lr-decay-ratio from each epoch of --epoch-step on."""
     return args.lr * args.lr_decay_ratio ** sum(epoch >= step for step in args.epoch_step)
+
+
+def shortcuts_of(model: nn.Module) -> nn.ModuleList:
+    """The shortcut convolutions."""
+    return nn.ModuleList(module for name, module in model.named_modules() if name.endswith(".shortcut"))
 
 
 def load_teacher(args: argparse.Namespace) -> nn.Module:

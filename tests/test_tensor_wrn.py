@@ -380,6 +380,20 @@ def test_the_decay_of_each_flag(train):
         assert frobenius == ([5e-4] if flags == "--wd2fd" else [])
 
 
+def test_decayed_shortcuts_have_both_decays_and_other_factors_their_own(train):
+    """The released code's typo: what Frobenius decay adds to weight decay, against a step without it."""
+    models = {}
+    for number, flags in enumerate(("--nocrswd", "--nocrswd --decay-shortcuts")):
+        run = train(f"digits teacher --conv Conv --target-ratio 0.2 {flags} {DIGITS} --max-steps 1", f"s{number}")
+        result = read_json(run / "result.json")
+        models[flags] = torch.load(run / "checkpoint.pt", weights_only=True)["model"]
+    assert result["config"]["decay"] == "plain+shortcuts"
+    assert [entry.get("frobenius_decay") for entry in result["decays"]] == [None, 5e-4]
+    plain, decayed = models.values()
+    moved = {name.rsplit(".", 1)[0] for name in plain if not torch.equal(plain[name], decayed[name])}
+    assert moved == {name.rsplit(".", 1)[0] for name in plain if ".shortcut." in name}
+
+
 @pytest.mark.parametrize("form", ["TensorTrain_0.5", "Tucker_0.5", "TuckerTT_0.5"])
 def test_tensors_train_in_mixed_precision(form, train):
     run = train(f"digits teacher --conv {form} --wd2fd --amp bf16 {DIGITS} --max-steps 2")
@@ -456,6 +470,9 @@ FORMS_LINE = "--conv must be Conv, TensorTrain_R, Tucker_R or TuckerTT_R with R 
         ("digits teacher --wd2fd", "--wd2fd needs factorized layers"),
         ("digits teacher --conv Tucker_0.5 --wd2fd --nocrswd", "--wd2fd and --nocrswd exclude each other"),
         ("digits teacher --conv Tucker_0.5 --no-frob", "--no-frob needs --wd2fd"),
+        ("digits teacher --conv Tucker_0.5 --decay-shortcuts", "--decay-shortcuts is for Conv without --wd2fd"),
+        ("digits teacher --target-ratio 0.5 --wd2fd --decay-shortcuts", "--decay-shortcuts is for Conv without --wd2fd"),
+        ("digits teacher --decay-shortcuts", "--decay-shortcuts needs factorized layers"),
         ("digits teacher --rank-scale 0.5 --init released", "--init released is for tensors"),
         ("digits teacher --wrn-depth 12", "must be 6n + 4 and at least 10, got 12"),
         ("digits teacher --wrn-width 0", "--wrn-width must be between 1/16 and 100, got 0"),
