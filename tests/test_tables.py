@@ -4,11 +4,13 @@ import csv
 import html.parser
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from common.runs import ROOT, config_hash, read_json, write_json
 from common.tables import collect, plot
 from common.tables.__main__ import main
 from common.tables.emit import emit, quote
-from common.tables.rows import Program, Published, Row, Table, programs, select
+from common.tables.rows import Contrast, Differences, Program, Published, Row, Table, programs, select
 from resnet_cifar.rows import PROGRAM
 
 
@@ -31,7 +33,8 @@ def parser_of(script):
 
 
 def every_row():
-    return [(program, table, row) for program in programs() for table in program.tables for row in table.rows]
+    everything = [*programs(), *programs("evidence")]
+    return [(program, table, row) for program in everything for table in program.tables for row in table.rows]
 
 
 def test_the_settings_of_the_released_code_are_all_here():
@@ -60,7 +63,7 @@ def test_every_row_parses_and_has_the_flags_it_says():
         frobenius = getattr(args, "wd2fd", False) or getattr(args, "decay", None) == "frobenius"
         assert frobenius == ("frobenius" in row.id)
         assert row.id.endswith(getattr(args, "method", ""))
-        assert getattr(args, "square", False) == ("-deep-" in row.id)
+        assert getattr(args, "square", False) == ("deep-" in row.id)
 
 
 def check_translation(args, row):
@@ -78,7 +81,7 @@ def check_translation(args, row):
 
 
 def test_rows_of_a_table_are_different_configurations():
-    for program in programs():
+    for program in [*programs(), *programs("evidence")]:
         for table in program.tables:
             hashes = [program.config_hash(row) for row in table.rows]
             assert len(set(hashes)) == len(hashes), table.id
@@ -88,14 +91,15 @@ def test_expected_parameter_counts_are_those_of_a_dry_run(capsys):
     from resnet_cifar.train import main as train
 
     for _, table, row in every_row():
-        if table.id in ("quickstart", "normalization"):
-            train(["--dry-run", *(flag for flag in row.flags if "{after}" not in flag and flag != "--normalize")])
+        if table.id in ("quickstart", "normalization") or table.id.startswith("evidence-"):
+            classes = ("--num-classes", "10") if "imagefolder" in row.flags else ()
+            train(["--dry-run", *classes, *(flag for flag in row.flags if "{after}" not in flag and flag != "--normalize")])
             assert json.loads(capsys.readouterr().out)["parameters"]["compressed"] == row.parameters
 
 
 def test_every_emitted_command_reaches_the_program_as_written(tmp_path):
     """Each script is run by bash with a stand-in for Python that prints its arguments; the real parser reads them."""
-    emit(programs(), tmp_path)
+    emit([*programs(), *programs("evidence")], tmp_path)
     stand_in = tmp_path / "python"
     stand_in.write_text(
         '#!/usr/bin/env bash\nprintf "%s\\0" "$@" >>"$RECORD"; printf "\\n" >>"$RECORD"; echo /tmp/a/result.json\n'
@@ -371,6 +375,63 @@ def test_collect_prints_and_writes_tables_and_figures(tmp_path, capsys):
     main(["plot", "--results", str(tmp_path)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "quickstart" / "curves.png")
     assert {"curves.png", "curves.pdf"} <= {path.name for path in (tmp_path / "quickstart").iterdir()}
+
+
+def test_contrasts_are_paired_over_the_seeds_that_both_rows_have(tmp_path, capsys):
+    """Against Student's distribution with two degrees of freedom, whose tail and quantile have a closed form."""
+    finals = {"full": [95.0, 96.0, 98.0, 90.0], "spectral": [90.0, 92.0, 91.0], "regular": [80.0], "frobenius": [81.5, 80.5]}
+    for id, values in finals.items():
+        for seed, final in enumerate(values, 1):
+            write_result(tmp_path, id, seed=seed + (1 if id == "frobenius" else 0), final=final)
+    (table,) = [table for table in PROGRAM.tables if table.id == "quickstart"]
+    pairs = [("spectral", "full"), ("spectral", "regular"), ("frobenius", "spectral"), ("frobenius", "regular")]
+    table = replace(table, contrasts=tuple(Contrast("which?", *pair) for pair in pairs), figures=(Differences(),))
+    results = collect.by_configuration(collect.read(tmp_path)[0])
+    three, one, same, none = collect.differences(PROGRAM, table, results)
+    assert three[1] == [-5, -4, -7]
+    mean, error = -16 / 3, math.sqrt(7 / 9)  # sample variance 7/3, over three
+    t, quantile = mean / error, math.sqrt(2 * 0.95**2 / (1 - 0.95**2))
+    found = three[0]
+    assert (found.n, found.mean) == (3, pytest.approx(mean))
+    assert found.p == pytest.approx(1 - abs(t) / math.sqrt(2 + t * t))
+    assert (found.low, found.high) == (pytest.approx(mean - quantile * error), pytest.approx(mean + quantile * error))
+    assert (one[0].n, one[0].mean, one[0].p, one[0].low) == (1, 10, None, None)
+    assert (same[0].n, same[0].mean, same[0].p) == (2, -10.5, None)
+    assert (none[0].n, none[0].mean) == (0, None)
+    text = collect.to_markdown(table, collect.lines(PROGRAM, table, results), [found, none[0]])
+    (line,) = [line.replace(" ", "") for line in text.splitlines() if "spectral - full" in line]
+    assert line == f"|which?|spectral-full|3|-5.33|[{found.low:+.2f},{found.high:+.2f}]|{found.p:.3f}|"
+    collect.write(table, collect.lines(PROGRAM, table, results), tmp_path / "out", [three[0]])
+    assert (tmp_path / "out" / "contrasts.csv").read_text().splitlines()[0] == "question,row,base,n,mean,low,high,p"
+    axes = plot.contrasts(PROGRAM, table, results).axes[0]
+    assert len(axes.get_yticks()) == 3
+    assert plot.contrasts(PROGRAM, table, {}) is None
+    with pytest.raises(ValueError, match="names row 'nothing', which it does not have"):
+        replace(table, contrasts=(Contrast("which?", "nothing", "full"),))
+
+
+def test_reducing_a_table_keeps_the_contrasts_between_its_rows():
+    (program,) = select(programs("evidence"), program="resnet_cifar", row="evidence-schemes/spectral*")
+    assert [(c.row, c.base) for c in program.tables[0].contrasts] == [("spectral+frobenius", "spectral")]
+
+
+def test_the_committed_evidence_makes_its_tables_and_figures(tmp_path, capsys):
+    """Tables to the byte; figures by name, for their pixels depend on the version of matplotlib."""
+    main(["collect", "--evidence", "--out", str(tmp_path)])
+    made = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.*"))
+    assert made == sorted(path.relative_to(ROOT / "evidence") for path in (ROOT / "evidence").glob("evidence-*/*"))
+    assert made
+    for path in made:
+        if path.suffix in (".md", ".csv", ".tex"):
+            assert (tmp_path / path).read_bytes() == (ROOT / "evidence" / path).read_bytes(), path
+
+
+def test_the_findings_quote_tables_of_the_evidence():
+    """Every line of a table in the findings stands in a table made from committed runs."""
+    held = {line for path in (ROOT / "evidence").glob("evidence-*/table.md") for line in path.read_text().splitlines()}
+    quoted = [line for line in (ROOT / "docs" / "findings.md").read_text().splitlines() if line.startswith("|")]
+    assert quoted
+    assert [line for line in quoted if line not in held] == []
 
 
 def test_accuracy_against_a_setting(tmp_path):
