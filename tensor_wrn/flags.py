@@ -144,9 +144,7 @@ def _resolve_form(parser: FlagParser, args: argparse.Namespace) -> None:
         args.decay = "plain" if args.nocrswd or dense else "crs"
     if args.decay_shortcuts:
         if tensors or args.wd2fd:
-            parser.error(
-                "--decay-shortcuts is for Conv without --wd2fd: else shortcuts are dense or decayed anyway"
-            )
+            parser.error("--decay-shortcuts is for Conv without --wd2fd: else shortcuts are dense or decayed anyway")
         args.decay += "+shortcuts"
     del args.wd2fd, args.nocrswd, args.no_frob, args.decay_shortcuts
 

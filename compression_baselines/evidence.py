@@ -1,0 +1,65 @@
+"""The compression rows of evidence/: Table 1 at a scale that two processor cores can run, on real images.
+
+All train the ResNet32 of 32, 64 and 128 channels on 10,000 images of CIFAR-10 (JPEG) and are tested on 5,000, the first of each
+class: give their scripts ``--data-dir IMAGES``, which has train/ and test/ with a folder a class. Every method sees as many
+images: what prunes a trained network trains it for half of the epochs before and tunes it for the other half.
+"""
+
+from __future__ import annotations
+
+from common.tables.rows import Contrast, Differences, Program, Row, Table
+from compression_baselines.rows import METHODS, NAME, PARAMETERS, configure
+
+EPOCHS = 10
+RATIOS = ("0.1", "0.02")
+SPARSE = ("rigl", "snip", "grasp", "magnitude")
+_COUNTS = PARAMETERS["resnet32x32", "cifar10"]
+_RECIPE = ("--network", "resnet", "--width", "32", "--data", "imagefolder", "--batch-size", "64", "--weight-decay", "2e-3")
+_SEEDS = (1,)
+
+
+def make_row(
+    id: str,
+    label: str,
+    *flags: str,
+    ratio: str = "0",
+    epochs: int = EPOCHS,
+    script: str = "train.py",
+    parameters: int | None = None,
+    after: Row | None = None,
+) -> Row:
+    """A row at a ratio of the parameters; dense at 0."""
+    words = [*_RECIPE, "--epochs", str(epochs)]
+    if ratio != "0":
+        words += ["--target-ratio", ratio]
+    return Row(id, label, (*words, *flags), parameters=parameters, seeds=_SEEDS, script=script, after=after)
+
+
+def table1() -> Table:
+    half = make_row("full-half", "full, half of the epochs", epochs=EPOCHS // 2, parameters=_COUNTS["0"])
+    rows, contrasts = [make_row("full", "full", parameters=_COUNTS["0"]), half], []
+    tuning = ("--method", "eigendamage", "--pretrained", "{after}/checkpoint.pt", "--fisher-samples", "1000", "--lr", "0.01")
+    for ratio in RATIOS:
+        share = f"{float(ratio):.0%} of the parameters"
+        for method, (flags, words) in METHODS.items():
+            rows.append(make_row(f"{ratio}-{method}", f"{share}: {words}", *flags, ratio=ratio, parameters=_COUNTS[ratio]))
+        label, epochs = f"{share}: trained, pruned by eigendamage and tuned", EPOCHS - EPOCHS // 2
+        rows.append(make_row(f"{ratio}-eigendamage", label, *tuning, ratio=ratio, epochs=epochs, script="prune.py", after=half))
+        nonzero = round(float(ratio) * _COUNTS["0"])
+        for method in SPARSE:
+            flags = ("--method", method, *(("--update-every", "50") if method in ("rigl", "magnitude") else ()))
+            label = f"{share}: {method}"
+            rows.append(make_row(f"{ratio}-{method}", label, *flags, ratio=ratio, script="sparse.py", parameters=nonzero))
+        both = f"{ratio}-spectral+frobenius"
+        for scheme in ("regular", "spectral", "frobenius", "eigendamage", *SPARSE):
+            contrasts.append(Contrast(f"both schemes against {scheme} at {share}", both, f"{ratio}-{scheme}"))
+    return Table(
+        "evidence-table1",
+        "Low-rank training, pruning and sparse training of a ResNet32 at 10 and 2 %",
+        tuple(rows),
+        (Differences(),),
+        contrasts=tuple(contrasts),
+    )
+
+
+PROGRAM = Program(NAME, configure, (table1(),))

@@ -1,0 +1,67 @@
+"""The tensor rows of evidence/: Table 2 at a scale that two processor cores can run, on real images.
+
+All train a WideResNet16-2 on 10,000 images of CIFAR-10 (JPEG) and are tested on 5,000, the first of each class: give their
+scripts ``--data-dir IMAGES``, which has train/ and test/ with a folder a class.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+from common.tables.rows import Contrast, Differences, Program, Row, Table
+from tensor_wrn.rows import DECAYS, INITS, NAME, NO_DECAY, configure
+
+# Parameters at a tenth of the ordinary network's 691,674.
+FORMS = {"Conv": 69_834, "TensorTrain": 68_730, "Tucker": 69_211}
+_RECIPE = ("imagefolder", "teacher", "--wrn-depth", "16", "--wrn-width", "2", "--epochs", "10", "--epoch-step", "[4,7,9]")
+_SEEDS = (1, 2)
+
+
+def make_row(form: str, init: str, decay: str, label: str, *flags: str) -> Row:
+    words = (*_RECIPE, "--conv", form, "--target-ratio", "0.1", *INITS[init], *flags)
+    return Row(f"{form}-{init}-{decay}", f"{form}, {init} initialization, {label}", words, parameters=FORMS[form], seeds=_SEEDS)
+
+
+def table2() -> Table:
+    rows, contrasts = [Row("full", "full", _RECIPE, parameters=691_674, seeds=_SEEDS)], []
+    for form in FORMS:
+        for init in INITS:
+            for decay, (flags, words) in DECAYS.items():
+                rows.append(make_row(form, init, decay, words, *flags))
+        for decay in DECAYS:
+            question = f"{form}, {decay}: spectral against regular initialization"
+            contrasts.append(Contrast(question, f"{form}-spectral-{decay}", f"{form}-regular-{decay}"))
+        for base in ("plain", "crs"):
+            question = f"{form}, spectral: Frobenius against {base} decay"
+            contrasts.append(Contrast(question, f"{form}-spectral-frobenius", f"{form}-spectral-{base}"))
+    for one, other in combinations(FORMS, 2):
+        question = f"{other} against {one}, both schemes"
+        contrasts.append(Contrast(question, f"{other}-spectral-frobenius", f"{one}-spectral-frobenius"))
+    title = "Low-rank and tensor factorizations of a WideResNet16-2 at a tenth of its parameters"
+    return Table("evidence-table2", title, tuple(rows), (Differences(),), contrasts=tuple(contrasts))
+
+
+def released() -> Table:
+    """What two defects of the released code do: no decay on cores, and Frobenius decay on shortcuts that have weight decay."""
+    rows, contrasts = [], []
+    for form in ("TensorTrain", "Tucker"):
+        for init in INITS:
+            flags, words = NO_DECAY["none"]
+            rows.append(make_row(form, init, "none", words, *flags))
+            rows.append(make_row(form, init, "frobenius", DECAYS["frobenius"][1], *DECAYS["frobenius"][0]))
+            question = f"{form}, {init}: Frobenius decay against the released code's none"
+            contrasts.append(Contrast(question, f"{form}-{init}-frobenius", f"{form}-{init}-none"))
+    for init in INITS:
+        for decay in ("plain", "crs"):
+            flags, words = DECAYS[decay]
+            rows.append(make_row("Conv", init, decay, words, *flags))
+            rows.append(
+                make_row("Conv", init, f"{decay}-shortcuts", f"{words}, decayed shortcuts", *flags, "--decay-shortcuts")
+            )
+            question = f"Conv, {init}, {decay}: the released code's decayed shortcuts against none"
+            contrasts.append(Contrast(question, f"Conv-{init}-{decay}-shortcuts", f"Conv-{init}-{decay}"))
+    title = "What the released code's decays do to a WideResNet16-2 at a tenth of its parameters"
+    return Table("evidence-table2-released", title, tuple(rows), (Differences(),), contrasts=tuple(contrasts))
+
+
+PROGRAM = Program(NAME, configure, (table2(), released()))
