@@ -1,8 +1,10 @@
 """The compression rows of evidence/: Table 1 at a scale that two processor cores can run, on real images.
 
 All train the ResNet32 of 32, 64 and 128 channels on 10,000 images of CIFAR-10 (JPEG) and are tested on 5,000, the first of each
-class: give their scripts ``--data-dir IMAGES``, which has train/ and test/ with a folder a class. Every method sees as many
-images: what prunes a trained network trains it for half of the epochs before and tunes it for the other half.
+class: give their scripts ``--data-dir IMAGES``, which has train/ and test/ with a folder a class. Every method passes over them
+as often: what prunes a trained network trains it for half of the epochs before and tunes it for the other half. What scores
+weights sees a few hundred images more. A budget counts the non-zeros of a sparse network, and low-rank ones come close to it:
+at 2 % they have 5 % fewer.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def table1() -> Table:
     half = make_row("full-half", "full, half of the epochs", epochs=EPOCHS // 2, parameters=_COUNTS["0"])
     rows, contrasts = [make_row("full", "full", parameters=_COUNTS["0"]), half], []
     tuning = ("--method", "eigendamage", "--pretrained", "{after}/checkpoint.pt", "--fisher-samples", "1000", "--lr", "0.01")
+    tuning += ("--prune-ratio-limit", "0.97")  # at its default of 0.95 a layer cannot give what 2 % take
     for ratio in RATIOS:
         share = f"{float(ratio):.0%} of the parameters"
         for method, (flags, words) in METHODS.items():
@@ -51,8 +54,13 @@ def table1() -> Table:
             label = f"{share}: {method}"
             rows.append(make_row(f"{ratio}-{method}", label, *flags, ratio=ratio, script="sparse.py", parameters=nonzero))
         both = f"{ratio}-spectral+frobenius"
-        for scheme in ("regular", "spectral", "frobenius", "eigendamage", *SPARSE):
-            contrasts.append(Contrast(f"both schemes against {scheme} at {share}", both, f"{ratio}-{scheme}"))
+        contrasts += [
+            Contrast(f"spectral initialization at {share}", f"{ratio}-spectral", f"{ratio}-regular"),
+            Contrast(f"Frobenius decay at {share}", f"{ratio}-frobenius", f"{ratio}-regular"),
+            Contrast(f"both schemes against the full network at {share}", both, "full"),
+        ]
+        for other in ("regular", "spectral", "frobenius", "eigendamage", *SPARSE):
+            contrasts.append(Contrast(f"both schemes against {other} at {share}", both, f"{ratio}-{other}"))
     return Table(
         "evidence-table1",
         "Low-rank training, pruning and sparse training of a ResNet32 at 10 and 2 %",
@@ -62,4 +70,4 @@ def table1() -> Table:
     )
 
 
-PROGRAM = Program(NAME, configure, (table1(),))
+PROGRAM = Program(NAME, configure, (table1(),), own_seeds=True)

@@ -57,18 +57,26 @@ def test_every_row_parses_and_has_the_flags_it_says():
         assert config_hash(program.configure(row)) == args.row_config
         if program.name == "transformer_iwslt":
             if table.id.startswith("evidence-"):
-                assert args.spectral_quekey == ("spectral" in row.id)
-                assert args.wd2fd_outval == ("frobenius" in row.id)
-                assert args.wd2fd == ("frobenius" in row.id and args.rank_scale > 0)
+                spectral, frobenius, factorized = "spectral" in row.id, "frobenius" in row.id, args.rank_scale > 0
+                assert (args.spectral_quekey, args.spectral_outval) == (spectral, spectral)
+                assert (args.wd2fd_quekey, args.wd2fd_outval) == (frobenius, frobenius)
+                assert (args.init == "spectral", args.wd2fd) == (spectral and factorized, frobenius and factorized)
             else:
                 check_translation(args, row)
             continue
-        if "spectral" in row.id:
-            assert args.init == "spectral"
+        if getattr(args, "init", None) is not None:
+            start = next((init for init in ("norm-matched", "spectral", "released") if init in row.id), "regular")
+            assert args.init == start
         frobenius = getattr(args, "wd2fd", False) or getattr(args, "decay", None) == "frobenius"
         assert frobenius == ("frobenius" in row.id)
         assert row.id.endswith(getattr(args, "method", ""))
         assert getattr(args, "square", False) == ("deep-" in row.id)
+        undecayed = getattr(args, "no_frob", False) or getattr(args, "decay", None) == "none"
+        assert undecayed == row.id.endswith(("none", "normalized"))
+        assert (getattr(args, "normalize", None) is not None) == row.id.endswith("normalized")
+        assert str(getattr(args, "decay", "")).endswith("+shortcuts") == row.id.endswith("-shortcuts")
+        if table.id in ("decay-sweep", "evidence-decay"):
+            assert args.weight_decay == float(re.search(r"\de-\d", row.id)[0])
 
 
 def check_translation(args, row):
@@ -305,8 +313,8 @@ def test_mixed_configurations_of_one_row_and_seed_stop_the_table(tmp_path):
     results, _ = collect.read(tmp_path)
     table = next(table for table in PROGRAM.tables if table.id == "quickstart")
     with pytest.raises(ValueError, match="different configurations") as error:
-        collect.check(table, results)
-    collect.check(PROGRAM.tables[0], results)  # other tables stand
+        collect.check(PROGRAM, table, results)
+    collect.check(PROGRAM, PROGRAM.tables[0], results)  # other tables stand
     assert str(first) in str(error.value)
     assert str(second) in str(error.value)
 
@@ -385,9 +393,9 @@ def test_collect_prints_and_writes_tables_and_figures(tmp_path, capsys):
     assert {"curves.png", "curves.pdf"} <= {path.name for path in (tmp_path / "quickstart").iterdir()}
 
 
-def test_contrasts_are_paired_over_the_seeds_that_both_rows_have(tmp_path, capsys):
+def test_contrasts_are_paired_over_the_seeds_that_both_rows_have(tmp_path):
     """Against Student's distribution with two degrees of freedom, whose tail and quantile have a closed form."""
-    finals = {"full": [95.0, 96.0, 98.0, 90.0], "spectral": [90.0, 92.0, 91.0], "regular": [80.0], "frobenius": [81.5, 80.5]}
+    finals = {"full": [95.0, 96.0, 98.0, 90.0], "spectral": [90.0, 92.0, 91.0], "regular": [80.0], "frobenius": [64.99, 63.99]}
     for id, values in finals.items():
         for seed, final in enumerate(values, 1):
             write_result(tmp_path, id, seed=seed + (1 if id == "frobenius" else 0), final=final)
@@ -401,12 +409,15 @@ def test_contrasts_are_paired_over_the_seeds_that_both_rows_have(tmp_path, capsy
     t, quantile = mean / error, math.sqrt(2 * 0.95**2 / (1 - 0.95**2))
     found = three[0]
     assert (found.n, found.mean) == (3, pytest.approx(mean))
-    assert found.p == pytest.approx(1 - abs(t) / math.sqrt(2 + t * t))
-    assert (found.low, found.high) == (pytest.approx(mean - quantile * error), pytest.approx(mean + quantile * error))
+    assert found.p == pytest.approx(1 - abs(t) / math.sqrt(2 + t * t), rel=1e-5)
+    assert found.low == pytest.approx(mean - quantile * error, rel=1e-5)
+    assert found.high == pytest.approx(mean + quantile * error, rel=1e-5)
     assert (one[0].n, one[0].mean, one[0].p, one[0].low) == (1, 10, None, None)
-    assert (same[0].n, same[0].mean, same[0].p) == (2, -10.5, None)
+    assert 64.99 - 92.0 != 63.99 - 91.0  # equal to the reader, not in binary
+    assert (same[0].n, same[0].mean, same[0].p) == (2, -27.01, None)
     assert (none[0].n, none[0].mean) == (0, None)
     text = collect.to_markdown(table, collect.lines(PROGRAM, table, results), [found, none[0]])
+    assert "spectral - full" in collect.to_latex(table, collect.lines(PROGRAM, table, results), [found])
     (line,) = [line.replace(" ", "") for line in text.splitlines() if "spectral - full" in line]
     assert line == f"|which?|spectral-full|3|-5.33|[{found.low:+.2f},{found.high:+.2f}]|{found.p:.3f}|"
     collect.write(table, collect.lines(PROGRAM, table, results), tmp_path / "out", [three[0]])
@@ -416,6 +427,23 @@ def test_contrasts_are_paired_over_the_seeds_that_both_rows_have(tmp_path, capsy
     assert plot.contrasts(PROGRAM, table, {}) is None
     with pytest.raises(ValueError, match="names row 'nothing', which it does not have"):
         replace(table, contrasts=(Contrast("which?", "nothing", "full"),))
+
+
+def test_a_program_may_count_no_other_seeds_than_its_rows_name(tmp_path):
+    for seed in (1, 2, 9):
+        write_result(tmp_path, "full", seed=seed, final=90.0 + seed)
+    results = collect.by_configuration(collect.read(tmp_path)[0])
+    (table,) = [table for table in PROGRAM.tables if table.id == "quickstart"]
+    assert collect.lines(PROGRAM, table, results)[0].n == 3
+    assert collect.lines(replace(PROGRAM, own_seeds=True), table, results)[0].n == 2
+
+
+def test_a_table_of_runs_on_different_images_is_refused(tmp_path):
+    write_result(tmp_path, "full", inputs={"train": "a", "test": "b"})
+    write_result(tmp_path, "regular", inputs={"train": "a", "test": "c"})
+    (table,) = [table for table in PROGRAM.tables if table.id == "quickstart"]
+    with pytest.raises(ValueError, match="has runs on different images"):
+        collect.check(PROGRAM, table, collect.read(tmp_path)[0])
 
 
 def test_reducing_a_table_keeps_the_contrasts_between_its_rows():
@@ -435,11 +463,13 @@ def test_the_committed_evidence_makes_its_tables_and_figures(tmp_path, capsys):
 
 
 def test_the_findings_quote_tables_of_the_evidence():
-    """Every line of a table in the findings stands in a table made from committed runs."""
-    held = {line for path in (ROOT / "evidence").glob("evidence-*/table.md") for line in path.read_text().splitlines()}
-    quoted = [line for line in (ROOT / "docs" / "findings.md").read_text().splitlines() if line.startswith("|")]
+    """Every line of a table, every difference and every interval in the findings stands in a table made from committed runs."""
+    held = "\n".join(path.read_text() for path in (ROOT / "evidence").glob("evidence-*/table.md"))
+    findings = (ROOT / "docs" / "findings.md").read_text()
+    quoted = [line for line in findings.splitlines() if line.startswith("|")]
+    quoted += re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]|(?<![\d\[.])[+-]\d+\.\d+|\d+\.\d\d ± \d+\.\d\d", findings)
     assert quoted
-    assert [line for line in quoted if line not in held] == []
+    assert [quote for quote in quoted if quote not in held] == []
 
 
 def test_accuracy_against_a_setting(tmp_path):

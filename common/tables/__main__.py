@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                 "--evidence", action="store_true", help="the rows of evidence/ in place of the paper's; collect also draws"
             )
         if name in ("status", "collect", "plot"):
-            command.add_argument("--results", type=Path, help="where runs wrote (default: results/, or evidence/)")
+            command.add_argument("--results", type=Path, help="where runs wrote (default: results/, --evidence: evidence/)")
         if name in ("collect", "plot"):
             command.add_argument("--out", type=Path, help="where a folder per table goes (default: the results folder)")
     made["status"].add_argument("--all", action="store_true", help="also show rows that were not begun")
@@ -52,8 +52,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     job.add_argument("--logs", type=Path, default=ROOT / "results" / "slurm", help="where logs go")
     job.add_argument("flags", nargs="*", help="after --: flags for the program")
     args = parser.parse_args(argv)
+    if args.command in ("collect", "plot") and args.evidence and args.row and args.out is None:
+        parser.error(f"--row {args.row} would write parts of tables over those of evidence/: give --out too")
     if args.command in ("status", "collect", "plot") and args.results is None:
-        args.results = ROOT / ("evidence" if args.evidence and args.command != "status" else "results")
+        args.results = ROOT / ("evidence" if args.evidence else "results")
     return args
 
 
@@ -114,7 +116,7 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
             for result in collect.outdated(program, table, found):
                 print(f"not counted: {result.path} is of row {result.row} in another configuration", file=sys.stderr)
             try:
-                collect.check(table, found)
+                collect.check(program, table, found)
             except ValueError as error:
                 stopped.append(str(error))
                 continue

@@ -103,8 +103,21 @@ def read(directory: Path) -> tuple[list[Result], list[str]]:
     return results, problems
 
 
-def check(table: Table, results: Iterable[Result]) -> None:
-    """Raise ValueError where two results claim one row and seed of the table and have different configurations."""
+def check(program: Program, table: Table, results: Sequence[Result]) -> None:
+    """Raise ValueError where two results claim one row and seed of the table and have different configurations.
+
+    Also where the table would compare runs on different images: with ``--data imagefolder``, for other data sets are part of
+    the configuration.
+    """
+    hashes = {program.config_hash(row) for row in table.rows}
+    images: Result | None = None
+    for result in results:
+        if result.hash in hashes:
+            images = images or result
+            if any(images.inputs.get(split) != result.inputs.get(split) for split in ("train", "test", "val")):
+                raise ValueError(
+                    f"table {table.id} has runs on different images: {images.path} and {result.path}; move one of them away"
+                )
     claims: dict[tuple[str, int], Result] = {}
     for result in results:
         if result.row is not None and result.row.startswith(f"{table.id}/"):
@@ -158,18 +171,25 @@ def summarize(row: Row, results: Sequence[Result]) -> Line:
     )
 
 
+def of_row(program: Program, row: Row, results: Mapping[str, list[Result]]) -> list[Result]:
+    """The results of exactly a row's configuration, by seed."""
+    found = results.get(program.config_hash(row), [])
+    return [result for result in found if result.seed in row.seeds or not program.own_seeds]
+
+
 def lines(program: Program, table: Table, results: Mapping[str, list[Result]]) -> list[Line]:
-    """The lines of a table; only results of exactly a row's configuration count."""
-    return [summarize(row, results.get(program.config_hash(row), [])) for row in table.rows]
+    """The lines of a table."""
+    return [summarize(row, of_row(program, row, results)) for row in table.rows]
 
 
 def differences(program: Program, table: Table, results: Mapping[str, list[Result]]) -> list[tuple[Difference, list[float]]]:
     """The contrasts of a table over the seeds that both rows have finished, each with its difference seed by seed."""
-    finals = {row.id: {result.seed: result.final for result in results.get(program.config_hash(row), [])} for row in table.rows}
+    finals = {row.id: {result.seed: result.final for result in of_row(program, row, results)} for row in table.rows}
     found = []
     for contrast in table.contrasts:
         ours, base = finals[contrast.row], finals[contrast.base]
-        each = [ours[seed] - base[seed] for seed in sorted(ours.keys() & base.keys())]
+        # Rounded, so that equal differences of scores are equal.
+        each = [round(ours[seed] - base[seed], 9) for seed in sorted(ours.keys() & base.keys())]
         found.append((_test(contrast, each), each))
     return found
 
@@ -183,7 +203,7 @@ def _test(contrast: Contrast, each: Sequence[float]) -> Difference:
 
         test = ttest_1samp(each, 0.0)
         interval = test.confidence_interval(0.95)
-        low, high, p = float(interval.low), float(interval.high), float(test.pvalue)
+        low, high, p = (float(f"{value:.6g}") for value in (interval.low, interval.high, test.pvalue))
     return Difference(contrast.question, contrast.row, contrast.base, n, mean, low, high, p)
 
 
@@ -233,30 +253,31 @@ def in_papers_shape(table: Table, table_lines: Sequence[Line]) -> str:
 def note(table: Table, table_lines: Sequence[Line]) -> str:
     runs, hours = sum(line.n for line in table_lines), sum(line.n * (line.seconds or 0.0) for line in table_lines) / 3600
     return (
-        f"Final and best {table.score}, mean ± sample standard deviation over n seeds. Seconds are of one run; "
-        f"{runs} {'run' if runs == 1 else 'runs'} took {hours:.1f} hours in all."
+        f"Final and best {table.score}, mean ± sample standard deviation over n seeds. Seconds are of one run: "
+        f"{hours:.1f} hours of the {runs} {'run' if runs == 1 else 'runs'} together."
     )
 
 
-def contrasts_to_markdown(found: Sequence[Difference]) -> str:
-    """The differences as a table; empty where there are none."""
-    if not found:
-        return ""
-    header = ["Question", "Rows", "n", "Difference", "95 % interval", "p"]
-    body = [
+CONTRASTS_NOTE = (
+    "Differences of final values, paired over the n seeds that both rows have: mean, its 95 % interval and p of Student's "
+    "t-test, not corrected for the number of questions."
+)
+
+
+def contrast_cells(found: Sequence[Difference]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the differences."""
+    rows = [
         [
             each.question,
             f"{each.row} - {each.base}",
             str(each.n),
             f"{each.mean:+.2f}" if each.mean is not None else "-",
             f"[{each.low:+.2f}, {each.high:+.2f}]" if each.low is not None else "-",
-            f"{each.p:.3f}" if each.p is not None else "-",
+            "-" if each.p is None else f"{each.p:.3f}" if each.p >= 0.0005 else "<0.001",
         ]
         for each in found
     ]
-    align = ("left", "left", "right", "right", "right", "right")
-    text = tabulate(body, header, tablefmt="github", disable_numparse=True, colalign=align)
-    return f"\n{text}\n\nDifferences of final values, paired over n seeds: mean, its 95 % interval and p of Student's t-test.\n"
+    return ["Question", "Rows", "n", "Difference", "95 % interval", "p"], rows
 
 
 def to_markdown(table: Table, table_lines: Sequence[Line], found: Sequence[Difference] = ()) -> str:
@@ -265,14 +286,25 @@ def to_markdown(table: Table, table_lines: Sequence[Line], found: Sequence[Diffe
     text = tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align if rows else None)
     notes = "".join(f"\n[{number}] {source}" for number, source in enumerate(sources, 1))
     shape = in_papers_shape(table, table_lines)
-    return f"**{table.title}**\n\n{shape}{text}\n\n{note(table, table_lines)}{notes}\n{contrasts_to_markdown(found)}"
+    contrasts = ""
+    if found:
+        header, rows = contrast_cells(found)
+        align = ("left", "left", *["right"] * (len(header) - 2))
+        below = tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align)
+        contrasts = f"\n{below}\n\n{CONTRASTS_NOTE}\n"
+    return f"**{table.title}**\n\n{shape}{text}\n\n{note(table, table_lines)}{notes}\n{contrasts}"
 
 
-def to_latex(table: Table, table_lines: Sequence[Line]) -> str:
+def to_latex(table: Table, table_lines: Sequence[Line], found: Sequence[Difference] = ()) -> str:
     header, rows, sources = cells(table_lines)
     text = tabulate(rows, header, tablefmt="latex_booktabs", disable_numparse=True).replace("±", r"$\pm$")
     notes = "".join(f"\n\n{{\\footnotesize [{number}] {source}}}" for number, source in enumerate(sources, 1))
-    return f"% {table.title}\n% {note(table, table_lines)}\n{text}{notes}\n"
+    contrasts = ""
+    if found:
+        header, rows = contrast_cells(found)
+        below = tabulate(rows, header, tablefmt="latex_booktabs", disable_numparse=True)
+        contrasts = f"\n% {CONTRASTS_NOTE}\n{below}\n"
+    return f"% {table.title}\n% {note(table, table_lines)}\n{text}{notes}\n{contrasts}"
 
 
 def to_csv(records: Sequence[Line] | Sequence[Difference], kind: type[Line] | type[Difference] = Line) -> str:
@@ -290,6 +322,6 @@ def write(table: Table, table_lines: Sequence[Line], directory: Path, found: Seq
     figures = "".join(f"\n![{id}]({id}.png)\n" for id in drawn)
     write_atomic(directory / "table.md", to_markdown(table, table_lines, found) + figures)
     write_atomic(directory / "table.csv", to_csv(table_lines))
-    write_atomic(directory / "table.tex", to_latex(table, table_lines))
+    write_atomic(directory / "table.tex", to_latex(table, table_lines, found))
     if found:
         write_atomic(directory / "contrasts.csv", to_csv(found, Difference))

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.tables.collect import Result, cells, lines, note
+from common.tables.collect import CONTRASTS_NOTE, Result, cells, contrast_cells, differences, lines, note, of_row
 from common.tables.emit import SCRIPTS
 from common.tables.rows import Program, Row, Table
 
@@ -61,6 +61,12 @@ def _behind(program: Program, table: Table, row: Row, results: Sequence[Result],
     )
 
 
+def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
 def _section(program: Program, table: Table, results: Mapping[str, list[Result]], figures: Sequence[Path], page: Path) -> str:
     table_lines = lines(program, table, results)
     header, rows, sources = cells(table_lines)
@@ -76,11 +82,15 @@ def _section(program: Program, table: Table, results: Mapping[str, list[Result]]
         f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         for path in figures
     )
-    behind = "".join(_behind(program, table, row, results.get(program.config_hash(row), []), page) for row in table.rows)
+    behind = "".join(_behind(program, table, row, of_row(program, row, results), page) for row in table.rows)
+    contrasts = ""
+    if table.contrasts:
+        contrasts = _grid(*contrast_cells([difference for difference, _ in differences(program, table, results)]))
+        contrasts += f'<p class="quiet">{html.escape(CONTRASTS_NOTE)}</p>'
     return (
         f'<section id="{html.escape(table.id)}"><h2>{html.escape(table.title)}</h2>'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<p class="quiet">{html.escape(note(table, table_lines))}{notes}</p>{images}'
+        f'<p class="quiet">{html.escape(note(table, table_lines))}{notes}</p>{contrasts}{images}'
         f"<details><summary>Scripts, configurations and results behind these rows</summary>{behind}</details></section>"
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from common.tables.collect import Result, differences
+from common.tables.collect import Result, differences, of_row
 from common.tables.rows import Against, Curves, Differences, Program, Table
 
 # Okabe and Ito's palette, told apart by color-blind readers; line styles and markers tell lines apart in gray print.
@@ -77,7 +77,7 @@ def _mean_curve(runs: Sequence[list[dict[str, Any]]], metric: str) -> tuple[list
 
 def curves(figure: Curves, program: Program, table: Table, results: Mapping[str, list[Result]]) -> Figure | None:
     """Metrics against the epoch: a panel each, a line per row, a band of one standard deviation over its seeds."""
-    runs = {row.id: [epochs_of(result) for result in results.get(program.config_hash(row), [])] for row in table.rows}
+    runs = {row.id: [epochs_of(result) for result in of_row(program, row, results)] for row in table.rows}
     runs = {id: records for id, records in runs.items() if records}
     if not runs:
         return None
@@ -109,7 +109,7 @@ def against(figure: Against, program: Program, table: Table, results: Mapping[st
     """Final score against a setting: a panel per network and data set, a line per scheme, error bars over seeds."""
     panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for row in table.rows:
-        found = results.get(program.config_hash(row), [])
+        found = of_row(program, row, results)
         if found:
             config, finals = found[0].config, [result.final for result in found]
             spread = statistics.stdev(finals) if len(finals) > 1 else 0.0
@@ -143,22 +143,29 @@ def against(figure: Against, program: Program, table: Table, results: Mapping[st
 
 
 def contrasts(program: Program, table: Table, results: Mapping[str, list[Result]]) -> Figure | None:
-    """The table's contrasts, one below the other: a point per seed, their mean and its 95 % interval."""
+    """The table's contrasts, one below the other: a ring per seed, their mean, and its 95 % interval where there is one.
+
+    The axis is as wide as four times the largest difference of a seed; longer intervals are cut there.
+    """
     found = [(difference, each) for difference, each in differences(program, table, results) if each]
     if not found:
         return None
-    drawn = Figure(figsize=(7.2, 1.2 + 0.42 * len(found)), layout="constrained")
+    drawn = Figure(figsize=(8, 1.2 + 0.4 * len(found)), layout="constrained")
     axes = drawn.subplots()
     axes.axvline(0, color="#000000", linewidth=0.8)
     for height, (difference, each) in enumerate(found):
         if difference.low is not None and difference.high is not None:
             axes.plot((difference.low, difference.high), (height, height), color="#0072B2", linewidth=2, zorder=1)
-        axes.plot(each, [height] * len(each), "o", markersize=4, markerfacecolor="none", color="#8C8C8C", zorder=2)
-        axes.plot(statistics.mean(each), height, "D", markersize=5, color="#0072B2", zorder=3)
-    labels = [f"{difference.question}\n{difference.row} - {difference.base} (n={difference.n})" for difference, _ in found]
-    axes.set_yticks(range(len(found)), labels, fontsize=7)
+        axes.plot(each, [height] * len(each), "o", markersize=5, markerfacecolor="none", color="#000000", zorder=3)
+        if len(each) > 1:
+            axes.plot(statistics.mean(each), height, "D", markersize=5, color="#0072B2", zorder=2)
+    axes.set_yticks(range(len(found)), [f"{d.question}\n{d.row} - {d.base} (n={d.n})" for d, _ in found], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel(f"difference in {table.score.partition(' (')[0]}: seeds, mean and its 95 % interval")
+    reach = 4 * max(abs(value) for _, each in found for value in each) or 1.0
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(low, -reach), min(high, reach))
+    unit = table.score.partition(" (")[0].replace("in percent", "in points")
+    drawn.supxlabel(f"difference in {unit}: seeds (rings), mean and 95 % interval", fontsize=9)
     drawn.suptitle(textwrap.fill(table.title, int(13 * drawn.get_figwidth())), fontsize=10)
     return drawn
 

@@ -120,11 +120,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Program:
-    """A subproject, how it reads the flags of a row, and its tables. ``configure`` gives a row's resolved configuration."""
+    """A subproject, how it reads the flags of a row, and its tables. ``configure`` gives a row's resolved configuration.
+
+    With ``own_seeds``, tables count no other seeds than those that a row names.
+    """
 
     name: str
     configure: Callable[[Row], dict[str, Any]]
     tables: tuple[Table, ...] = field(default=())
+    own_seeds: bool = False
 
     def config_hash(self, row: Row) -> str:
         return config_hash(self.configure(row))
