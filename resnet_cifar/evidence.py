@@ -45,20 +45,22 @@ def schedule() -> Table:
 def schemes() -> Table:
     seeds = (1, 2, 3)
     rows = [make_row("full", "full", epochs=10, seeds=seeds)]
-    for method in ("regular", "norm-matched", "spectral", "frobenius", "spectral+frobenius"):
+    for method in METHODS:
         flags, words = METHODS[method]
         rows.append(make_row(method, f"rank scale 0.111: {words}", *flags, epochs=10, scale="0.111", seeds=seeds))
     return Table(
         "evidence-schemes",
         "Both schemes at a quarter of the parameters: ResNet20 at rank scale 1/9, 10 epochs",
         tuple(rows),
-        (Differences(), Curves("curves")),
+        (Differences(), Curves("curves", ("test_accuracy", "nuclear_norm/nuclear_norm_bound"))),
         contrasts=(
             Contrast("spectral initialization, under weight decay", "spectral", "regular"),
             Contrast("its scale alone, under weight decay", "norm-matched", "regular"),
             Contrast("all but its scale (directions, spectrum, balance)", "spectral", "norm-matched"),
             Contrast("spectral initialization, under Frobenius decay", "spectral+frobenius", "frobenius"),
+            Contrast("all but its scale, under Frobenius decay", "spectral+frobenius", "norm-matched+frobenius"),
             Contrast("Frobenius decay, from a regular start", "frobenius", "regular"),
+            Contrast("Frobenius decay, from a norm-matched start", "norm-matched+frobenius", "norm-matched"),
             Contrast("Frobenius decay, from a spectral start", "spectral+frobenius", "spectral"),
             Contrast("both schemes", "spectral+frobenius", "regular"),
             Contrast("what is left to the full network", "spectral+frobenius", "full"),

@@ -97,6 +97,9 @@ def curves(figure: Curves, program: Program, table: Table, results: Mapping[str,
             if bound:
                 epochs, means, _ = _mean_curve(records, bound)
                 axes.plot(epochs, means, color=color, linestyle=":", linewidth=1)
+        values = [value for line in axes.lines for value in line.get_ydata()]
+        if min(values) > 0 and max(values) > 30 * min(values):
+            axes.set_yscale("log")
         axes.set_xlabel("epoch")
         axes.set_ylabel(LABELS.get(metric, metric) + (" (dotted: bound)" if bound else ""))
     handles, names = drawn.axes[0].get_legend_handles_labels()
@@ -160,7 +163,7 @@ def contrasts(program: Program, table: Table, results: Mapping[str, list[Result]
         if len(each) > 1:
             axes.plot(statistics.mean(each), height, "D", markersize=5, color="#0072B2", zorder=2)
     axes.set_yticks(range(len(found)), [f"{d.question}\n{d.row} - {d.base} (n={d.n})" for d, _ in found], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(found) - 0.5, -0.5)
     reach = 4 * max(abs(value) for _, each in found for value in each) or 1.0
     low, high = axes.get_xlim()
     axes.set_xlim(max(low, -reach), min(high, reach))
