@@ -532,6 +532,13 @@ def test_status_counts_each_seed_once_and_says_why_runs_failed(tmp_path, capsys)
     assert f"{50 / 60 * 2.25:.1f} GPU-hours left" in capsys.readouterr().out
 
 
+def test_status_counts_a_result_that_was_kept_alone(tmp_path, capsys):
+    write_result(tmp_path, "full", seed=1)
+    main(["status", "--results", str(tmp_path), "--table", "quickstart"])
+    (line,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("quickstart/full")]
+    assert line[1:3] == ["1", "2"]  # finished, missing
+
+
 def test_the_page_stands_alone_and_escapes(tmp_path, capsys):
     for seed in (1, 2):
         with_curves(write_result(tmp_path, "spectral", seed=seed), [10, 90 + seed])

@@ -11,6 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from common.runs import config_hash, read_json
+from common.tables import collect
 from common.tables.rows import Program, Row
 
 STALE = 900  # seconds without a heartbeat after which a run no longer counts as running
@@ -43,8 +44,11 @@ def _state(directory: Path, hash: str, seed: int, now: float) -> RunState:
 
 
 def scan(directory: Path) -> tuple[dict[tuple[str, int], RunState], list[str]]:
-    """State of every run below a directory, by configuration hash and seed (of several, the furthest), and unreadable files."""
-    found: dict[tuple[str, int], RunState] = {}
+    """State of every run below a directory, by configuration hash and seed (of several, the furthest), and unreadable files.
+
+    A run whose result alone was kept, as in evidence/, is finished.
+    """
+    found = {(result.hash, result.seed): RunState("finished", 1.0) for result in collect.read(directory)[0]}
     problems = []
     now = time.time()
     for path in sorted(directory.rglob("config.json")):
