@@ -72,6 +72,14 @@ def test_bad_flags(capsys, tmp_path, monkeypatch, command, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_a_word_with_line_breaks_gives_one_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["a\nb\u2028c"])
+    assert capsys.readouterr().err.splitlines() == [
+        "resnet_cifar/train.py: error: unrecognized arguments: a b c (--help lists the flags)"
+    ]
+
+
 @pytest.mark.parametrize("device", ["cuda", "0", "cuda:3"])
 def test_cuda_that_is_absent(capsys, device):
     fails(capsys, f"--data digits --device {device}", "use --device cpu")
