@@ -22,7 +22,7 @@ from common.vision.training import Trainer
 from tensor_wrn.distillation import distillation_loss
 from tensor_wrn.factorize import factorized_layers, make_model
 from tensor_wrn.flags import PROGRAM, parse
-from tensor_wrn.models import build
+from tensor_wrn.models import BasicBlock, build
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,7 +104,8 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
 
 def shortcuts_of(model: nn.Module) -> nn.ModuleList:
     """The shortcut convolutions."""
-    return nn.ModuleList(module for name, module in model.named_modules() if name.endswith(".shortcut"))
+    blocks = (module for module in model.modules() if isinstance(module, BasicBlock))
+    return nn.ModuleList(block.shortcut for block in blocks if block.shortcut is not None)
 
 
 def load_teacher(args: argparse.Namespace) -> nn.Module:
