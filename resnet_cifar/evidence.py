@@ -69,23 +69,28 @@ def schemes() -> Table:
 
 
 def normalization() -> Table:
-    frobenius = make_row("frobenius", "Frobenius decay", "--wd2fd", "--dump-frobnorms", scale="0.111")
     replay = ("--no-frob", "--normalize", "{after}/frobnorms.tensor")
-    rows = (
-        make_row("none", "no decay on the factors", "--no-frob", scale="0.111"),
-        frobenius,
-        make_row("normalized", "no decay, norms of the Frobenius run replayed", *replay, scale="0.111", after=frobenius),
-    )
+    rows, contrasts = [], []
+    for init in ("regular", "spectral"):
+        flags, start = METHODS[init][0], f"{init} start"
+        none = make_row(f"{init}-none", f"{start}: no decay on the factors", *flags, "--no-frob", scale="0.111")
+        frobenius = make_row(
+            f"{init}-frobenius", f"{start}: Frobenius decay", *flags, "--wd2fd", "--dump-frobnorms", scale="0.111"
+        )
+        label = f"{start}: no decay, norms of the Frobenius run replayed"
+        normalized = make_row(f"{init}-normalized", label, *flags, *replay, scale="0.111", after=frobenius)
+        rows += [none, frobenius, normalized]
+        contrasts += [
+            Contrast(f"{start}: Frobenius decay against none", frobenius.id, none.id),
+            Contrast(f"{start}: its norms alone against none", normalized.id, none.id),
+            Contrast(f"{start}: Frobenius decay beyond its norms", frobenius.id, normalized.id),
+        ]
     return Table(
         "evidence-normalization",
         "What Frobenius decay does beyond keeping norms small: ResNet20 at rank scale 1/9, 5 epochs",
-        rows,
+        tuple(rows),
         (Curves("norms", ("test_accuracy", "frobenius_norm", "nuclear_norm/nuclear_norm_bound")),),
-        contrasts=(
-            Contrast("Frobenius decay against none", "frobenius", "none"),
-            Contrast("its norms alone against none", "normalized", "none"),
-            Contrast("Frobenius decay beyond its norms", "frobenius", "normalized"),
-        ),
+        contrasts=tuple(contrasts),
     )
 
 
