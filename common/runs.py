@@ -145,7 +145,9 @@ def digest(path: Path) -> str:
     """12 hexadecimal digits that tell a file's content or, of a folder, the names and sizes of its files, from others."""
     if not path.is_dir():
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    files = sorted((str(file.relative_to(path)), file.stat().st_size) for file in path.rglob("*") if file.is_file())
+    # rglob does not look into folders that are links, which data sets may have for classes.
+    found = (Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names)
+    files = sorted((str(file.relative_to(path)), file.stat().st_size) for file in found if file.is_file())
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]
 
 

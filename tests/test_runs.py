@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from common.runs import FlagParser, Run, config_hash, read_json, write_atomic
+from common.runs import FlagParser, Run, config_hash, digest, read_json, write_atomic
 
 
 def test_flags_take_dashes_and_underscores_and_no_abbreviations(capsys):
@@ -22,6 +22,18 @@ def test_flags_take_dashes_and_underscores_and_no_abbreviations(capsys):
 def test_the_hash_is_of_the_content():
     assert config_hash({"a": 1, "b": [2]}) == config_hash({"b": [2], "a": 1})
     assert config_hash({"a": 1}) != config_hash({"a": 2})
+
+
+def test_the_digest_of_a_folder_sees_through_links(tmp_path):
+    """A class may be a link to a folder of images elsewhere; image folders are read through such links too."""
+    images, linked = tmp_path / "images" / "ant", tmp_path / "linked"
+    images.mkdir(parents=True)
+    linked.mkdir()
+    (images / "0.png").write_bytes(b"image")
+    (linked / "ant").symlink_to(images)
+    assert digest(linked) == digest(images.parent)
+    (images / "1.png").write_bytes(b"another")
+    assert digest(linked) == digest(images.parent) != digest(tmp_path)
 
 
 def test_atomic_writing_keeps_the_old_content_on_failure(tmp_path):

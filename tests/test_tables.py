@@ -438,11 +438,11 @@ def test_a_program_may_count_no_other_seeds_than_its_rows_name(tmp_path):
     assert collect.lines(replace(PROGRAM, own_seeds=True), table, results)[0].n == 2
 
 
-def test_a_table_of_runs_on_different_images_is_refused(tmp_path):
+def test_a_table_of_runs_on_different_data_is_refused(tmp_path):
     write_result(tmp_path, "full", inputs={"train": "a", "test": "b"})
     write_result(tmp_path, "regular", inputs={"train": "a", "test": "c"})
     (table,) = [table for table in PROGRAM.tables if table.id == "quickstart"]
-    with pytest.raises(ValueError, match="has runs on different images"):
+    with pytest.raises(ValueError, match="has runs on different data"):
         collect.check(PROGRAM, table, collect.read(tmp_path)[0])
 
 

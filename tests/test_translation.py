@@ -95,7 +95,7 @@ def test_a_run_trains_and_leaves_its_records(data, tmp_path, capsys):
     model = engine.to_transformer(state, tmp_path / "checkpoint_last.pt")
     assert result["parameters"]["compressed"] == model.report.compressed == sum(p.numel() for p in model.parameters())
     assert {entry["group"]: entry["tensors"] for entry in result["decays"]} == {"rest": 15, "factors": 18 + 12}
-    assert set(result["metrics"]) >= {"bleu", "sacrebleu", "sacrebleu_signature", "final", "best"}
+    assert set(result["metrics"]) >= {"bleu", "bleu_signature", "sacrebleu", "sacrebleu_signature", "final", "best"}
     records = lines(tmp_path)
     assert [record["epoch"] for record in records] == list(range(1, len(records) + 1))
     assert records[-1]["step"] == 12

@@ -73,6 +73,7 @@ def score(translations: Sequence[dict[str, str]], pipeline: Pipeline, references
     by_sentence = BLEU(lowercase=pipeline.lowercase)
     return {
         "bleu": by_word.corpus_score(hypotheses, [tokenized]).score,
+        "bleu_signature": str(by_word.get_signature()),
         "sacrebleu": by_sentence.corpus_score([pipeline.detokenize(line, lang) for line in hypotheses], [list(plain)]).score,
         "sacrebleu_signature": str(by_sentence.get_signature()),
         "sentences": len(hypotheses),

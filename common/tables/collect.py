@@ -106,17 +106,17 @@ def read(directory: Path) -> tuple[list[Result], list[str]]:
 def check(program: Program, table: Table, results: Sequence[Result]) -> None:
     """Raise ValueError where two results claim one row and seed of the table and have different configurations.
 
-    Also where the table would compare runs on different images: with ``--data imagefolder``, for other data sets are part of
-    the configuration.
+    Also where the table would compare runs on different files: images of ``--data imagefolder``, or prepared translations,
+    for other data sets are part of the configuration.
     """
     hashes = {program.config_hash(row) for row in table.rows}
-    images: Result | None = None
+    first: Result | None = None
     for result in results:
         if result.hash in hashes:
-            images = images or result
-            if any(images.inputs.get(split) != result.inputs.get(split) for split in ("train", "test", "val")):
+            first = first or result
+            if any(first.inputs.get(split) != result.inputs.get(split) for split in ("train", "test", "val", "data")):
                 raise ValueError(
-                    f"table {table.id} has runs on different images: {images.path} and {result.path}; move one of them away"
+                    f"table {table.id} has runs on different data: {first.path} and {result.path}; move one of them away"
                 )
     claims: dict[tuple[str, int], Result] = {}
     for result in results:
