@@ -38,7 +38,7 @@ def table2() -> Table:
         question = f"{other} against {one}, both schemes"
         contrasts.append(Contrast(question, f"{other}-spectral-frobenius", f"{one}-spectral-frobenius"))
     add_released(rows, contrasts)
-    title = "Low-rank and tensor factorizations of a WideResNet16-2 at a tenth of its parameters"
+    title = "Low-rank and tensor factorizations at a tenth of the parameters: WideResNet16-2, 10,000 images, 10 epochs"
     return Table("evidence-table2", title, tuple(rows), (Differences(),), contrasts=tuple(contrasts))
 
 
@@ -48,7 +48,7 @@ def add_released(rows: list[Row], contrasts: list[Contrast]) -> None:
         for form in ("TensorTrain", "Tucker"):
             flags, words = NO_DECAY["none"]
             rows.append(make_row(form, init, "none", words, *flags))
-            question = f"{form}, {init}: Frobenius decay against the released code's none"
+            question = f"{form}, {init}: Frobenius decay against none, which the released code's comes to"
             contrasts.append(Contrast(question, f"{form}-{init}-frobenius", f"{form}-{init}-none"))
         for decay in ("plain", "crs"):
             flags, words = DECAYS[decay]
