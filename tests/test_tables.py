@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from common.runs import ROOT, config_hash, read_json, write_json
 from common.tables import collect, plot
 from common.tables.__main__ import main
 from common.tables.emit import emit, quote
-from common.tables.rows import Contrast, Differences, Program, Published, Row, Table, programs, select
+from common.tables.rows import Contrast, Curves, Differences, Program, Published, Row, Table, programs, select
 from resnet_cifar.rows import PROGRAM
 
 
@@ -463,15 +464,44 @@ def test_the_committed_evidence_makes_its_tables_and_figures(tmp_path, capsys):
 
 
 def test_the_findings_quote_tables_of_the_evidence():
-    """Every line of a table, every difference and every interval in the findings stands in a table made from committed runs."""
+    """Every line of a table, difference, interval and mean in the findings stands in a table made from committed runs."""
     held = "\n".join(path.read_text() for path in (ROOT / "evidence").glob("evidence-*/table.md"))
+    published = [row.published for program in programs() for table in program.tables for row in table.rows]
+    held += " ".join(f"{each.value:.2f}" for each in published if each)
     findings = (ROOT / "docs" / "findings.md").read_text()
-    quoted = [line for line in findings.splitlines() if line.startswith("|")]
-    quoted += re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]|(?<![\d\[.])[+-]\d+\.\d+|\d+\.\d\d ± \d+\.\d\d", findings)
+    norms = norms_of_the_schemes()
+    assert [line for line in [*norms, cost_of_the_evidence()] if line not in findings] == []
+    quoted = [line for line in findings.splitlines() if line.startswith("|") and line not in norms]
     readme = [line for line in (ROOT / "README.md").read_text().splitlines() if "docs/findings.md" in line]
-    quoted += re.findall(r"\d+\.\d\d ± \d+\.\d\d", "\n".join(readme))
+    for text in (findings.replace("\n".join(norms), ""), "\n".join(readme)):
+        quoted += re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]|(?<![\d\[.])[+-]\d+\.\d+|\d+\.\d\d(?: ± \d+\.\d\d)?", text)
     assert quoted
     assert [quote for quote in quoted if quote not in held] == []
+
+
+def cost_of_the_evidence() -> str:
+    (program,) = select(programs("evidence"), program="resnet_cifar")
+    results = collect.by_configuration(collect.read(ROOT / "evidence")[0])
+    rows = {program.config_hash(row): row for table in program.tables for row in table.rows}
+    runs = [result for hash in rows for result in results.get(hash, [])]
+    return f"{len(runs)} runs, {sum(result.seconds for result in runs) / 3600:.1f} hours of one thread each"
+
+
+def norms_of_the_schemes() -> list[str]:
+    """The findings' table of norms: means over layers, the first three seeds, before the first step and after the last."""
+    (program,) = select(programs("evidence"), program="resnet_cifar")
+    (table,) = [table for table in program.tables if table.id == "evidence-schemes"]
+    results = collect.by_configuration(collect.read(ROOT / "evidence")[0])
+    lines = ["| row | nuclear norm, before | after | bound, before | after |", "|---|---|---|---|---|"]
+    for row in table.rows[1:]:
+        logs = [plot.epochs_of(result) for result in collect.of_row(program, row, results)[:3]]
+        each = [
+            f"{statistics.mean(log[at][key] for log in logs):.1f}"
+            for key in ("nuclear_norm", "nuclear_norm_bound")
+            for at in (0, -1)
+        ]
+        lines.append(f"| {row.id} | {' | '.join(each)} |")
+    return lines
 
 
 def test_accuracy_against_a_setting(tmp_path):
@@ -483,6 +513,22 @@ def test_accuracy_against_a_setting(tmp_path):
     (axes,) = drawn.axes
     names = set(axes.get_legend_handles_labels()[1])
     assert names == {"regular, weight decay", "regular, Frobenius decay"}
+
+
+def test_legends_stay_within_their_figures():
+    (program,) = select(programs("evidence"), program="resnet_cifar")
+    results = collect.by_configuration(collect.read(ROOT / "evidence")[0])
+    drawn = [
+        (plot.curves if isinstance(figure, Curves) else plot.against)(figure, program, table, results)
+        for table in program.tables
+        for figure in table.figures
+        if not isinstance(figure, Differences)
+    ]
+    assert len(drawn) == 4
+    for each in drawn:
+        each.draw_without_rendering()
+        box = each.legends[0].get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= each.bbox.width
 
 
 def test_errors_of_the_command_are_one_line(capsys, tmp_path):

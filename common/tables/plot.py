@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from common.tables.collect import Result, differences, of_row
 from common.tables.rows import Against, Curves, Differences, Program, Table
@@ -101,6 +102,7 @@ def curves(figure: Curves, program: Program, table: Table, results: Mapping[str,
         if min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(LABELS.get(metric, metric) + (" (dotted: bound)" if bound else ""))
     handles, names = drawn.axes[0].get_legend_handles_labels()
     drawn.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)))
@@ -140,7 +142,9 @@ def against(figure: Against, program: Program, table: Table, results: Mapping[st
     for axes in grid[len(panels) :]:
         axes.remove()
     handles = {name: handle for axes in drawn.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)))
+    inches = 0.6 + 0.075 * max(len(name) for name in names)  # of a name and its line
+    fit = max(1, int(drawn.get_figwidth() / inches))
+    drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, fit, len(handles)))
     drawn.suptitle(textwrap.fill(table.title, int(13 * drawn.get_figwidth())), fontsize=10)
     return drawn
 
