@@ -59,6 +59,7 @@ def schemes() -> Table:
             Contrast("its scale alone, under weight decay", "norm-matched", "regular"),
             Contrast("all but its scale (directions, spectrum, balance)", "spectral", "norm-matched"),
             Contrast("spectral initialization, under Frobenius decay", "spectral+frobenius", "frobenius"),
+            Contrast("its scale alone, under Frobenius decay", "norm-matched+frobenius", "frobenius"),
             Contrast("all but its scale, under Frobenius decay", "spectral+frobenius", "norm-matched+frobenius"),
             Contrast("Frobenius decay, from a regular start", "frobenius", "regular"),
             Contrast("Frobenius decay, from a norm-matched start", "norm-matched+frobenius", "norm-matched"),
