@@ -15,7 +15,7 @@ from tensor_wrn.rows import DECAYS, INITS, NAME, NO_DECAY, configure
 FORMS = {"Conv": 69_834, "TensorTrain": 68_730, "Tucker": 69_211}
 DECAY = "5e-4"  # as evidence-table2-schedule is to choose it on the full network
 _RECIPE = ("imagefolder", "teacher", "--wrn-depth", "16", "--wrn-width", "2", "--epochs", "10", "--epoch-step", "[4,7,9]")
-_RECIPE += ("--batch-size", "64")
+_RECIPE += ("--batch-size", "64", "--amp", "bf16")
 _SEEDS = (1, 2)
 
 
