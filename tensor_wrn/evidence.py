@@ -13,15 +13,18 @@ from tensor_wrn.rows import DECAYS, INITS, NAME, NO_DECAY, configure
 
 # Parameters at a tenth of the ordinary network's 691,674.
 FORMS = {"Conv": 69_834, "TensorTrain": 68_730, "Tucker": 69_211}
-DECAY = "5e-4"  # as evidence-table2-schedule is to choose it on the full network
+# Of the decays of evidence-table2-schedule the strongest that the full network takes well: it has a tenth of the paper's
+# strength times length, 5e-4 a fortieth of it.
+DECAY = "2e-3"
 _RECIPE = ("imagefolder", "teacher", "--wrn-depth", "16", "--wrn-width", "2", "--epochs", "10", "--epoch-step", "[4,7,9]")
 _RECIPE += ("--batch-size", "64", "--amp", "bf16")
-_SEEDS = (1, 2)
+_SEEDS = (1, 2, 3)
 
 
 def make_row(form: str, init: str, decay: str, label: str, *flags: str) -> Row:
     words = (*_RECIPE, "--weight-decay", DECAY, "--conv", form, "--target-ratio", "0.1", *INITS[init], *flags)
-    return Row(f"{form}-{init}-{decay}", f"{form}, {init} initialization, {label}", words, parameters=FORMS[form], seeds=_SEEDS)
+    seeds = _SEEDS if decay in ("plain", "frobenius") else _SEEDS[:2]
+    return Row(f"{form}-{init}-{decay}", f"{form}, {init} initialization, {label}", words, parameters=FORMS[form], seeds=seeds)
 
 
 def make_full(id: str, decay: str = DECAY, seeds: tuple[int, ...] = _SEEDS) -> Row:

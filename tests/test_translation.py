@@ -495,6 +495,7 @@ def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
         ("EMPTY", "has no prepare.json: it was not written by prepare.py"),
         ("DATA --distributed-world-size 2 --cpu", "--distributed-world-size 2 needs as many GPUs, and there are 0"),
         ("DATA --fp16 --cpu", "--fp16 needs a GPU"),
+        ("DATA --bf16 --cpu", "--bf16 needs a GPU"),
         ("DATA/ --fp16 --cpu", "--fp16 needs a GPU"),
         ("DATA --left-pad-target", "--left-pad-target is not passed on to fairseq"),
         ("DATA --task=translation", "--task is not passed on to fairseq"),

@@ -57,8 +57,9 @@ def read_fairseq(args: argparse.Namespace, path: Path) -> Any:
             world.distributed_num_procs = size
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not world.distributed_no_spawn:
         raise ValueError("torchrun is not for this program: --distributed-world-size N starts a process for each of N GPUs")
-    if cfg.common.fp16 and gpus == 0:
-        raise ValueError("--fp16 needs a GPU")
+    for precision in ("fp16", "bf16"):
+        if cfg.common[precision] and gpus == 0:
+            raise ValueError(f"--{precision} needs a GPU")
     return cfg
 
 
