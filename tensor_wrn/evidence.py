@@ -13,8 +13,8 @@ from tensor_wrn.rows import DECAYS, INITS, NAME, NO_DECAY, configure
 
 # Parameters at a tenth of the ordinary network's 691,674.
 FORMS = {"Conv": 69_834, "TensorTrain": 68_730, "Tucker": 69_211}
-# The stronger of the two decays of evidence-table2-schedule that the full network does well at, 0.2 points apart: it has a tenth of
-# the paper's strength times length, the other a fortieth.
+# The stronger of the two decays of evidence-table2-schedule that the full network does well at, 0.2 points apart: it has a
+# tenth of the paper's strength times length, the other a fortieth.
 DECAY = "2e-3"
 _RECIPE = ("imagefolder", "teacher", "--wrn-depth", "16", "--wrn-width", "2", "--epochs", "10", "--epoch-step", "[4,7,9]")
 _RECIPE += ("--batch-size", "64", "--amp", "bf16")

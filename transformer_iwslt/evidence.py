@@ -15,8 +15,8 @@ METHODS = {
     "spectral": (("", "-quekey", "-outval"), "spectral initialization of all products, weight decay"),
     "spectral+frobenius": (("", "-quekey", "-outval"), "spectral initialization and Frobenius decay of all products"),
 }
-# All updates are clipped, so that each is one step, of a length that rate and bound alone set. Batches of 1,000 tokens in place of
-# 4,000 take more steps in the same time; the paper's warm-up of 4,000 updates would outlast them.
+# All updates are clipped, so that each is one step, of a length that rate and bound alone set. Batches of 1,000 tokens in place
+# of 4,000 take more steps in the same time; the paper's warm-up of 4,000 updates would outlast them.
 _RECIPE = ("data-bin/multi30k", "--no-epoch-checkpoints", "--generate", "--weight-decay", "1e-3")
 _RECIPE += ("--max-tokens", "1000", "--max-update", "2000", "--warmup-updates", "500")
 CLIP = "0.1"
@@ -35,13 +35,8 @@ def make_row(scale: str, method: str) -> Row:
     families, words = METHODS[method]
     if scale == "0":
         families = families[1:]  # the full network has no factorized layers
-    flags = [
-        *_RECIPE,
-        "--clip-norm",
-        CLIP,
-        *(("--rank-scale", scale) if scale != "0" else ()),
-        *(f"--spectral{family}" for family in families),
-    ]
+    flags = [*_RECIPE, "--clip-norm", CLIP, *(("--rank-scale", scale) if scale != "0" else ())]
+    flags += [f"--spectral{family}" for family in families]
     if method.endswith("frobenius"):
         flags += ["--frobenius-decay", "1e-4", *(f"--wd2fd{family}" for family in families)]
     model = "full" if scale == "0" else f"rank scale {scale}"
