@@ -46,9 +46,15 @@ def table2() -> Table:
         for decay in DECAYS:
             question = f"{form}, {decay}: spectral against regular initialization"
             contrasts.append(Contrast(question, f"{form}-spectral-{decay}", f"{form}-regular-{decay}"))
-        for base in ("plain", "crs"):
-            question = f"{form}, spectral: Frobenius against {base} decay"
-            contrasts.append(Contrast(question, f"{form}-spectral-frobenius", f"{form}-spectral-{base}"))
+        for init in INITS:
+            for base in ("plain", "crs"):
+                question = f"{form}, {init}: Frobenius against {base} decay"
+                contrasts.append(Contrast(question, f"{form}-{init}-frobenius", f"{form}-{init}-{base}"))
+        both = f"{form}-spectral-frobenius"
+        contrasts.append(
+            Contrast(f"{form}: both schemes against regular initialization and plain decay", both, f"{form}-regular-plain")
+        )
+        contrasts.append(Contrast(f"{form}: both schemes against the full network", both, "full"))
     for one, other in combinations(FORMS, 2):
         question = f"{other} against {one}, both schemes"
         contrasts.append(Contrast(question, f"{other}-spectral-frobenius", f"{one}-spectral-frobenius"))
