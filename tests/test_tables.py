@@ -670,16 +670,6 @@ def test_the_evidence_page_shows_what_the_committed_results_hold(monkeypatch, ca
     monkeypatch.chdir(ROOT / folder.split()[1])
     main(["compare", *runs.split()])
     assert capsys.readouterr().out in page
-    found = 0
-    for line in page.splitlines():
-        form = line.split(",")[0].removeprefix("| ")
-        if form in ("Conv", "TensorTrain", "Tucker"):
-            name, *shown = [cell.strip() for cell in line.strip("|").split("|")]
-            for decay, cell in zip(("plain", "crs", "frobenius"), shown, strict=True):
-                run = ROOT / "evidence" / "tensor_wrn" / "wrn16-2" / f"{name.replace(', ', '-')}-{decay}"
-                assert cell == f"{read_json(run / 'result.json')['metrics']['final']:.1f}"
-                found += 1
-    assert found == 18
 
 
 def test_the_evidence_page_shows_what_the_translations_results_hold():
