@@ -14,8 +14,8 @@ from tensor_wrn.rows import DECAYS, INITS, NAME, NO_DECAY, configure
 
 # Parameters at a tenth of the ordinary network's 691,674.
 FORMS = {"Conv": 69_834, "TensorTrain": 68_730, "Tucker": 69_211}
-# Of evidence-table2-schedule the better rate, and of its two decays the stronger, at which the full network ends 1.4 points lower
-# on one seed: decays are what is compared, and this one still has but a thirteenth of the paper's strength times length.
+# Of evidence-table2-schedule the better rate, and of its two decays the stronger, at which the full network ends 1.4 points
+# lower on one seed: decays are what is compared, and even this one has a thirteenth of the paper's strength times length.
 LR, DECAY = "0.03", "5e-3"
 _RECIPE = ("imagefolder", "teacher", "--wrn-depth", "16", "--wrn-width", "2", "--epochs", "10", "--epoch-step", "[4,7,9]")
 _RECIPE += ("--batch-size", "64", "--amp", "bf16")
