@@ -56,6 +56,9 @@ def table2() -> Table:
             Contrast(f"{form}: both schemes", both, f"{regular}-plain"),
             Contrast(f"{form}: both schemes against the full network", both, "full"),
         ]
+    for form in ("TensorTrain", "Tucker"):
+        question = f"low rank with both schemes against {form} with neither, CRS"
+        contrasts.append(Contrast(question, "Conv-spectral-frobenius", f"{form}-regular-crs"))
     title = "Low-rank and tensor factorizations at a tenth of the parameters: WideResNet16-2, 10,000 images, 10 epochs"
     return Table("evidence-table2", title, tuple(rows), (Differences(),), contrasts=tuple(contrasts))
 
