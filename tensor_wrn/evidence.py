@@ -6,7 +6,6 @@ scripts ``--data-dir IMAGES``, which has train/ and test/ with a folder a class.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from common.tables.rows import Contrast, Differences, Program, Row, Table
@@ -14,19 +13,17 @@ from tensor_wrn.rows import DECAYS, INITS, NAME, NO_DECAY, configure
 
 # Parameters at a tenth of the ordinary network's 691,674.
 FORMS = {"Conv": 69_834, "TensorTrain": 68_730, "Tucker": 69_211}
-# Of evidence-table2-schedule the better rate, and of its two decays the stronger, at which the full network ends 1.4 points
-# lower on one seed: decays are what is compared, and even this one has a thirteenth of the paper's strength times length.
-LR, DECAY = "0.03", "5e-3"
+LR, DECAY = "0.03", "2e-3"  # the best of evidence-table2-schedule
+STRONGER = "5e-3"  # a thirteenth of the paper's decay in strength times length; 2e-3 is a thirty-third of it
 _RECIPE = ("imagefolder", "teacher", "--wrn-depth", "16", "--wrn-width", "2", "--epochs", "10", "--epoch-step", "[4,7,9]")
 _RECIPE += ("--batch-size", "64", "--amp", "bf16")
-_SEEDS = (1, 2, 3)
+_SEEDS = (1, 2)
 
 
-def make_row(form: str, init: str, decay: str, decays: Mapping[str, tuple[tuple[str, ...], str]]) -> Row:
-    flags, label = decays[decay]
-    words = (*_RECIPE, "--lr", LR, "--weight-decay", DECAY, "--conv", form, "--target-ratio", "0.1", *INITS[init], *flags)
-    id, label = f"{form}-{init}-{decay}", f"{form}, {init} initialization, {label}"
-    return Row(id, label, words, parameters=FORMS[form], seeds=_SEEDS if decay in ("plain", "frobenius") else _SEEDS[:2])
+def make_row(form: str, init: str, method: str, *, decay: str = DECAY, seeds: tuple[int, ...] = _SEEDS) -> Row:
+    flags, words = (DECAYS | NO_DECAY)[method]
+    flags = (*_RECIPE, "--lr", LR, "--weight-decay", decay, "--conv", form, "--target-ratio", "0.1", *INITS[init], *flags)
+    return Row(f"{form}-{init}-{method}", f"{form}, {init} initialization, {words}", flags, parameters=FORMS[form], seeds=seeds)
 
 
 def make_full(id: str = "full", lr: str = LR, decay: str = DECAY, seeds: tuple[int, ...] = _SEEDS) -> Row:
@@ -45,7 +42,7 @@ def table2() -> Table:
     """Every form with every start and decay."""
     rows, contrasts = [make_full()], []
     for form in FORMS:
-        rows += [make_row(form, init, decay, DECAYS) for init in INITS for decay in DECAYS]
+        rows += [make_row(form, init, method) for init in INITS for method in DECAYS]
         regular, spectral, both = f"{form}-regular", f"{form}-spectral", f"{form}-spectral-frobenius"
         contrasts += [
             Contrast(f"{form}: spectral initialization, under weight decay", f"{spectral}-plain", f"{regular}-plain"),
@@ -63,23 +60,35 @@ def table2() -> Table:
     return Table("evidence-table2", title, tuple(rows), (Differences(),), contrasts=tuple(contrasts))
 
 
+def stronger() -> Table:
+    """The same at a stronger decay."""
+    rows, contrasts = [make_full("full", decay=STRONGER, seeds=(1,))], []
+    for form in ("Conv", "TensorTrain"):
+        for init in INITS:
+            plain, frobenius = (make_row(form, init, method, decay=STRONGER, seeds=(1,)) for method in ("plain", "frobenius"))
+            rows += [plain, frobenius]
+            contrasts.append(Contrast(f"{form}, {init} start: Frobenius decay", frobenius.id, plain.id))
+    title = f"The same at a decay of {STRONGER}"
+    return Table("evidence-table2-stronger", title, tuple(rows), contrasts=tuple(contrasts))
+
+
 def released() -> Table:
     """What two defects of the released code do: no decay on cores, and Frobenius decay on shortcuts that have weight decay."""
     rows, contrasts = [], []
     for form in ("TensorTrain", "Tucker"):
         for init in INITS:
-            none, frobenius = (make_row(form, init, decay, DECAYS | NO_DECAY) for decay in ("none", "frobenius"))
+            none, frobenius = (make_row(form, init, method) for method in ("none", "frobenius"))
             rows += [none, frobenius]
             contrasts.append(Contrast(f"{form}, {init} start: Frobenius decay against none", frobenius.id, none.id))
     for init in INITS:
-        for decay in ("plain", "crs"):
-            row = make_row("Conv", init, decay, DECAYS)
+        for method in ("plain", "crs"):
+            row = make_row("Conv", init, method)
             flags, words = (*row.flags, "--decay-shortcuts"), f"{row.label}, Frobenius decay on shortcuts"
-            decayed = replace(row, id=f"{row.id}-shortcuts", label=words, flags=flags, seeds=_SEEDS[:2])
+            decayed = replace(row, id=f"{row.id}-shortcuts", label=words, flags=flags)
             rows += [row, decayed]
-            contrasts.append(Contrast(f"Conv, {init} start, {decay}: Frobenius decay on shortcuts", decayed.id, row.id))
+            contrasts.append(Contrast(f"Conv, {init} start, {method}: Frobenius decay on shortcuts", decayed.id, row.id))
     title = "What the released code computes: no decay on cores, and shortcuts decayed twice"
     return Table("evidence-table2-released", title, tuple(rows), (Differences(),), contrasts=tuple(contrasts))
 
 
-PROGRAM = Program(NAME, configure, (schedule(), table2(), released()), own_seeds=True)
+PROGRAM = Program(NAME, configure, (schedule(), table2(), stronger(), released()), own_seeds=True)
