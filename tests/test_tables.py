@@ -474,7 +474,7 @@ def test_the_findings_quote_tables_of_the_evidence():
     quoted = [line for line in findings.splitlines() if line.startswith("|") and line not in norms]
     readme = [line for line in (ROOT / "README.md").read_text().splitlines() if "docs/findings.md" in line]
     for text in (findings.replace("\n".join(norms), ""), "\n".join(readme)):
-        quoted += re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]|(?<![\d\[.])[+-]\d+\.\d+|\d+\.\d\d(?: ± \d+\.\d\d)?", text)
+        quoted += re.findall(r"\[[+-][\d.]+, [+-][\d.]+\]|(?<![\d\[.])[+-]\d+\.\d+|\d+\.\d\d(?!\d)(?: ± \d+\.\d\d)?", text)
     assert quoted
     assert [quote for quote in quoted if quote not in held] == []
 
