@@ -28,6 +28,8 @@ from compression_baselines.pruners import channels, eigenbasis, fisher
 from compression_baselines.pruners.select import Ranking, removed_for_budget
 from compression_baselines.structure import Kept, architecture, build, convolutions, fix_rotations_
 
+TUNING_SEED = 1 << 32  # is added to --seed: the dense run with it, most likely, saw that seed's order and crops already
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_prune(argv)
@@ -103,13 +105,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_trainer(
     model: nn.Module, data: Data, run: Run, args: argparse.Namespace, processes: Processes, shape: dict[str, Any]
 ) -> Trainer:
-    """The trainer that fine-tunes in the round of ``shape``: with the whole schedule and momentum from zero."""
+    """The trainer that fine-tunes in the round of ``shape``: whole schedule, momentum from zero, batches of its own."""
     groups = param_groups(model, weight_decay=args.weight_decay)
+    changes = {"epochs": shape["pruned"]["round"] * args.epochs, "seed": args.seed + TUNING_SEED}
     return Trainer(
         model,
         data,
         run,
-        argparse.Namespace(**{**vars(args), "epochs": shape["pruned"]["round"] * args.epochs}),
+        argparse.Namespace(**vars(args) | changes),
         processes,
         architecture=shape,
         optimizer=torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum),

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from common import checkpoints
 from common.runs import read_json
 from common.surgery import count_parameters
+from common.vision.data import Data
 from compression_baselines import prune, train
 from compression_baselines.flags import PRUNERS, parse_prune
 from compression_baselines.pruners import channels, eigenbasis, fisher, scores
@@ -340,6 +341,21 @@ def test_every_pruner_end_to_end(method, run, dense, capsys):
     assert epochs[1]["train_loss"] < epochs[0]["train_loss"]
     prune.main(f"--dataset digits --image-size 8 --method {method} --evaluate --resume {directory}/checkpoint.pt".split())
     assert json.loads(capsys.readouterr().out)["accuracy"] == result["metrics"]["final"]
+
+
+def test_tuning_sees_batches_that_the_dense_run_did_not(run, monkeypatch):
+    """The Fisher information is of that run's first batch; then come others."""
+    batch, as_dense = Data.train_batch, []
+
+    def record(self, seed, epoch, step, size, **kwargs):
+        made = batch(self, seed, epoch, step, size, **kwargs)
+        as_dense.append((epoch, step, torch.equal(made.images, batch(self, 0, epoch, step, size).images)))
+        return made
+
+    monkeypatch.setattr(Data, "train_batch", record)
+    directory = run("--method kron-obd --ratio 0.1 --fisher-samples 128 --max-steps 2")
+    assert as_dense == [(0, 0, True), (0, 0, False), (0, 1, False)]
+    assert read_json(directory / "result.json")["seed"] == 0
 
 
 def same(first, second):

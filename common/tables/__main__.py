@@ -114,7 +114,9 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
             if not any(line.n for line in lines) and args.table is None:
                 continue
             for result in collect.outdated(program, table, found):
-                print(f"not counted: {result.path} is of row {result.row} in another configuration", file=sys.stderr)
+                print(
+                    f"not counted in {table.id}: {result.path} is of row {result.row} in another configuration", file=sys.stderr
+                )
             try:
                 collect.check(program, table, found)
             except ValueError as error:
