@@ -20,7 +20,7 @@ from transformer_iwslt import engine, generate, prepare, train, translate, watch
 from transformer_iwslt.beam import search
 from transformer_iwslt.flags import configuration, parse, parse_generate, parse_prepare
 from transformer_iwslt.model import PAD, attentions
-from transformer_iwslt.rows import PROGRAM
+from transformer_iwslt.rows import PROGRAM, SIGNATURE
 from transformer_iwslt.text import find_vocabularies
 
 pytestmark = pytest.mark.skipif(
@@ -96,6 +96,7 @@ def test_a_run_trains_and_leaves_its_records(data, tmp_path, capsys):
     assert result["parameters"]["compressed"] == model.report.compressed == sum(p.numel() for p in model.parameters())
     assert {entry["group"]: entry["tensors"] for entry in result["decays"]} == {"rest": 15, "factors": 18 + 12}
     assert set(result["metrics"]) >= {"bleu", "bleu_signature", "sacrebleu", "sacrebleu_signature", "final", "best"}
+    assert result["metrics"]["bleu_signature"] == SIGNATURE
     records = lines(tmp_path)
     assert [record["epoch"] for record in records] == list(range(1, len(records) + 1))
     assert records[-1]["step"] == 12

@@ -14,7 +14,8 @@ HOURS = 4.0  # GPU-hours of one seed, as the authors of the released code estima
 DECAYS = ("0", "1e-6", "5e-6", "1e-5", "5e-5", "1e-4")
 MORE_DECAYS = ("5e-4", "1e-3")  # of the full model, without spectral initialization
 FAMILIES = {"lin": "", "qk": "-quekey", "ov": "-outval"}  # factorized layers, query-key and output-value products
-SCORE = "test BLEU (tokenized, lower case; final: the last checkpoint, best: the one with the lowest validation loss)"
+SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:none|smooth:none|version:2.6.0"  # sacreBLEU's, on text that is tokenized already
+SCORE = f"test BLEU ({SIGNATURE}, of tokenized lower case; final: the last checkpoint, best: the one of lowest validation loss)"
 _README = Published(32.12, "README of StillKeepTry/Transformer-PyTorch, the base of the released code, not the paper")
 
 
