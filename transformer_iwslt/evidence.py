@@ -23,7 +23,7 @@ METHODS = {
 # Almost all gradients are clipped, so that rate and bound set how far an update goes: batches of 1,000 tokens in place of 4,000
 # make more of them in the same time. The rate falls after 500 updates; that it does so after 4,000 would never be seen here.
 _RECIPE = ("data-bin/multi30k", "--no-epoch-checkpoints", "--generate")
-_RECIPE += ("--max-tokens", "1000", "--max-update", "2000", "--warmup-updates", "500")
+_RECIPE += ("--max-tokens", "1000", "--max-update", "1200", "--warmup-updates", "500")
 
 
 def make_row(scale: str, method: str) -> Row:
@@ -52,7 +52,7 @@ def translation() -> Table:
         contrasts.append(Contrast(f"rank scale {scale}: Frobenius decay against none", both, f"{scale}-spectral-none"))
         contrasts.append(Contrast(f"both schemes at rank scale {scale}", both, f"{scale}-regular"))
         contrasts.append(Contrast(f"both schemes at rank scale {scale} against the full network", both, "0-regular"))
-    title = "Translation of Multi30k, German to English: the small Transformer, 2,000 updates"
+    title = "Translation of Multi30k, German to English: the small Transformer, 1,200 updates"
     return Table("evidence-multi30k", title, tuple(rows), (Differences(),), SCORE, tuple(contrasts))
 
 
