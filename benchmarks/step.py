@@ -94,6 +94,8 @@ def end_to_end(args: Namespace) -> None:
     ways: dict[str, dict[str, Any]] = {"bf16": {"amp": "bf16"}}
     if not args.no_compile:
         ways |= {"compiled": {"compiled": True}, "compiled, bf16": {"compiled": True, "amp": "bf16"}}
+    if not distributed.has_bfloat16(torch.device("cpu")):
+        ways = {way: flags for way, flags in ways.items() if "amp" not in flags}
     for way, flags in ways.items():
         cases |= {f"{kind}, {way}": partial(ours, RESNET20, kind == "factorized", **flags) for kind in ("dense", "factorized")}
     calls = {name: Apart(make) for name, make in cases.items()}

@@ -86,6 +86,17 @@ class Processes:
             dist.barrier()
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether convolutions of bfloat16 have kernels of their own on the device.
+
+    On a processor without (no AVX-512, for example) torch falls back to loops that take tens of times as long as float32 and
+    refuse some strides of weights.
+    """
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def start(device_flag: str) -> Processes:
     """Join the processes of torchrun where it started this one; else be the only process."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
