@@ -79,9 +79,8 @@ def weaker() -> Table:
     for form in ("TensorTrain", "Tucker"):
         crs, frobenius = make_row(form, "spectral", "crs"), make_row(form, "spectral", "frobenius", decay=WEAKER, seeds=(1,))
         rows += [crs, frobenius]
-        contrasts.append(
-            Contrast(f"{form}, spectral start: Frobenius decay, all decay at {WEAKER}, against CRS", frobenius.id, crs.id)
-        )
+        question = f"{form}, spectral start: Frobenius decay, all decay at {WEAKER}, against CRS"
+        contrasts.append(Contrast(question, frobenius.id, crs.id))
     title = f"Tensors from a spectral start: CRS, and Frobenius decay with all decay at {WEAKER}"
     return Table("evidence-table2-weaker", title, tuple(rows), contrasts=tuple(contrasts))
 

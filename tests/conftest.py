@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from common.distributed import has_bfloat16
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
@@ -17,6 +19,13 @@ def denormal_numbers():
     """Numbers as they were, after programs that ran in this process and flush denormal ones to zero."""
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def bfloat16():
+    """Skip the test where the processor has no bfloat16 convolutions, which programs refuse."""
+    if not has_bfloat16(torch.device("cpu")):
+        pytest.skip("the processor has no bfloat16 convolutions")
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import FrobeniusDecay, checkpoints, densify_, param_groups
-from common.distributed import has_bfloat16
 from common.runs import config_hash, read_json
 from common.surgery import count_parameters
 from common.vision.data import Batch, Data
@@ -396,9 +395,8 @@ def test_decayed_shortcuts_have_both_decays_and_other_factors_their_own(flags, k
     assert moved == {name.rsplit(".", 1)[0] for name in plain if ".shortcut." in name}
 
 
-@pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="the processor has no bfloat16 convolutions")
 @pytest.mark.parametrize("form", ["TensorTrain_0.5", "Tucker_0.5", "TuckerTT_0.5"])
-def test_tensors_train_in_mixed_precision(form, train):
+def test_tensors_train_in_mixed_precision(form, train, bfloat16):
     run = train(f"digits teacher --conv {form} --wd2fd --amp bf16 {DIGITS} --max-steps 2")
     assert math.isfinite(read_json(run / "result.json")["metrics"]["final_loss"])
 

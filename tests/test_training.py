@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import FactorizedLinear, FrobeniusDecay, LowRankConfig, checkpoints, factorize_, load_factorized_, param_groups
-from common.distributed import Processes, has_bfloat16
+from common.distributed import Processes
 from common.linalg import frobenius_norm
 from common.runs import REQUEUE, ROOT, Run, read_json, seed_everything
 from common.vision.data import Data, load
@@ -226,18 +226,12 @@ def test_normalization_of_three_factors(train, tmp_path):
     torch.testing.assert_close(frobenius_norm(model.layer3[2].conv2.factors()), norms[-1, -1])
 
 
-needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="the processor has no bfloat16 convolutions")
-
-
-def test_bf16_is_refused_where_the_processor_has_none(train, monkeypatch, capsys):
+def test_bf16_is_refused_where_the_processor_has_none(refuses, monkeypatch):
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        train("--amp", "bf16", "--max-steps", 1)
-    assert "this processor has no bfloat16 convolutions" in capsys.readouterr().err
+    refuses(main, "--data digits --device cpu --amp bf16", "this processor has no bfloat16 convolutions")
 
 
-@needs_bfloat16
-def test_bf16_trains(train, tmp_path):
+def test_bf16_trains(train, tmp_path, bfloat16):
     run = train("--amp", "bf16", "--wd2fd", "--epochs", 2, "--save-dir", tmp_path / "r")
     assert read_json(run / "result.json")["config"]["amp"] == "bf16"
     assert metrics(run)[-1]["train_loss"] < metrics(run)[1]["train_loss"]

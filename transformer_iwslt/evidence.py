@@ -19,7 +19,7 @@ METHODS = {
     "spectral": (_ALL, f"spectral initialization of all products, weight decay {WEIGHT_DECAY}"),
     "spectral+frobenius": (_ALL, f"spectral initialization and Frobenius decay {FROBENIUS_DECAY} of all products"),
 }
-# Almost all gradients are clipped, so that rate and bound set how far an update goes: batches of 1,000 tokens in place of 4,000
+# All gradients are clipped, so that rate and bound set how far an update goes: batches of 1,000 tokens in place of 4,000
 # make more of them in the same time. The rate falls after 500 updates; that it does so after 4,000 would never be seen here.
 _RECIPE = ("data-bin/multi30k", "--no-epoch-checkpoints", "--generate")
 _RECIPE += ("--max-tokens", "1000", "--max-update", "1200", "--warmup-updates", "500")

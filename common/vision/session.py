@@ -32,9 +32,7 @@ def start(args: argparse.Namespace) -> Processes:
     if args.amp == "fp16" and processes.device.type == "cpu":
         raise ValueError("--amp fp16 (--half) needs a GPU: on a CPU use --amp bf16, if it has bfloat16")
     if args.amp == "bf16" and not distributed.has_bfloat16(processes.device):
-        raise ValueError(
-            "--amp bf16: this processor has no bfloat16 convolutions, and float32 is far faster: leave the flag out"
-        )
+        raise ValueError("--amp bf16: this processor has no bfloat16 convolutions, float32 is far faster: leave the flag out")
     if args.batch_size % processes.world_size:
         raise ValueError(f"--batch-size {args.batch_size} does not split over {processes.world_size} processes")
     return processes
