@@ -27,7 +27,7 @@ install() {
   "$base" -m venv .venv || die "could not create .venv (on Debian: apt install python3-venv)"
   say "installing packages; torch alone is some gigabytes, so the first time takes minutes"
   "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,translation]' ||
-    die "pip could not install the packages: the lines above say why; run setup.sh again to go on"
+    die "pip could not install the packages: the lines above say why; run setup.sh again to resume"
   "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("fairseq") is None)' ||
     say "translation cannot be trained here: fairseq's wheel is for Python 3.11 and 3.12 on Linux x86_64; all else works"
   printf '%s\n' "$wanted" >"$stamp"
@@ -39,14 +39,12 @@ scripts() {
 }
 
 quickstart() {
-  local log=results/quickstart/log.txt started=$SECONDS
-  mkdir -p results/quickstart
-  say "training 6 rows of 3 seeds on the embedded digits, one run a core; details in $log"
+  local started=$SECONDS
+  say "training 6 rows of 3 seeds on the embedded digits, one run a core"
   # One thread a run: networks this small gain nothing from a second one.
-  OMP_NUM_THREADS=1 xargs -P "$(getconf _NPROCESSORS_ONLN)" -I{} bash -c '{} >/dev/null && echo "done: ${0##*/}" >&2' {} \
-    <generated-scripts/resnet_cifar/quickstart.txt 2> >(tee -a "$log" | grep --line-buffered '^done: ' >&2) ||
-    die "a run failed: see $log"
-  say "trained in $((SECONDS - started)) seconds"
+  OMP_NUM_THREADS=1 "$python" -m common.tables run quickstart --jobs "$(getconf _NPROCESSORS_ONLN)" >/dev/null ||
+    die "a run failed: the lines above say where its log is"
+  say "trained in $((SECONDS - started)) seconds; logs are in results/logs/quickstart"
   say "figure: $("$python" -m common.tables plot --table quickstart)"
   "$python" -m common.tables collect --table quickstart
 }
@@ -66,8 +64,9 @@ translation() {
     ".venv/bin/python transformer_iwslt/translate.py --checkpoint $run/checkpoint_best.pt"
 }
 
-tests() {
-  .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/ty check && .venv/bin/pytest "$@"
+tests() {  # a process a core; the tests of a file share one, and what is trained for them
+  .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/ty check &&
+    .venv/bin/pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile "$@"
 }
 
 case ${1:-install} in

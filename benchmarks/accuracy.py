@@ -14,7 +14,7 @@ from argparse import ArgumentTypeError
 from pathlib import Path
 
 from benchmarks.timing import arguments, show
-from common.runs import ROOT, read_json
+from common.experiments.files import ROOT, read_json
 
 BASE = "--arch resnet20 --rank-scale 0.111 --spectral --wd2fd --device cpu --resume auto --data imagefolder"
 WAYS = {

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.reference import Transformed
 from benchmarks.timing import arguments, interleaved, ratio, show
-from common import distributed
+from common.experiments import distributed
 from common.vision.data import Data
 
 IMAGES, BATCH = 10_000, 128

@@ -20,7 +20,8 @@ from torchvision.models import resnet18
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.timing import arguments, interleaved, ratio, show, spread
 from benchmarks.translation import batch
-from common import FrobeniusDecay, distributed, param_groups
+from common import FrobeniusDecay, param_groups
+from common.experiments import distributed
 from common.layers import Factorized
 from transformer_iwslt.model import PAD, Transformer, TransformerConfig, frobenius_decay
 

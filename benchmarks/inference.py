@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from benchmarks.networks import NETWORKS
 from benchmarks.timing import arguments, interleaved, ratio, show, spread
-from common import LowRankConfig, densify_, distributed, factorize_
+from common import LowRankConfig, densify_, factorize_
+from common.experiments import distributed
 
 SCALES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 NETWORK = NETWORKS["ResNet32 [64, 128, 256], 10 %"]

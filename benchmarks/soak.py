@@ -19,7 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.timing import machine, resident
-from common.runs import positive_int
+from common.experiments.config import positive_int
 from compression_baselines import sparse
 from compression_baselines import train as compression
 from resnet_cifar import train as resnet

@@ -18,7 +18,8 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch._inductor.config
@@ -29,9 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import reference
 from benchmarks.networks import NETWORKS
-from benchmarks.timing import Apart, Call, arguments, interleaved, ratio, show, spread
-from common import FrobeniusDecay, distributed, param_groups
-from common.runs import Run
+from benchmarks.timing import Call, IsolatedCall, arguments, interleaved, ratio, show, spread
+from common import FrobeniusDecay, param_groups
+from common.experiments import distributed
+from common.experiments.runs import Run
+from common.vision.config import RunConfig
 from common.vision.data import Data
 from common.vision.training import Trainer
 
@@ -58,9 +61,9 @@ def ours(network: str, factorized: bool, *, compiled: bool = False, amp: str = "
     trainer = Trainer(
         model,
         data,
-        cast(Run, None),  # nothing is written
-        Namespace(batch_size=BATCH, epochs=1, max_steps=None, compile=compiled, amp=amp),
-        processes,
+        Run(Path("never written"), {}, 0),  # what a trainer writes, it writes in fit()
+        config=RunConfig(batch_size=BATCH, epochs=1, compile=compiled, amp=amp),
+        processes=processes,
         architecture={},
         optimizer=torch.optim.SGD(groups, lr=0.01, momentum=0.9),
         schedule=lambda epoch: 0.01,
@@ -73,7 +76,7 @@ def ours(network: str, factorized: bool, *, compiled: bool = False, amp: str = "
         nonlocal epoch
         epoch += 1
         for step in range(steps):
-            trainer.totals += trainer._train_step(data.train_batch(0, epoch, step, BATCH), step)
+            trainer.train_step(data.train_batch(0, epoch, step, BATCH))
         trainer.totals.tolist()
 
     return train
@@ -98,7 +101,7 @@ def end_to_end(args: Namespace) -> None:
         ways = {way: flags for way, flags in ways.items() if "amp" not in flags}
     for way, flags in ways.items():
         cases |= {f"{kind}, {way}": partial(ours, RESNET20, kind == "factorized", **flags) for kind in ("dense", "factorized")}
-    calls = {name: Apart(make) for name, make in cases.items()}
+    calls = {name: IsolatedCall(make) for name, make in cases.items()}
     seconds = interleaved(calls, args.repeats, rest=0.2)
     peak = {name: call.peak_memory() for name, call in calls.items()}
     lines = []
@@ -123,7 +126,7 @@ def larger(args: Namespace) -> None:
     lines = []
     for network in LARGER:
         kinds = {"dense": False, "factorized": True}
-        calls = {kind: Apart(partial(ours, network, factorized, steps=1)) for kind, factorized in kinds.items()}
+        calls = {kind: IsolatedCall(partial(ours, network, factorized, steps=1)) for kind, factorized in kinds.items()}
         seconds = interleaved(calls, args.repeats, rest=0.2)
         lines.append([network, *map(spread, seconds.values()), f"{ratio(seconds['dense'], seconds['factorized']):.2f}"])
         for call in calls.values():

@@ -11,11 +11,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from common.runs import config_hash
-from common.tables import collect
 from common.tables.emit import emit
-from common.tables.rows import Program, Row, Table
-from resnet_cifar.rows import configure
+from common.tables.reading import Results, read
+from common.tables.rendering import write
+from common.tables.rows import Program, Row, Table, kinds
+from common.tables.summaries import summarize
+from resnet_cifar.config import ResNetConfig
 
 ROWS, RESULTS = 600, 2000
 
@@ -25,21 +26,21 @@ def program() -> Program:
         Row(f"row{i}", f"row {i}", ("--arch", "resnet20", "--rank-scale", "0.1", "--lr", f"{i + 1}e-4")) for i in range(ROWS)
     ]
     tables = tuple(Table(f"table{t}", f"table {t}", tuple(rows[t::10])) for t in range(10))
-    return Program("resnet_cifar", configure, tables)
+    return Program(ResNetConfig.program, {"train.py": ResNetConfig}, tables)
 
 
 def write_results(made: Program, directory: Path) -> None:
     runs = [(table, row, seed) for seed in (1, 2, 3, 4) for table in made.tables for row in table.rows][:RESULTS]
     for table, row, seed in runs:
-        config = made.configure(row)
         path = directory / table.id / row.id / f"seed{seed}"
         path.mkdir(parents=True)
         result = {
-            "format": 1,
+            "format": 2,
             "status": "finished",
             "row": f"{table.id}/{row.id}",
-            "config": config,
-            "config_hash": config_hash(config),
+            "script": row.script,
+            "config": made.record(row),
+            "config_hash": made.config_hash(row),
             "seed": seed,
             "metrics": {"final": 90.0 + seed, "best": 91.0 + seed},
             "parameters": {"original": 269_722, "compressed": 63_850, "ratio": 0.2367},
@@ -60,10 +61,10 @@ def main() -> None:
         print(f"emit {count} scripts: {time.perf_counter() - started:.2f} s")
         write_results(made, directory / "results")
         started = time.perf_counter()
-        found, problems = collect.read(directory / "results")
-        results = collect.by_configuration(found)
+        found, problems = read(directory / "results", kinds([made]))
+        results = Results(found, kinds([made]))
         for table in made.tables:
-            collect.write(table, collect.lines(made, table, results), directory / "tables" / table.id)
+            write(table, summarize(made, table, results), directory / "tables" / table.id)
         print(f"collect {len(found)} results: {time.perf_counter() - started:.2f} s")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory: {peak:.0f} MiB; {len(problems)} problems")

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from common import FrobeniusDecay, param_groups
-from common.runs import positive_int
+from common.experiments.config import positive_int
+from tensor_wrn.config import FORMS
 from tensor_wrn.factorize import make_tensors
-from tensor_wrn.flags import FORMS
 from tensor_wrn.layers import TensorPointwise
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from common.runs import positive_int
+from common.experiments.config import positive_int
 
 Call = Callable[[], Any]
 
 
-class Apart:
+class IsolatedCall:
     """A call in a process of its own, with its own allocator, threads and peak memory.
 
     ``make`` is pickled, and makes the call there. Calling this makes that call and waits for it; ``warm_up`` is how long

@@ -18,6 +18,7 @@ from tabulate import tabulate
 
 from benchmarks.timing import interleaved, machine, ratio, spread
 from transformer_iwslt import engine
+from transformer_iwslt.config import TranslationConfig
 from transformer_iwslt.model import EOS, PAD, Transformer, TransformerConfig
 
 ALL = "--spectral-quekey --spectral-outval --wd2fd-quekey --wd2fd-outval --frobenius-decay 1e-4"
@@ -85,13 +86,11 @@ def training_step(words: list[str], source: Any, target: Any, sample: dict[str, 
 
 
 def steps(words: int, repeats: int) -> str:
-    from transformer_iwslt.flags import fairseq_words, parse
-
     source, target, sample = dictionary(words), dictionary(words), batch(words)
     commands = {"fairseq's transformer": ["data", *FAIRSEQ.split()]}
     for name, flags in OURS.items():
-        args = parse(["data", "--activation-dropout", "0.1", *flags.split()])
-        commands[name] = fairseq_words(args, args.data)
+        config = TranslationConfig.parse(["data", "--activation-dropout", "0.1", *flags.split()])
+        commands[name] = config.fairseq_words(config.data)
     made = {name: training_step(command, source, target, sample) for name, command in commands.items()}
     seconds = interleaved({name: step for name, (step, _) in made.items()}, repeats)
     first = next(iter(seconds))

@@ -2,27 +2,31 @@
 
 The method is Khodak, Tenenholtz, Mackey and Fusi, "Initialization and Regularization of Factorized Neural Layers", ICLR 2021.
 Names are loaded on first use, so that programs which only read tables or write scripts start without torch.
+
+Programs of the repository import this package as ``common``, the folder's name; installed, it is ``fnl``. One process can use
+only one of the two: layers of one would be unknown to the other, and decay, for instance, would leave them out in silence.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from common.decay import FactorPair as FactorPair
-    from common.decay import FrobeniusDecay as FrobeniusDecay
-    from common.decay import param_groups as param_groups
-    from common.layers import Factorized as Factorized
-    from common.layers import FactorizedConv2d as FactorizedConv2d
-    from common.layers import FactorizedEmbedding as FactorizedEmbedding
-    from common.layers import FactorizedLinear as FactorizedLinear
-    from common.surgery import FactorizationReport as FactorizationReport
-    from common.surgery import LowRankConfig as LowRankConfig
-    from common.surgery import densify_ as densify_
-    from common.surgery import factorize_ as factorize_
-    from common.surgery import load_factorized_ as load_factorized_
-    from common.surgery import rank_scale_for_ratio as rank_scale_for_ratio
+    from .decay import FactorPair as FactorPair
+    from .decay import FrobeniusDecay as FrobeniusDecay
+    from .decay import param_groups as param_groups
+    from .layers import Factorized as Factorized
+    from .layers import FactorizedConv2d as FactorizedConv2d
+    from .layers import FactorizedEmbedding as FactorizedEmbedding
+    from .layers import FactorizedLinear as FactorizedLinear
+    from .surgery import FactorizationReport as FactorizationReport
+    from .surgery import LowRankConfig as LowRankConfig
+    from .surgery import densify_ as densify_
+    from .surgery import factorize_ as factorize_
+    from .surgery import load_factorized_ as load_factorized_
+    from .surgery import rank_scale_for_ratio as rank_scale_for_ratio
 
 _HOME = {
     "FactorPair": "decay",
@@ -42,8 +46,18 @@ _HOME = {
 
 __all__ = list(_HOME)
 
+_LIBRARY = "factorized-neural-layers"  # tells this package, under either name, from a package of the user's own called common
+
+for _name in {"common", "fnl"} - {__name__}:
+    _other = sys.modules.get(_name)
+    if _other is not None and getattr(_other, "_LIBRARY", None) == _LIBRARY:
+        raise ImportError(
+            f"the library of factorized neural layers is loaded already, as {_name!r} from {_other.__file__}, and cannot be "
+            f"loaded again as {__name__!r} from {__file__}: import it under one name, which is 'fnl' in code of your own"
+        )
+
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
-        raise AttributeError(f"module 'common' has no attribute {name!r}")
-    return getattr(import_module(f"common.{_HOME[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common import linalg
-from common.layers import Factorized, FactorizedMatrix
+from . import linalg
+from .layers import Factorized
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,20 @@ class FactorPair:
     view: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        """The batched factors, as views of the Parameters."""
         return self.view(self.u, self.vt)
+
+    def map_factors(self, function: Callable[[nn.Parameter], Tensor]) -> tuple[Tensor, Tensor]:
+        """What a function gives for the Parameter of each factor, such as its gradient, viewed as the factors are."""
+        return self.view(function(self.u), function(self.vt))
+
+    def squared_norm(self) -> Tensor:
+        """||U V^T||_F^2, summed over the batch, in at least float32; differentiable once."""
+        return linalg.squared_norm(linalg.at_least_float32(self.factors()))
+
+    def frobenius_grad_products(self) -> list[tuple[Tensor, ...]]:
+        """Gradients of 1/2 ||U V^T||_F^2 in at least float32, each as two matrices whose product it is."""
+        return linalg.frobenius_grad_products(linalg.at_least_float32(self.factors()))
 
     def __post_init__(self) -> None:
         u, vt = self.factors()
@@ -49,6 +62,27 @@ class FactorPair:
                 f"the view of factor pair {self.name!r} must give (heads, m, r) and (heads, r, n), "
                 f"got {tuple(u.shape)} and {tuple(vt.shape)}"
             )
+
+
+class _Stack:
+    """Layers whose chains have equal shapes, as one batched product of the layers' factors: on a GPU that saves launches."""
+
+    def __init__(self, layers: Sequence[Factorized]) -> None:
+        self.chains = [layer.chain() for layer in layers]
+
+    def factors(self) -> list[Tensor]:
+        """The batched factors, (layers, rows, columns) each, in at least float32; copies."""
+        return [torch.stack(linalg.at_least_float32(column)) for column in zip(*self.chains, strict=True)]
+
+    def map_factors(self, function: Callable[[nn.Parameter], Tensor]) -> list[tuple[Tensor, ...]]:
+        """Factor by factor, what a function gives for the Parameter of each layer."""
+        return [tuple(map(function, column)) for column in zip(*self.chains, strict=True)]
+
+    def squared_norm(self) -> Tensor:
+        return linalg.squared_norm(self.factors())
+
+    def frobenius_grad_products(self) -> list[tuple[Tensor, ...]]:
+        return linalg.frobenius_grad_products(self.factors())
 
 
 class FrobeniusDecay:
@@ -72,16 +106,12 @@ class FrobeniusDecay:
         self._layers = [module for module in model.modules() if isinstance(module, Factorized)]
         if not self._layers and not self.pairs:
             raise ValueError(f"nothing to decay: {type(model).__name__} has no factorized layer and no factor pair was given")
-        self._groups: dict[Any, list[tuple[nn.Parameter, ...]]] = {}  # factors of equal shapes share one batched product
+        alike: dict[Any, list[Factorized]] = {}  # layers whose chains have equal shapes
         for layer in self._layers:
-            if isinstance(layer, FactorizedMatrix):
-                key = (layer.u.device, *(factor.shape for factor in layer.factors()))
-                self._groups.setdefault(key, []).append(layer.factors())
-
-    @property
-    def _device_type(self) -> str:
-        factors = self._layers[0].factors() if self._layers else (self.pairs[0].u,)
-        return factors[0].device.type
+            if chain := layer.chain():
+                alike.setdefault((chain[0].device, *(factor.shape for factor in chain)), []).append(layer)
+        self._alike = list(alike.values())
+        self._others = [layer for layer in self._layers if not layer.chain()]
 
     def parameters(self) -> list[nn.Parameter]:
         """The covered Parameters, each once."""
@@ -91,12 +121,8 @@ class FrobeniusDecay:
 
     def penalty(self) -> Tensor:
         """coef/2 times the sum of ||W||_F^2: a scalar, differentiable once, for a loss or a log."""
-        norms = [linalg.squared_norm(_at_least_float32(pair.factors())) for pair in self.pairs]
-        for group in self._groups.values():
-            columns = zip(*group, strict=True)
-            norms.append(linalg.squared_norm([torch.stack(_at_least_float32(column)) for column in columns]))
-        norms += [layer.squared_norm() for layer in self._layers if not isinstance(layer, FactorizedMatrix)]
-        return self.coef / 2 * torch.stack(norms).sum()
+        products = [*self.pairs, *map(_Stack, self._alike), *self._others]
+        return self.coef / 2 * torch.stack([product.squared_norm() for product in products]).sum()
 
     @torch.no_grad()
     def step(self, lr: float | None = None) -> None:
@@ -107,50 +133,59 @@ class FrobeniusDecay:
             )
         if self.coef == 0:
             return
-        scale = self.coef if lr is None else -lr * self.coef
-        targets: list[Tensor] = []
-        updates: list[Tensor] = []
+        device_type = self.parameters()[0].device.type
+        in_place = device_type == "cpu" and not self.decoupled
+        updates = _Updates(self.coef if lr is None else -lr * self.coef, in_place=in_place)
+        with torch.autocast(device_type, enabled=False):
+            for product in self._products(alone=in_place):
+                for target, gradient in zip(product.map_factors(self._target), product.frobenius_grad_products(), strict=True):
+                    updates.add(target, gradient)  # of W = U V^T: coef U V^T V to the gradient of U, coef V U^T U to that of V
+        updates.apply()
 
-        def collect(factors: Iterable[Tensor], into: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
-            for factor, target, grad in zip(factors, into, grads, strict=True):
-                if factor.requires_grad:
-                    targets.append(target)
-                    updates.append(grad.to(target.dtype))
-
-        # Gradients are scaled before they are cast: half precision would overflow. A CPU adds each product into its gradient
-        # at once, which saves copies; elsewhere layers of equal shapes are one batch, which saves launches.
-        in_place = self._device_type == "cpu" and lr is None
-        with torch.autocast(self._device_type, enabled=False):
-            for group in self._groups.values():
-                if in_place and group[0][0].dtype in (torch.float32, torch.float64):
-                    for factors in group:
-                        for factor, (left, right) in zip(factors, linalg.frobenius_grad_products(factors), strict=True):
-                            if factor.requires_grad:
-                                self._target(factor).addmm_(left, right, alpha=scale)
-                    continue
-                stacked = [torch.stack(_at_least_float32(column)) for column in zip(*group, strict=True)]
-                for column, grads in zip(zip(*group, strict=True), linalg.frobenius_grads(stacked), strict=True):
-                    collect(column, map(self._target, column), (grads * scale).unbind())
-            for layer in self._layers:
-                if not isinstance(layer, FactorizedMatrix):
-                    grads = [grad * scale for grad in layer.frobenius_grads()]
-                    collect(layer.factors(), map(self._target, layer.factors()), grads)
-            for pair in self.pairs:
-                grads = [grad * scale for grad in linalg.frobenius_grads(_at_least_float32(pair.factors()))]
-                collect((pair.u, pair.vt), pair.view(self._target(pair.u), self._target(pair.vt)), grads)
-        if targets:
-            torch._foreach_add_(targets, updates)
+    def _products(self, *, alone: bool) -> Iterator[Factorized | _Stack | FactorPair]:
+        """What decays: layers of equal shapes as one batch or, in full precision and if ``alone``, one at a time."""
+        for layers in self._alike:
+            full = layers[0].chain()[0].dtype in (torch.float32, torch.float64)
+            yield from layers if alone and full else [_Stack(layers)]
+        yield from self._others
+        yield from self.pairs
 
     def _target(self, parameter: nn.Parameter) -> Tensor:
+        """Where the update of a Parameter goes: its gradient or, decoupled, itself; of a frozen one, a scratch tensor."""
+        if not parameter.requires_grad:
+            return torch.empty_like(parameter)
         if self.decoupled:
             return parameter
-        if parameter.grad is None and parameter.requires_grad:
+        if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        return parameter if parameter.grad is None else parameter.grad
+        return parameter.grad
 
 
-def _at_least_float32(factors: Iterable[Tensor]) -> list[Tensor]:
-    return [factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors]
+class _Updates:
+    """Sums ``target += scale * gradient``, each gradient given as the matrices whose product it is.
+
+    With ``in_place``, for a CPU, a product of two matrices is added to its target at once, which saves copies. All else waits
+    for :meth:`apply`, which adds it in few launches.
+    """
+
+    def __init__(self, scale: float, *, in_place: bool) -> None:
+        self.scale, self.in_place = scale, in_place
+        self.targets: list[Tensor] = []
+        self.updates: list[Tensor] = []
+
+    def add(self, target: Tensor | tuple[Tensor, ...], gradient: tuple[Tensor, ...]) -> None:
+        """Add a gradient to a target of its shape, or a batch of gradients to a tuple of targets."""
+        if self.in_place and isinstance(target, Tensor) and target.ndim == len(gradient) == 2:
+            target.addmm_(*gradient, alpha=self.scale)
+            return
+        scaled = linalg.compose(gradient) * self.scale  # before it is cast: half precision would overflow
+        targets, parts = ((target,), (scaled,)) if isinstance(target, Tensor) else (target, scaled.unbind())
+        self.targets += targets
+        self.updates += [part.to(each.dtype) for each, part in zip(targets, parts, strict=True)]
+
+    def apply(self) -> None:
+        if self.targets:
+            torch._foreach_add_(self.targets, self.updates)
 
 
 def param_groups(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,13 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from common import linalg
+from . import linalg
 
 Contraction = Literal["auto", "thin", "composed"]
 
 
 class Factorized(nn.Module):
     """Base class of layers that hold the factors of a weight instead of the weight.
+
+    A subclass defines :meth:`factors`, :meth:`to_dense` and :meth:`to_layer`; what decay and norms need follows
+    from these, and a subclass that knows a cheaper way overrides it.
 
     ``.weight`` reads as the dense weight, because torch's own fast paths look for it, and cannot be assigned.
     """
@@ -31,6 +35,21 @@ class Factorized(nn.Module):
     def to_layer(self) -> nn.Module:
         """An ordinary layer with the same function, on the same device, dtype and mode."""
         raise NotImplementedError
+
+    def chain(self) -> tuple[nn.Parameter, ...]:
+        """The factors, where their matrix product is the unrolled weight; none where the weight is made in another way.
+
+        Decay treats chains of equal shapes as one batch.
+        """
+        return ()
+
+    def matrices(self) -> tuple[Tensor, ...]:
+        """Matrices whose product is the unrolled weight: the factors of a chain, else the one dense matrix."""
+        return self.chain() or (linalg.as_matrix(self.to_dense()),)
+
+    def map_factors(self, function: Callable[[nn.Parameter], Tensor]) -> tuple[Tensor, ...]:
+        """What a function gives for the Parameter of each factor, such as its gradient."""
+        return tuple(map(function, self.factors()))
 
     def squared_norm(self) -> Tensor:
         """||weight||_F^2, differentiable, in the dtype of the factors; a subclass may know it without forming the weight."""
@@ -50,6 +69,10 @@ class Factorized(nn.Module):
             for index, grad in zip(wanted, found, strict=True):
                 grads[index] = grad
         return grads
+
+    def frobenius_grad_products(self) -> list[tuple[Tensor, ...]]:
+        """The gradients of :meth:`frobenius_grads`, each as the matrices whose product it is; here as the one that it is."""
+        return [(grad,) for grad in self.frobenius_grads()]
 
     @property
     def weight(self) -> Tensor:
@@ -84,7 +107,8 @@ class FactorizedMatrix(Factorized):
             self.register_parameter("bias", None)
         else:
             self.bias = nn.Parameter(torch.zeros(bias, device=device, dtype=dtype))
-        self.reset_parameters()
+        if not self.u.is_meta:  # there is nothing to draw there, and drawing would load torch's compiler, which takes seconds
+            self.reset_parameters()
 
     def reset_factors(self) -> None:
         """Regular initialization: Kaiming normal on U and V^T separately, the identity for M."""
@@ -102,6 +126,9 @@ class FactorizedMatrix(Factorized):
     def factors(self) -> tuple[nn.Parameter, ...]:
         return (self.u, self.vt) if self.depth == 2 else (self.u, self.m, self.vt)
 
+    def chain(self) -> tuple[nn.Parameter, ...]:
+        return self.factors()
+
     def set_factors(self, *factors: Tensor) -> None:
         """Copy values into the factors, left to right; raises ValueError where number or shapes differ."""
         own = self.factors()
@@ -117,6 +144,9 @@ class FactorizedMatrix(Factorized):
 
     def frobenius_grads(self) -> list[Tensor]:
         return linalg.frobenius_grads(self.factors())
+
+    def frobenius_grad_products(self) -> list[tuple[Tensor, ...]]:
+        return linalg.frobenius_grad_products(self.factors())
 
     def _two_factors(self) -> tuple[Tensor, Tensor]:
         """The weight as two factors; M joins the smaller neighbor."""

@@ -7,8 +7,9 @@ A matrix W of shape (m, n) is a chain of factors, W = U V^T or W = U M V^T. Suff
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,11 @@ from torch.autograd.function import once_differentiable
 def to_float64(tensor: Tensor) -> Tensor:
     """The tensor in float64, on the CPU where its device has no such type (Apple's GPU)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def at_least_float32(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The tensors, those in half precision as float32."""
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
 def unroll(kernel: Tensor) -> Tensor:
@@ -36,6 +42,22 @@ def roll(matrix: Tensor, kernel_size: tuple[int, int]) -> Tensor:
     kh, kw = kernel_size
     rows, columns = matrix.shape
     return matrix.reshape(rows // kh, kh, columns // kw, kw).permute(0, 2, 1, 3)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """The matrix of an ordinary layer's weight: a convolution kernel unrolled, that of other layers as it is."""
+    return unroll(weight) if weight.ndim == 4 else weight
+
+
+def fan_out_init(matrix_mn: Tensor, rank: int, *, kernel: int) -> tuple[Tensor, Tensor]:
+    """Regular initialization of the factors of a convolution with a square kernel, of which only the shape is read.
+
+    Both are drawn from N(0, 2 / (out_channels * kernel^2)), as He's initialization (fan out) draws the convolution itself.
+    Returns ``u_mr`` and ``vt_rn`` for a matrix of m = out_channels * kernel rows (:func:`unroll`).
+    """
+    rows, columns = matrix_mn.shape
+    std = math.sqrt(2 / (kernel * rows))
+    return torch.randn(rows, rank) * std, torch.randn(rank, columns) * std
 
 
 def spectral_init(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -146,10 +168,10 @@ def frobenius_grads(factors: Sequence[Tensor]) -> list[Tensor]:
     W = U V^T that is (U V^T V, V U^T U). The Gram matrices are at most (r, r), so W itself is formed only where that
     is cheaper.
     """
-    return [left @ right for left, right in frobenius_grad_products(factors)]
+    return [compose(product) for product in frobenius_grad_products(factors)]
 
 
-def frobenius_grad_products(factors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+def frobenius_grad_products(factors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """The gradients of :func:`frobenius_grads`, each as the two matrices whose product it is, for two or more factors."""
     if _dense_is_cheaper(factors):
         u, vt = factors
@@ -161,7 +183,7 @@ def frobenius_grad_products(factors: Sequence[Tensor]) -> list[tuple[Tensor, Ten
     after: list[Tensor | None] = [None]
     for factor in reversed(factors[1:]):
         after.append((factor if after[-1] is None else factor @ after[-1]) @ factor.mT)
-    products = []
+    products: list[tuple[Tensor, ...]] = []
     for factor, left, right in zip(factors, before, reversed(after), strict=True):
         if right is None:
             assert left is not None

@@ -1,4 +1,4 @@
-"""Norms of a model's layers through training: statistics of an epoch, a record of every step, and its replay."""
+"""Norms of a model's layers through training: metrics of each epoch, a record of every step, and its replay."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import linalg
-from common.layers import Factorized, FactorizedMatrix
+from . import linalg
+from .layers import Factorized, FactorizedMatrix
 
 
-def _factors(layer: nn.Module) -> tuple[Tensor, ...]:
-    """The layer's weight as factors; an ordinary layer's (unrolled) weight is one factor."""
-    if isinstance(layer, FactorizedMatrix):
-        return layer.factors()
-    weight = layer.to_dense() if isinstance(layer, Factorized) else layer.weight
-    assert isinstance(weight, Tensor)
-    return (linalg.unroll(weight) if weight.ndim == 4 else weight,)
+def _matrices(layer: nn.Module) -> tuple[Tensor, ...]:
+    """Matrices whose product is the layer's unrolled weight; an ordinary layer's weight is one."""
+    if isinstance(layer, Factorized):
+        return layer.matrices()
+    assert isinstance(layer.weight, Tensor)
+    return (linalg.as_matrix(layer.weight),)
 
 
 @torch.no_grad()
-def weight_statistics(layers: Mapping[str, nn.Module], lr: float) -> dict[str, float]:
+def norm_metrics(layers: Mapping[str, nn.Module], lr: float) -> dict[str, float]:
     """Means over the layers of what the paper's figures plot: norms, bound, non-orthogonality and effective steps.
 
     ``effective_lr`` is lr / ||W||_F^2, the step of a weight that a normalization follows (paper, claim 3.1), and
@@ -32,7 +31,7 @@ def weight_statistics(layers: Mapping[str, nn.Module], lr: float) -> dict[str, f
     """
     values: dict[str, list[Tensor]] = {}
     for layer in layers.values():
-        factors = [linalg.to_float64(factor) for factor in _factors(layer)]
+        factors = [linalg.to_float64(matrix) for matrix in _matrices(layer)]
         if not all(factor.isfinite().all() for factor in factors):
             values.setdefault("frobenius_norm", []).append(torch.tensor(float("nan")))
             continue
@@ -55,13 +54,13 @@ def weight_statistics(layers: Mapping[str, nn.Module], lr: float) -> dict[str, f
 class NormRecorder:
     """Keeps ||W||_F of each layer after every optimizer step."""
 
-    def __init__(self, layers: Mapping[str, FactorizedMatrix]) -> None:
+    def __init__(self, layers: Mapping[str, Factorized]) -> None:
         self.layers = dict(layers)
         self._norms: list[Tensor] = []
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        norms = [linalg.frobenius_norm([factor.float() for factor in _factors(layer)]) for layer in self.layers.values()]
+        norms = [linalg.frobenius_norm([matrix.float() for matrix in layer.matrices()]) for layer in self.layers.values()]
         self._norms.append(torch.stack(norms))
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,7 +69,7 @@ class NormRecorder:
         return {"layers": list(self.layers), "norms": norms}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        device = next(iter(self.layers.values())).u.device
+        device = next(iter(self.layers.values())).factors()[0].device
         self._norms = list(state["norms"].to(device))
 
 

@@ -6,15 +6,15 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from common import linalg
-from common.layers import (
+from . import linalg
+from .budget import closest_index, count_parameters, step_midpoints
+from .layers import (
     Contraction,
     Factorized,
     FactorizedConv2d,
@@ -38,10 +38,11 @@ class LowRankConfig:
 
     rank_scale:    rank of a convolution is ``max(1, round(rank_scale * out * kh))``, of a linear layer or an embedding
                    ``max(1, round(rank_scale * min(rows, columns)))``. Above 1 is overcomplete; 0 keeps the layer dense.
-    init:          "spectral" (truncated SVD of the donor's weight), "kaiming" (each factor drawn on its own),
-                   "norm-matched" (kaiming, then all factors of a layer scaled alike so that ||U V^T||_F is what spectral
-                   initialization gives for the same donor; it controls the scale, not the balance of the factors), or
-                   a function of (unrolled weight, rank) that returns ``depth`` factors.
+    init:          "spectral" (truncated SVD of the donor's weight), "regular" (each factor drawn on its own, by the layer's
+                   ``reset_factors``), "norm-matched" (regular, then all factors of a layer scaled alike so that
+                   ||U V^T||_F is what spectral initialization gives for the same donor; it controls the scale, not the
+                   balance of the factors), or a function of (unrolled weight, rank) that returns ``depth`` factors.
+                   "kaiming" is an older name of "regular".
     depth:         2 for U V^T, 3 for U M V^T with M starting at the identity.
     residual:      standard deviation of noise added to the initial M (depth 3 only).
     rank_pattern:  {regular expression: rank_scale} for layers whose whole name matches; the first match wins.
@@ -49,7 +50,7 @@ class LowRankConfig:
     """
 
     rank_scale: float
-    init: Literal["spectral", "kaiming", "norm-matched"] | Init = "spectral"
+    init: Literal["spectral", "regular", "norm-matched", "kaiming"] | Init = "spectral"
     depth: int = 2
     residual: float = 0.0
     rank_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -59,8 +60,9 @@ class LowRankConfig:
         for name, scale in {"rank_scale": self.rank_scale, **self.rank_pattern}.items():
             if not math.isfinite(scale) or scale < 0:
                 raise ValueError(f"rank scale must be finite and not negative (0 keeps layers dense), got {scale} for {name!r}")
-        if not callable(self.init) and self.init not in ("spectral", "kaiming", "norm-matched"):
-            raise ValueError(f"init must be 'spectral', 'kaiming', 'norm-matched' or a function, got {self.init!r}")
+        if not callable(self.init) and self.init not in ("spectral", "regular", "norm-matched", "kaiming"):
+            names = "'spectral', 'regular' (or 'kaiming', its older name), 'norm-matched'"
+            raise ValueError(f"init must be {names} or a function, got {self.init!r}")
         if self.depth not in (2, 3):
             raise ValueError(f"depth must be 2 (U V^T) or 3 (U M V^T), got {self.depth}")
         if not math.isfinite(self.residual) or self.residual < 0 or (self.residual and self.depth == 2):
@@ -92,6 +94,12 @@ class FactorizationReport:
     original: int
     compressed: int
 
+    @classmethod
+    def dense(cls, model: nn.Module) -> FactorizationReport:
+        """The report of a model that is left dense."""
+        count = count_parameters(model)
+        return cls((), original=count, compressed=count)
+
     @property
     def ratio(self) -> float:
         return self.compressed / self.original
@@ -109,11 +117,6 @@ class FactorizationReport:
             lines.append(f"{layer.name:<{width}}  {shape:<18} {layer.rank:>5} {before:>10,} {after:>10,}")
         lines.append(f"{'model':<{width}}  {'':<18} {'':>5} {self.original:>10,} {self.compressed:>10,}  ({self.ratio:.2%})")
         return "\n".join(lines)
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of parameters, shared ones counted once."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _matrix_shape(donor: Donor) -> tuple[int, int]:
@@ -224,8 +227,7 @@ def _skeleton(donor: Donor, rank: int, depth: int, contraction: Contraction) -> 
 
 
 def _initialize(layer: FactorizedMatrix, donor: Donor, config: LowRankConfig) -> None:
-    weight = donor.weight.detach()
-    matrix = linalg.unroll(weight) if isinstance(donor, nn.Conv2d) else weight
+    matrix = linalg.as_matrix(donor.weight.detach())
     if isinstance(layer, FactorizedEmbedding) and layer.padding_idx is not None:
         matrix = matrix.index_fill(0, torch.tensor(layer.padding_idx, device=matrix.device), 0)
     if callable(config.init):
@@ -379,12 +381,10 @@ def rank_scale_for_ratio(
             f"a ratio of {floor / original:.6f}{largest}"
         )
     wanted = target * original
-    low, high = 0.0, 1.0
-    while count(high) < wanted:
-        low, high = high, 2 * high
-    for _ in range(60):  # the step of the count that crosses the target
-        middle = (low + high) / 2
-        low, high = (low, middle) if count(middle) >= wanted else (middle, high)
-    ranks = {d: round(high * d) for _, d in free}
-    edges = sorted({0.0} | {(k + 0.5) / d for d, rank in ranks.items() for k in range(max(1, rank - 2), rank + 3)})
-    return min(((a + b) / 2 for a, b in pairwise(edges)), key=lambda scale: abs(count(scale) - wanted))
+    limit = 1
+    while count(limit) < wanted:
+        limit *= 2
+    # First to the nearest whole scale, then among the steps around it: an overcomplete scale may have very many below.
+    whole = closest_index(count, 0, limit, wanted)
+    scales = step_midpoints((dimension for _, dimension in free), max(0, whole - 2), whole + 2)
+    return scales[closest_index(lambda step: count(scales[step]), 0, len(scales) - 1, wanted)]

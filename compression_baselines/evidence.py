@@ -10,8 +10,9 @@ and low-rank ones come close to it: at 2 % they have 5 % fewer.
 
 from __future__ import annotations
 
-from common.tables.rows import Contrast, Differences, Program, Row, Table
-from compression_baselines.rows import METHODS, NAME, PARAMETERS, configure
+from common.tables.rows import Contrast, ContrastFigure, Program, Row, Table
+from compression_baselines.config import CompressionConfig
+from compression_baselines.rows import CONFIGS, METHODS, PARAMETERS
 
 EPOCHS = 10
 RATIOS = ("0.1", "0.02")
@@ -90,7 +91,7 @@ def table1() -> Table:
         "evidence-table1",
         f"Low-rank training, pruning and sparse training at 10 and 2 %: ResNet32, 10,000 images, {EPOCHS} epochs",
         tuple(rows),
-        (Differences(),),
+        (ContrastFigure(),),
         contrasts=tuple(contrasts),
     )
 
@@ -108,7 +109,7 @@ def weaker() -> Table:
         Contrast("both schemes", both, "0.1-regular"),
     )
     title = f"Low-rank training at 10 %, at a decay of {WEAKER}"
-    return Table("evidence-table1-weaker", title, tuple(rows), (Differences(),), contrasts=contrasts)
+    return Table("evidence-table1-weaker", title, tuple(rows), (ContrastFigure(),), contrasts=contrasts)
 
 
-PROGRAM = Program(NAME, configure, (schedule(), table1(), weaker()), own_seeds=True)
+PROGRAM = Program(CompressionConfig.program, CONFIGS, (schedule(), table1(), weaker()), own_seeds=True)

@@ -14,18 +14,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
+
 import torch
 from tabulate import tabulate
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import checkpoints
-from common.distributed import find_device
+from common.experiments import checkpoints
+from common.experiments.config import FlagParser, positive_int
+from common.experiments.distributed import find_device
+from common.experiments.files import write_json
+from common.experiments.runs import clean_errors, environment
 from common.layers import Factorized
-from common.runs import FlagParser, clean_errors, environment, positive_int, write_json
 from common.surgery import count_parameters, densify_
-from common.vision import session
+from common.vision.experiment import rebuild
 from compression_baselines.structure import ARCHITECTURE, build
 
 BATCHES = (1, 128)
@@ -160,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         state = checkpoints.load(args.checkpoint)
         if "architecture" not in state:
             raise ValueError(f"{args.checkpoint} does not tell its architecture: it is not a checkpoint of this program")
-        model = session.rebuild(state, args.checkpoint, dict.fromkeys(ARCHITECTURE), build).to(find_device(args.device))
+        model = rebuild(state, args.checkpoint, dict.fromkeys(ARCHITECTURE), build).to(find_device(args.device))
         size = args.image_size or state.get("config", {}).get("image_size") or 32
         measured = costs(model, state["architecture"], size)
     show(measured)

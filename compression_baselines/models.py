@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -113,10 +110,3 @@ def kaiming_(model: nn.Module) -> None:
 def is_factorized(module: nn.Module, name: str) -> bool:
     """Which layers the experiments factorize: every convolution but the first, shortcuts included; not the classifier."""
     return name not in ("conv1", "features.0", "linear", "classifier")
-
-
-def fan_out_init(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Regular initialization of VGG's factors: both N(0, 2 / (out_channels * 3 * 3)), as of the 3x3 convolution itself."""
-    rows, columns = matrix.shape  # out_channels * 3 rows
-    std = math.sqrt(2 / (3 * rows))
-    return torch.randn(rows, rank) * std, torch.randn(rank, columns) * std

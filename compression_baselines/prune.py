@@ -5,206 +5,201 @@ Prints the path of the run's result.json on stdout; all else goes to stderr.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
+
+from compression_baselines.config import PruningConfig
+
+if __name__ == "__main__":
+    PruningConfig.parse()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
 
 import torch
 from torch import nn
 
-from common import checkpoints, distributed, param_groups
-from common.distributed import Processes
-from common.runs import FAILURES, Run, clean_errors, seed_everything
+from common import FactorizationReport, load_factorized_, param_groups
+from common.experiments import checkpoints
+from common.experiments.runs import clean_errors
 from common.surgery import count_parameters
-from common.vision import session
 from common.vision.data import Data
 from common.vision.training import Trainer, evaluate
-from compression_baselines import measure, recipe
-from compression_baselines.flags import PROGRAM, parse_prune
+from compression_baselines.experiment import CompressionExperiment, learning_rate
 from compression_baselines.pruners import channels, eigenbasis, fisher
 from compression_baselines.pruners.select import Ranking, removed_for_budget
-from compression_baselines.structure import Kept, architecture, build, convolutions, fix_rotations_
+from compression_baselines.structure import Kept, convolutions, fix_rotations_
 
 TUNING_SEED = 1 << 32  # is added to --seed: the dense run with it, most likely, saw that seed's order and crops already
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_prune(argv)
-    shape = architecture(args)
-    statistics = recipe.statistics(args.data)
-    with clean_errors(f"{PROGRAM}/prune.py"):
-        if args.dry_run:
-            model = load_dense(args, shape)
-            check_budget(model, args, count_parameters(model))
-            print(session.describe(PROGRAM, args, session.dense_report(model)))
-            return
-        processes = session.start(args)
-        if args.evaluate:
-            session.evaluate_checkpoint(args, processes, shape, build, statistics=statistics)
-            return
+class PruningExperiment(CompressionExperiment[PruningConfig]):
+    """One run: the steps that :class:`common.vision.experiment.Experiment` leaves to a program."""
 
-        # The run is checked now and begun once all else has proved right; files that flags name are read before the data.
-        directory = session.save_dir(PROGRAM, args, f"{args.method}-{args.network}{args.depth}-{args.data}")
-        checkpoint = session.find_checkpoint(args.resume, directory)
-        if args.num_classes is not None:
-            load_dense(args, shape)
-        run = session.open_run(PROGRAM, args, processes, directory, [measure.FILE] * args.measure)
-        if run is None:
-            return
+    config_class = PruningConfig
 
-        # Data, the dense network, and the first round of pruning or the network to go on from.
-        data = session.load_data(args, processes, statistics=statistics)
-        recipe.check_image_size(args, data.image_size)
-        shape["num_classes"] = data.classes
-        seed_everything(args.seed)
-        model = load_dense(args, shape)
-        original = count_parameters(model)
-        check_budget(model, args, original)
-        if checkpoint is None:
-            model.to(processes.device)
-            shape["pruned"] = prune_(model, args, data, None, original, 1)
-            shape["pruned"]["accuracy"] = evaluate(model, data, processes)["accuracy"]
+    def read_inputs(self) -> None:
+        if self.config.num_classes is not None:
+            self.load_dense()
+
+    def load_dense(self) -> nn.Module:
+        """The network of --pretrained; raises ValueError where it is missing or not the network of the flags."""
+        path = cast(Path, self.config.pretrained)
+        state = checkpoints.load(path)
+        held = state.get("architecture", {})
+        for key in ("network", "depth", "width", "num_classes"):
+            wanted = self.architecture[key]
+            if key in held and wanted is not None and held[key] != wanted:
+                raise ValueError(f"--pretrained {path} has {key} {held[key]}, and the flags ask for {wanted}")
+        if held.get("pruned") is not None:
+            raise ValueError(f"--pretrained {path} is pruned already: give the checkpoint of a dense run of train.py")
+        model = self.build(self.architecture)
+        if load_factorized_(model, checkpoints.model_state(state, path)).layers:
+            raise ValueError(f"--pretrained {path} is factorized already: give a dense checkpoint, or --resume this one")
+        broken = next((name for name, value in model.state_dict().items() if not value.isfinite().all()), None)
+        if broken is not None:
+            raise ValueError(f"--pretrained {path} has diverged: {broken} is not finite")
+        return model
+
+    def make_model(self) -> tuple[nn.Module, FactorizationReport]:
+        """The dense network; raises ValueError where the budget cannot be reached."""
+        model = self.load_dense()
+        check_budget(model, self.config, count_parameters(model))
+        return model, FactorizationReport.dense(model)
+
+    def make_trainer(self) -> Trainer:
+        """Prune for the first time, or rebuild the network that is to be resumed."""
+        self.check_image_size()
+        model, dense_report = self.make_model()
+        self.original = dense_report.original
+        if self.checkpoint is None:
+            model.to(self.processes.device)
+            self.prune_(model, 1)
         else:
-            model = session.rebuild(checkpoint, directory, shape, build).to(processes.device)
-            shape = dict(checkpoint.get("architecture", shape))
-            if shape["pruned"] is None:
+            model = self.rebuild(self.checkpoint, self.run.path).to(self.processes.device)
+            self.architecture = dict(self.checkpoint.get("architecture", self.architecture))
+            if self.architecture["pruned"] is None:
                 raise ValueError("the checkpoint to resume from is of a dense network: give it as --pretrained")
-        trainer = make_trainer(model, data, run, args, processes, shape)
-        if checkpoint is not None:
-            trainer.load_state_dict(checkpoint)
-        run.begin()
+        return self.tuner(model)
 
-    session.announce(processes, trainer.optimizer.param_groups)
-    with clean_errors(f"{PROGRAM}/prune.py", FAILURES), run.recorded():
+    def prune_(self, model: nn.Module, number: int) -> None:
+        """Prune the model in place, in round ``number``; the architecture then tells its shape, and its accuracy."""
+        pruned = prune_(model, self.config, self.data, self.architecture["pruned"], self.original, number)
+        self.architecture["pruned"] = pruned
+        pruned["accuracy"] = evaluate(model, self.data, self.processes)["accuracy"]
+
+    def tuner(self, model: nn.Module, **options: Any) -> Trainer:
+        """The trainer that fine-tunes in the present round: whole schedule, momentum from zero, batches of its own."""
+        config, number = self.config, self.architecture["pruned"]["round"]
+        groups = param_groups(model, weight_decay=config.weight_decay)
+        return self.new_trainer(
+            model,
+            torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum),
+            config=replace(config, epochs=number * config.epochs, seed=config.seed + TUNING_SEED),
+            schedule=partial(learning_rate, config),
+            **options,
+        )
+
+    def train(self) -> dict[str, float]:
+        """Tune, and prune and tune again until all rounds are done."""
+        config, model = self.config, self.trainer.model
         while True:
-            if processes.main:
-                share = f"{count_parameters(model):,} of {original:,} parameters"
-                print(f"round {shape['pruned']['round']}: {share}, {shape['pruned']['accuracy']:.2f} %", file=sys.stderr)
-            metrics = trainer.fit() | {"pruned": shape["pruned"]["accuracy"]}
-            number = shape["pruned"]["round"] + 1
-            if number > args.rounds or trainer.step >= (args.max_steps or sys.maxsize):
+            pruned = self.architecture["pruned"]
+            if self.processes.main:
+                share = f"{count_parameters(model):,} of {self.original:,} parameters"
+                print(f"round {pruned['round']}: {share}, {pruned['accuracy']:.2f} %", file=sys.stderr)
+            metrics = self.trainer.fit() | {"pruned": pruned["accuracy"]}
+            number = pruned["round"] + 1
+            if number > config.rounds or self.trainer.step >= (config.max_steps or sys.maxsize):
                 break
-            with clean_errors(f"{PROGRAM}/prune.py"):
-                shape["pruned"] = prune_(model, args, data, shape["pruned"], original, number)
-            shape["pruned"]["accuracy"] = evaluate(model, data, processes)["accuracy"]
-            trainer = make_trainer(model, data, run, args, processes, shape)
-            trainer.step, trainer.seconds = (number - 1) * args.epochs * trainer.steps_per_epoch, metrics["seconds"]
-        if args.measure and processes.main:
-            measure.write(run.path, model, shape, data.image_size)
-        count = count_parameters(model)
-        parameters = {"original": original, "compressed": count, "ratio": count / original}
-        result = session.finish(trainer, metrics, parameters, trainer.optimizer.param_groups)
-    distributed.stop()
-    if processes.main:
-        print(result)
+            with clean_errors(config.prog()):
+                self.prune_(model, number)
+            first_step = (number - 1) * config.epochs * self.trainer.steps_per_epoch
+            self.tuner(model, first_step=first_step, seconds=metrics["seconds"])
+        self.measure(model)
+        return metrics
+
+    def count(self) -> dict[str, Any]:
+        count = count_parameters(self.trainer.model)
+        return {"original": self.original, "compressed": count, "ratio": count / self.original}
 
 
-def make_trainer(
-    model: nn.Module, data: Data, run: Run, args: argparse.Namespace, processes: Processes, shape: dict[str, Any]
-) -> Trainer:
-    """The trainer that fine-tunes in the round of ``shape``: whole schedule, momentum from zero, batches of its own."""
-    groups = param_groups(model, weight_decay=args.weight_decay)
-    changes = {"epochs": shape["pruned"]["round"] * args.epochs, "seed": args.seed + TUNING_SEED}
-    return Trainer(
-        model,
-        data,
-        run,
-        argparse.Namespace(**vars(args) | changes),
-        processes,
-        architecture=shape,
-        optimizer=torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum),
-        schedule=partial(recipe.learning_rate, args),
-    )
-
-
-def load_dense(args: argparse.Namespace, shape: dict[str, Any]) -> nn.Module:
-    """The network of --pretrained; raises ValueError where it is missing or not the network of the flags."""
-    state = checkpoints.load(args.pretrained)
-    held = state.get("architecture", {})
-    for key in ("network", "depth", "width", "num_classes"):
-        if key in held and shape[key] is not None and held[key] != shape[key]:
-            raise ValueError(f"--pretrained {args.pretrained} has {key} {held[key]}, and the flags ask for {shape[key]}")
-    if held.get("pruned") is not None:
-        raise ValueError(f"--pretrained {args.pretrained} is pruned already: give the checkpoint of a dense run of train.py")
-    model = build(shape)
-    session.fill(model, checkpoints.model_state(state, args.pretrained), args.pretrained)
-    broken = next((name for name, value in model.state_dict().items() if not value.isfinite().all()), None)
-    if broken is not None:
-        raise ValueError(f"--pretrained {args.pretrained} has diverged: {broken} is not finite")
-    return model
-
-
-def check_budget(model: nn.Module, args: argparse.Namespace, original: int) -> None:
+def check_budget(model: nn.Module, config: PruningConfig, original: int) -> None:
     """Raise ValueError, before any work, where not even the best case of the limits reaches the budget.
 
     What is reached then depends on the scores: on how much the branches of a residual block keep of the same channels.
     """
-    if args.target_ratio is not None:
+    if config.target_ratio is not None:
         layers = convolutions(model).items()
-        if args.method.startswith("eigendamage"):
+        if config.method.startswith("eigendamage"):
             sides = {f"{name}/inputs": conv.in_channels for name, conv in layers}
             sides |= {f"{name}/outputs": conv.out_channels for name, conv in layers}
         else:
             sides = {name: conv.out_channels for name, conv in layers}
         # Scores that are alike in all layers let branches keep the same channels.
-        limit = 1 - (1 - args.prune_ratio_limit) ** args.rounds
+        limit = 1 - (1 - config.prune_ratio_limit) ** config.rounds
         ranking = Ranking({name: torch.arange(float(size)) for name, size in sides.items()}, limit)
-        choose(model, args, ranking, round(args.target_ratio * original), None)
+        choose(model, config, ranking, None, budget=round(config.target_ratio * original), ratio=None)
 
 
 def choose(
-    model: nn.Module, args: argparse.Namespace, ranking: Ranking, budget: int | None, before: Kept | None
+    model: nn.Module, config: PruningConfig, ranking: Ranking, before: Kept | None, *, budget: int | None, ratio: float | None
 ) -> dict[str, list[int]]:
-    """The units that stay: at a budget of parameters or, without one, at --ratio."""
+    """The units that stay: at a budget of parameters or, without one, when a ratio of all units is removed."""
     if budget is None:
-        return ranking.kept(int(args.ratio * ranking.units))
+        return ranking.kept(int(cast(float, ratio) * ranking.units))
 
-    shape = copy.deepcopy(model).to("meta")  # the search counts many times, and weights do not matter to it
+    meta = copy.deepcopy(model).to("meta")  # the search counts many times, and weights do not matter to it
 
     def count(kept: dict[str, list[int]]) -> int:
-        if not args.method.startswith("eigendamage"):
-            return channels.count(shape, kept, before)
-        separable = args.method == "eigendamage-separable"
-        return eigenbasis.count(shape, eigenbasis.sizes(shape, kept, separable=separable), separable=separable)
+        if not config.method.startswith("eigendamage"):
+            return channels.count(meta, kept, before)
+        separable = config.method == "eigendamage-separable"
+        return eigenbasis.count(meta, eigenbasis.sizes(meta, kept, separable=separable), separable=separable)
 
     return ranking.kept(removed_for_budget(ranking, budget, count))
 
 
 def prune_(
-    model: nn.Module, args: argparse.Namespace, data: Data, pruned: dict[str, Any] | None, original: int, number: int
+    model: nn.Module, config: PruningConfig, data: Data, pruned: dict[str, Any] | None, original: int, number: int
 ) -> dict[str, Any]:
     """Prune the model in place, in round ``number``; returns what rebuilds its shape.
 
     Rounds go down to the target by equal factors of parameters (or, with --ratio, of units).
     """
-    share = number / args.rounds
-    args = copy.copy(args)
-    budget = None
-    if args.target_ratio is not None:
-        budget = round(args.target_ratio**share * original)
+    goal: dict[str, Any] = {"budget": None, "ratio": None}
+    if config.target_ratio is not None:
+        goal["budget"] = round(config.target_ratio ** (number / config.rounds) * original)
     else:
-        args.ratio = 1 - (1 - args.ratio) ** (1 / args.rounds)
-    batch_size = 32 if args.method == "c-obd" else args.batch_size  # its diagonal takes the gradient of every image
-    images = fisher.loader(data, args.fisher_samples, batch_size, args.seed)
-    if args.method.startswith("eigendamage"):
-        separable = args.method == "eigendamage-separable"
-        rotated = eigenbasis.rotate(model, images, args.fisher)
-        kept = choose(model, args, eigenbasis.rank(rotated, args.prune_ratio_limit), budget, None)
+        goal["ratio"] = 1 - (1 - cast(float, config.ratio)) ** (1 / config.rounds)
+    batch_size = 32 if config.method == "c-obd" else config.batch_size  # its diagonal takes the gradient of every image
+    images = fisher.loader(data, config.fisher_samples, batch_size, config.seed)
+    if config.method.startswith("eigendamage"):
+        separable = config.method == "eigendamage-separable"
+        rotated = eigenbasis.rotate(model, images, config.fisher)
+        kept = choose(model, config, eigenbasis.rank(rotated, config.prune_ratio_limit), None, **goal)
         sizes = eigenbasis.sizes(model, kept, separable=separable)
         eigenbasis.prune_(model, rotated, kept, sizes, separable=separable)
-        if args.fix_rotation:
+        if config.fix_rotation:
             fix_rotations_(model)
         kind = "separable" if separable else "eigenbasis"
         sizes = (pruned or {"sizes": {}})["sizes"] | sizes
-        return {"kind": kind, "sizes": sizes, "fix_rotation": args.fix_rotation, "round": number}
-    found = channels.curvature(model, args.method, images, args.fisher)
+        return {"kind": kind, "sizes": sizes, "fix_rotation": config.fix_rotation, "round": number}
+    found = channels.curvature(model, config.method, images, config.fisher)
     before = pruned["kept"] if pruned else None
-    kept = choose(model, args, channels.rank(model, args.method, found, args.prune_ratio_limit), budget, before)
-    channels.prune_(model, args.method, found, kept, before)
+    ranking = channels.rank(model, config.method, found, config.prune_ratio_limit)
+    kept = choose(model, config, ranking, before, **goal)
+    channels.prune_(model, config.method, found, kept, before)
     return {"kind": "channels", "kept": channels.dense_numbers(kept, before), "round": number}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program."""
+    PruningExperiment.main(argv)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from common.tables.rows import Program, Published, Row, Table
-from common.vision.flags import configuration
-from compression_baselines.flags import PROGRAM as NAME
-from compression_baselines.flags import PRUNERS, SPARSE, parse, parse_prune, parse_sparse
+from compression_baselines.config import PRUNERS, SPARSE, CompressionConfig, LowRankBudgetConfig, PruningConfig, SparseConfig
 
 DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tiny_imagenet": "TinyImageNet"}
 METHODS = {
@@ -113,14 +110,10 @@ def make_rows(network: str) -> list[Row]:
     return rows
 
 
-def configure(row: Row) -> dict[str, Any]:
-    read = {"train.py": parse, "prune.py": parse_prune, "sparse.py": parse_sparse}[row.script]
-    return configuration(NAME, read(row.flags))
-
-
+CONFIGS = {"train.py": LowRankBudgetConfig, "prune.py": PruningConfig, "sparse.py": SparseConfig}
 PROGRAM = Program(
-    NAME,
-    configure,
+    CompressionConfig.program,
+    CONFIGS,
     (
         Table(
             "table1",

@@ -5,110 +5,98 @@ Prints the path of the run's result.json on stdout; all else goes to stderr.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
+
+from compression_baselines.config import SparseConfig
+
+if __name__ == "__main__":
+    SparseConfig.parse()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
 
 import torch
 from torch import nn
 
-from common import checkpoints, distributed, param_groups
-from common.runs import FAILURES, clean_errors, seed_everything
+from common import FactorizationReport, param_groups
+from common.experiments import checkpoints
 from common.surgery import count_parameters
-from common.vision import session
 from common.vision.data import Batch, Data
 from common.vision.training import Trainer
-from compression_baselines import measure, recipe
-from compression_baselines.flags import PROGRAM, parse_sparse
+from compression_baselines.experiment import CompressionExperiment, learning_rate
 from compression_baselines.masks import METHODS
 from compression_baselines.masks.base import Masks, Settings, weights_of
-from compression_baselines.structure import architecture as architecture_of
-from compression_baselines.structure import build
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_sparse(argv)
-    architecture = architecture_of(args)
-    statistics = recipe.statistics(args.data)
-    with clean_errors(f"{PROGRAM}/sparse.py"):
-        if args.dry_run:
-            model = build(architecture)
-            budget(model, args.target_ratio)
-            print(session.describe(PROGRAM, args, session.dense_report(model)))
-            return
-        processes = session.start(args)
-        if args.evaluate:
-            session.evaluate_checkpoint(args, processes, architecture, build, statistics=statistics)
-            return
+class SparseExperiment(CompressionExperiment[SparseConfig]):
+    """One run: the steps that :class:`common.vision.experiment.Experiment` leaves to a program."""
 
-        # The run is checked now and begun once all else has proved right.
-        directory = session.save_dir(PROGRAM, args, f"{args.method}-{args.network}{args.depth}-{args.data}")
-        checkpoint = session.find_checkpoint(args.resume, directory)
-        run = session.open_run(PROGRAM, args, processes, directory, [measure.FILE] * args.measure)
-        if run is None:
-            return
+    config_class = SparseConfig
 
-        # Data and model.
-        data = session.load_data(args, processes, statistics=statistics)
-        recipe.check_image_size(args, data.image_size)
-        architecture["num_classes"] = data.classes
-        seed_everything(args.seed)
-        model = build(architecture).to(processes.device)
-        parameters = count_parameters(model)
+    def make_model(self) -> tuple[nn.Module, FactorizationReport]:
+        """The network before it is masked; raises ValueError where the budget cannot be reached."""
+        model = self.build(self.architecture)
+        budget(model, cast(float, self.config.target_ratio))
+        return model, FactorizationReport.dense(model)
+
+    def make_trainer(self) -> Trainer:
+        config, data = self.config, self.data
+        self.check_image_size()
+        model, dense_report = self.make_model()
+        model.to(self.processes.device)
+        self.parameters = dense_report.original
+        steps_per_epoch = data.steps_per_epoch(config.batch_size, self.processes.world_size)
+        settings = make_settings(config, budget(model, cast(float, config.target_ratio)), steps_per_epoch)
 
         # Masks, and the method that chooses them: as a hook of the trainer, and for the first time below.
-        epochs = args.epochs * (args.rounds or 1)
-        settings = make_settings(
-            args, budget(model, args.target_ratio), data.steps_per_epoch(args.batch_size, processes.world_size)
-        )
         dense = copy.deepcopy(model)
-        masks = Masks(model)
-        method = METHODS[args.method](masks, settings)
-        groups = param_groups(model, weight_decay=args.weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)
-        masks.optimizer = optimizer
-        weights = sum(size.numel() for size in masks.sizes().values())
+        self.masks = Masks(model)
+        method = METHODS[config.method](self.masks, settings)
+        groups = param_groups(model, weight_decay=config.weight_decay)
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        self.masks.optimizer = optimizer
 
-        def nonzero() -> int:
-            return parameters - weights + masks.nonzero()
-
-        trainer = Trainer(
+        trainer = self.new_trainer(
             model,
-            data,
-            run,
-            argparse.Namespace(**{**vars(args), "epochs": epochs}),
-            processes,
-            architecture=architecture,
-            optimizer=optimizer,
-            schedule=partial(recipe.learning_rate, args),
+            optimizer,
+            config=replace(config, epochs=config.epochs * (config.rounds or 1)),
+            schedule=partial(learning_rate, config),
             hook=method,
-            statistics=lambda lr: {"nonzero": nonzero(), "density": nonzero() / parameters},
+            epoch_metrics=lambda lr: {"nonzero": self.nonzero(), "density": self.nonzero() / self.parameters},
             best_from=method.best_from(),
         )
-        if checkpoint is not None:
-            trainer.load_state_dict(checkpoint)
-        else:
-            method.start(dense, first_batches(args, data))
-        del dense
-        run.begin()
+        if self.checkpoint is None:
+            method.start(dense, first_batches(config, data))
+        return trainer
 
-    session.announce(processes, groups)
-    if processes.main:
-        print(f"{args.method}: {nonzero():,} of {parameters:,} parameters are in at first", file=sys.stderr)
-    with clean_errors(f"{PROGRAM}/sparse.py", FAILURES), run.recorded():
-        metrics = trainer.fit()
-        if args.measure and processes.main:
-            folded = build(architecture).to(processes.device)
-            folded.load_state_dict(checkpoints.model_state({"model": model.state_dict()}, run.path))
-            measure.write(run.path, folded, architecture, data.image_size)
-        count = {"original": parameters, "compressed": nonzero(), "ratio": nonzero() / parameters, "nonzero": nonzero()}
-        result = session.finish(trainer, metrics, count, groups)
-    distributed.stop()
-    if processes.main:
-        print(result)
+    def nonzero(self) -> int:
+        """Parameters of the network that are not masked."""
+        weights = sum(size.numel() for size in self.masks.sizes().values())
+        return self.parameters - weights + self.masks.nonzero()
+
+    def announce(self) -> None:
+        super().announce()
+        if self.processes.main:
+            text = f"{self.config.method}: {self.nonzero():,} of {self.parameters:,} parameters are in at first"
+            print(text, file=sys.stderr)
+
+    def train(self) -> dict[str, float]:
+        metrics = self.trainer.fit()
+        if self.config.measure:
+            folded = self.build(self.architecture).to(self.processes.device)
+            folded.load_state_dict(checkpoints.model_state({"model": self.trainer.model.state_dict()}, self.run.path))
+            self.measure(folded)
+        return metrics
+
+    def count(self) -> dict[str, Any]:
+        nonzero = self.nonzero()
+        return {"original": self.parameters, "compressed": nonzero, "ratio": nonzero / self.parameters, "nonzero": nonzero}
 
 
 def budget(model: nn.Module, ratio: float) -> int:
@@ -129,24 +117,29 @@ def budget(model: nn.Module, ratio: float) -> int:
     return nonzero
 
 
-def make_settings(args: argparse.Namespace, nonzero: int, steps_per_epoch: int) -> Settings:
+def make_settings(config: SparseConfig, nonzero: int, steps_per_epoch: int) -> Settings:
     """What the method is told: the flags of its own, and how long training takes."""
     names = ("distribution", "update_every", "update_until", "drop_fraction", "rounds", "rewind", "l1", "temperature")
     return Settings(
         nonzero=nonzero,
-        steps=args.epochs * steps_per_epoch,
+        steps=config.epochs * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
-        epochs=args.epochs,
-        seed=args.seed,
-        **{name: getattr(args, name) for name in names},
+        epochs=config.epochs,
+        seed=config.seed,
+        **{name: getattr(config, name) for name in names},
     )
 
 
-def first_batches(args: argparse.Namespace, data: Data) -> list[Batch]:
+def first_batches(config: SparseConfig, data: Data) -> list[Batch]:
     """The training's first batches, from which SNIP and GraSP score: unless told otherwise, some 10 images a class."""
-    count = args.score_batches or math.ceil(10 * data.classes / args.batch_size)
-    count = min(count, data.steps_per_epoch(args.batch_size))
-    return [data.train_batch(args.seed, 0, step, args.batch_size) for step in range(count)]
+    count = config.score_batches or math.ceil(10 * data.classes / config.batch_size)
+    count = min(count, data.steps_per_epoch(config.batch_size))
+    return [data.train_batch(config.seed, 0, step, config.batch_size) for step in range(count)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program."""
+    SparseExperiment.main(argv)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from compression_baselines.config import CompressionConfig
 from compression_baselines.models import VGG, Add, BasicBlock, ResNet
 
 ARCHITECTURE = ("network", "depth", "width", "kaiming", "num_classes", "pruned")
@@ -17,9 +17,9 @@ Kept = Mapping[str, Sequence[int]]  # output channels that each convolution keep
 Sizes = Mapping[str, Sequence[int]]  # of each bottleneck: its input and its output directions
 
 
-def architecture(args: argparse.Namespace) -> dict[str, Any]:
+def architecture(config: CompressionConfig) -> dict[str, Any]:
     """What the flags say of the network, to be kept in checkpoints."""
-    return {key: getattr(args, key, None) for key in ARCHITECTURE}
+    return {key: getattr(config, key, None) for key in ARCHITECTURE}
 
 
 def build(architecture: Mapping[str, Any]) -> nn.Module:

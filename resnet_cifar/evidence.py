@@ -6,8 +6,9 @@ images stored as JPEG, in folders: give their scripts ``--data-dir IMAGES``, whi
 
 from __future__ import annotations
 
-from common.tables.rows import Against, Contrast, Curves, Differences, Program, Row, Table
-from resnet_cifar.rows import HOURS, METHODS, NAME, PARAMETERS, configure, scheme
+from common.tables.rows import Contrast, ContrastFigure, CurveFigure, Program, Row, SweepFigure, Table
+from resnet_cifar.config import ResNetConfig
+from resnet_cifar.rows import HOURS, METHODS, PARAMETERS, scheme
 
 # Learning rate and decay, which evidence-schedule chose on the full network; evidence-decay varies the decay.
 LR, DECAY = "0.1", "2e-3"
@@ -53,7 +54,7 @@ def schemes() -> Table:
         "evidence-schemes",
         "Both schemes at a quarter of the parameters: ResNet20 at rank scale 1/9, 10 epochs",
         tuple(rows),
-        (Differences(), Curves("curves", ("test_accuracy", "nuclear_norm/nuclear_norm_bound"))),
+        (ContrastFigure(), CurveFigure("curves", ("test_accuracy", "nuclear_norm/nuclear_norm_bound"))),
         contrasts=(
             Contrast("spectral initialization, under weight decay", "spectral", "regular"),
             Contrast("its scale alone, under weight decay", "norm-matched", "regular"),
@@ -91,7 +92,7 @@ def normalization() -> Table:
         "evidence-normalization",
         "What Frobenius decay does beyond keeping norms small: ResNet20 at rank scale 1/9, 5 epochs",
         tuple(rows),
-        (Curves("norms", ("test_accuracy", "frobenius_norm", "nuclear_norm/nuclear_norm_bound")),),
+        (CurveFigure("norms", ("test_accuracy", "frobenius_norm", "nuclear_norm/nuclear_norm_bound")),),
         contrasts=tuple(contrasts),
     )
 
@@ -107,7 +108,7 @@ def decay_sweep() -> Table:
         "evidence-decay",
         "Accuracy against the strength of either decay: ResNet20 at rank scale 1/9, 5 epochs",
         tuple(rows),
-        (Against("accuracy-decay", "weight_decay", scheme, lambda _: "ResNet20, rank scale 1/9"),),
+        (SweepFigure("accuracy-decay", "weight_decay", scheme, lambda _: "ResNet20, rank scale 1/9"),),
         contrasts=tuple(contrasts),
     )
 
@@ -128,7 +129,7 @@ def rank() -> Table:
         "evidence-rank",
         "Accuracy against rank: ResNet20, 5 epochs",
         tuple(rows),
-        (Against("accuracy-rank", "rank_scale", scheme, lambda _: "ResNet20"),),
+        (SweepFigure("accuracy-rank", "rank_scale", scheme, lambda _: "ResNet20"),),
         contrasts=tuple(contrasts),
     )
 
@@ -149,12 +150,12 @@ def overcomplete() -> Table:
             Contrast(f"{words}, Frobenius decay, against full", f"{kind}-frobenius", "full"),
         ]
     title = "Overcomplete training: ResNet20, 5 epochs; folded, all have the size of the full network"
-    return Table("evidence-overcomplete", title, tuple(rows), (Differences(),), contrasts=tuple(contrasts))
+    return Table("evidence-overcomplete", title, tuple(rows), (ContrastFigure(),), contrasts=tuple(contrasts))
 
 
 PROGRAM = Program(
-    NAME,
-    configure,
+    ResNetConfig.program,
+    {"train.py": ResNetConfig},
     (schedule(), schemes(), normalization(), decay_sweep(), rank(), overcomplete()),
     own_seeds=True,
 )

@@ -7,7 +7,7 @@ import re
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resnet_cifar.flags import DEPTHS
+from resnet_cifar.config import DEPTHS
 
 
 class Downsample(nn.Module):

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from common.tables.rows import Against, Curves, Program, Published, Row, Table
-from common.vision.flags import configuration
-from resnet_cifar.flags import PROGRAM as NAME
-from resnet_cifar.flags import parse
+from common.tables.rows import CurveFigure, Program, Published, Row, SweepFigure, Table
+from resnet_cifar.config import ResNetConfig
 
 DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 HOURS = {20: 50 / 60, 32: 1.0, 44: 80 / 60, 56: 1.5, 110: 3.0}  # of one seed; estimates in the released code
@@ -100,7 +98,7 @@ def low_rank() -> Table:
                     place = (f"{scale} {method}", f"ResNet{depth} {DATA[data]}")
                     rows.append(make_row(f"-{scale}-{method}", label, *flags, depth=depth, data=data, scale=scale, place=place))
     title = "Low-rank ResNets at rank scales 1/27, 1/9 and 1/3, with norm-matched controls"
-    return Table("low-rank", title, tuple(rows), (Against("accuracy-rank", "rank_scale", scheme, network),))
+    return Table("low-rank", title, tuple(rows), (SweepFigure("accuracy-rank", "rank_scale", scheme, network),))
 
 
 def overcomplete() -> Table:
@@ -133,7 +131,7 @@ def decay_sweep() -> Table:
             flags = ("--weight-decay", decay, *flags)
             rows.append(make_row(f"-0.111-{decay}-{method}", label, *flags, depth=20, scale="0.111"))
     title = "Accuracy against the strength of weight decay and of Frobenius decay"
-    return Table("decay-sweep", title, tuple(rows), (Against("accuracy-decay", "weight_decay", scheme, network),))
+    return Table("decay-sweep", title, tuple(rows), (SweepFigure("accuracy-decay", "weight_decay", scheme, network),))
 
 
 def normalization() -> Table:
@@ -151,7 +149,7 @@ def normalization() -> Table:
             row = make_row(f"-0.111-{init}-{kind}", f"{words}: {label}", *flags, *more, depth=20, scale="0.111", after=after)
             frobenius = row if kind == "frobenius" else frobenius
             rows.append(row)
-    figure = Curves("norms", ("test_accuracy", "frobenius_norm", "nuclear_norm/nuclear_norm_bound"))
+    figure = CurveFigure("norms", ("test_accuracy", "frobenius_norm", "nuclear_norm/nuclear_norm_bound"))
     return Table("normalization", "What Frobenius decay does beyond keeping norms small (figure 1)", tuple(rows), (figure,))
 
 
@@ -163,7 +161,7 @@ def quickstart() -> Table:
         label = f"ResNet20 on 8x8 digits at rank scale 0.037: {words}"
         rows.append(Row(method, label, (*recipe, "--rank-scale", "0.037", *flags), parameters=23_482))
     title = "Quickstart: every scheme on the embedded digits, minutes on a laptop"
-    return Table("quickstart", title, tuple(rows), (Curves("curves"),))
+    return Table("quickstart", title, tuple(rows), (CurveFigure("curves"),))
 
 
 def scheme(config: Mapping[str, Any]) -> str:
@@ -177,12 +175,8 @@ def network(config: Mapping[str, Any]) -> str:
     return f"{config['arch']} on {DATA.get(config['data'], config['data'])}"
 
 
-def configure(row: Row) -> dict[str, Any]:
-    return configuration(NAME, parse(row.flags))
-
-
 PROGRAM = Program(
-    NAME,
-    configure,
+    ResNetConfig.program,
+    {"train.py": ResNetConfig},
     (full(), low_rank(), overcomplete(), decay_sweep(), normalization(), quickstart()),
 )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from common.tables.rows import Contrast, Differences, Program, Row, Table
-from tensor_wrn.rows import DECAYS, INITS, NAME, NO_DECAY, configure
+from common.tables.rows import Contrast, ContrastFigure, Program, Row, Table
+from tensor_wrn.config import WideResNetConfig
+from tensor_wrn.rows import DECAYS, INITS, NO_DECAY
 
 # Parameters at a tenth of the ordinary network's 691,674.
 FORMS = {"Conv": 69_834, "TensorTrain": 68_730, "Tucker": 69_211}
@@ -58,7 +59,7 @@ def table2() -> Table:
         question = f"low rank with both schemes against {form} with neither, CRS"
         contrasts.append(Contrast(question, "Conv-spectral-frobenius", f"{form}-regular-crs"))
     title = "Low-rank and tensor factorizations at a tenth of the parameters: WideResNet16-2, 10,000 images, 10 epochs"
-    return Table("evidence-table2", title, tuple(rows), (Differences(),), contrasts=tuple(contrasts))
+    return Table("evidence-table2", title, tuple(rows), (ContrastFigure(),), contrasts=tuple(contrasts))
 
 
 def stronger() -> Table:
@@ -100,7 +101,12 @@ def released() -> Table:
             rows += [row, decayed]
             contrasts.append(Contrast(f"Conv, {init} start, {method}: Frobenius decay on shortcuts", decayed.id, row.id))
     title = "What the released code computes: no decay on cores, and shortcuts decayed twice"
-    return Table("evidence-table2-released", title, tuple(rows), (Differences(),), contrasts=tuple(contrasts))
+    return Table("evidence-table2-released", title, tuple(rows), (ContrastFigure(),), contrasts=tuple(contrasts))
 
 
-PROGRAM = Program(NAME, configure, (schedule(), table2(), stronger(), weaker(), released()), own_seeds=True)
+PROGRAM = Program(
+    WideResNetConfig.program,
+    {"train.py": WideResNetConfig},
+    (schedule(), table2(), stronger(), weaker(), released()),
+    own_seeds=True,
+)

@@ -1,36 +1,36 @@
-"""The network of the flags: dense, low-rank or of tensors, at a rank scale or a budget."""
+"""The network of a configuration: dense, low-rank or of tensors, at a rank scale or a budget."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from common import FactorizationReport, LowRankConfig, factorize_, linalg, rank_scale_for_ratio
+from common.budget import closest_index, count_parameters, step_midpoints
 from common.layers import Factorized
-from common.surgery import LayerReport, count_parameters
-from common.vision import session
+from common.linalg import fan_out_init
+from common.surgery import LayerReport
+from tensor_wrn.config import WideResNetConfig
 from tensor_wrn.layers import SeparableConv2d, TensorPointwise
 from tensor_wrn.models import WideResNet, build, is_factorized
 
 
-def make_model(args: argparse.Namespace, architecture: dict[str, Any]) -> tuple[WideResNet, FactorizationReport]:
-    """The network of the flags and what was factorized; completes ``rank_scale`` in the architecture.
+def make_model(config: WideResNetConfig, architecture: dict[str, Any]) -> tuple[WideResNet, FactorizationReport]:
+    """The network of a configuration and what was factorized; completes ``rank_scale`` in the architecture of tensors.
 
     Raises ValueError where a budget cannot be reached.
     """
-    if args.form != "Conv":
-        architecture["rank_scale"] = args.rank_scale or tensor_scale_for_ratio(architecture, args.target_ratio)
-        return make_tensors(architecture, args.init)
+    if config.form != "Conv":
+        architecture["rank_scale"] = config.rank_scale or tensor_scale_for_ratio(architecture, config.target_ratio)
+        return make_tensors(architecture, config.init)
     model = build(architecture)
-    if not (args.rank_scale or args.target_ratio):
-        return model, session.dense_report(model)
-    scale = args.rank_scale or rank_scale_for_ratio(model, args.target_ratio, filter_fn=is_factorized)
+    if not config.factorized:
+        return model, FactorizationReport.dense(model)
+    scale = config.rank_scale or rank_scale_for_ratio(model, config.target_ratio, filter_fn=is_factorized)
     layers: list[LayerReport] = []
     original = count_parameters(model)
     for kernel in (3, 1):  # whose factors regular initialization draws with the deviation of the kernel that they make
@@ -39,16 +39,9 @@ def make_model(args: argparse.Namespace, architecture: dict[str, Any]) -> tuple[
             return is_factorized(module, name) and isinstance(module, nn.Conv2d) and module.kernel_size[0] == kernel
 
         inits = {"regular": partial(fan_out_init, kernel=kernel), "norm-matched": partial(norm_matched_init, kernel=kernel)}
-        init = inits.get(args.init, args.init)
+        init = inits.get(config.init, config.init)
         layers += factorize_(model, LowRankConfig(scale, init=init), filter_fn=of_kernel).layers
     return model, FactorizationReport(tuple(layers), original, count_parameters(model))
-
-
-def fan_out_init(matrix: Tensor, rank: int, *, kernel: int) -> tuple[Tensor, Tensor]:
-    """Regular initialization of factors: both N(0, 2 / (out * kernel^2)), as of the convolution itself."""
-    rows, columns = matrix.shape  # out * kernel rows
-    std = math.sqrt(2 / (kernel * rows))
-    return torch.randn(rows, rank) * std, torch.randn(rank, columns) * std
 
 
 def norm_matched_init(matrix: Tensor, rank: int, *, kernel: int) -> tuple[Tensor, Tensor]:
@@ -86,9 +79,7 @@ def tensor_scale_for_ratio(architecture: dict[str, Any], target: float) -> float
     with torch.device("meta"):
         model = build({**architecture, "rank_scale": 1.0})
     tensors = [module for module in model.modules() if isinstance(module, TensorPointwise)]
-    steps = sorted({(rank + 0.5) / side for tensor in tensors for side in tensor.shape for rank in range(1, side)})
-    edges = [0.0, *steps, 1.0]
-    middles = [(low + high) / 2 for low, high in pairwise(edges)]
+    scales = step_midpoints((side for tensor in tensors for side in tensor.shape), 0.0, 1.0)
     rest = count_parameters(model) - sum(count_parameters(tensor) for tensor in tensors)
 
     def count(scale: float) -> int:
@@ -96,16 +87,13 @@ def tensor_scale_for_ratio(architecture: dict[str, Any], target: float) -> float
             made = (type(t)(t.in_channels, t.out_channels, scale) for t in tensors)
             return rest + sum(count_parameters(tensor) for tensor in made)
 
-    low, high = 0, len(middles) - 1
-    for bound, scale, wrong in (("fewest", middles[0], count(middles[0]) > 1.01 * target * original),
-                                ("most", middles[-1], count(middles[-1]) < 0.99 * target * original)):  # fmt: skip
+    wanted = target * original
+    for bound, scale, wrong in (("fewest", scales[0], count(scales[0]) > 1.01 * target * original),
+                                ("most", scales[-1], count(scales[-1]) < 0.99 * target * original)):  # fmt: skip
         if wrong:
             reach = f"the {bound} that {architecture['form']} can have are {count(scale):,} ({count(scale) / original:.4g})"
-            raise ValueError(f"--target-ratio {target:g} is {round(target * original):,} parameters, and {reach}")
-    while low < high:  # the first step whose count reaches the target
-        middle = (low + high) // 2
-        low, high = (low, middle) if count(middles[middle]) >= target * original else (middle + 1, high)
-    return min(middles[max(low - 1, 0) : low + 1], key=lambda scale: abs(count(scale) - target * original))
+            raise ValueError(f"--target-ratio {target:g} is {round(wanted):,} parameters, and {reach}")
+    return scales[closest_index(lambda step: count(scales[step]), 0, len(scales) - 1, wanted)]
 
 
 def factorized_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -16,7 +16,7 @@ from tensorly.decomposition import partial_tucker, tensor_train
 from torch import Tensor, nn
 
 from common.layers import Factorized
-from common.linalg import to_float64
+from common.linalg import at_least_float32, to_float64
 
 INITIALIZATIONS = ("regular", "spectral", "norm-matched", "released")
 
@@ -103,9 +103,6 @@ class TensorPointwise(Factorized):
         """Squared Frobenius norm of the tensor from Gram matrices of the cores, in float32 or better; forms no tensor."""
         raise NotImplementedError
 
-    def _exact(self) -> list[Tensor]:
-        return [core.to(torch.promote_types(core.dtype, torch.float32)) for core in self.cores]
-
     @torch.no_grad()
     def initialize_(self, init: str) -> None:
         """Give the cores their values.
@@ -187,7 +184,7 @@ class TensorTrainPointwise(TensorPointwise):
         return torch.tensordot(torch.tensordot(first, middle, 1), last, 1)
 
     def squared_norm(self) -> Tensor:
-        first, middle, last = self._exact()
+        first, middle, last = at_least_float32(self.cores)
         left = torch.tensordot(first.mT @ first, middle, 1)  # (r1, d1, r2)
         return (left * torch.tensordot(middle, last @ last.mT, 1)).sum()
 
@@ -215,7 +212,7 @@ class TuckerPointwise(TensorPointwise):
         return _multiply(core, *factors)
 
     def squared_norm(self) -> Tensor:
-        core, *factors = self._exact()
+        core, *factors = at_least_float32(self.cores)
         return (core * _multiply(core, *(factor.mT @ factor for factor in factors))).sum()
 
 
@@ -256,7 +253,7 @@ class TuckerTrainPointwise(TuckerPointwise):
         return _multiply(self._core(first, middle, last), *factors)
 
     def squared_norm(self) -> Tensor:
-        first, middle, last, *factors = self._exact()
+        first, middle, last, *factors = at_least_float32(self.cores)
         core = self._core(first, middle, last)
         return (core * _multiply(core, *(factor.mT @ factor for factor in factors))).sum()
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from common.tables.rows import Program, Row, Table
-from common.vision.flags import configuration
-from tensor_wrn.flags import PROGRAM as NAME
-from tensor_wrn.flags import parse
+from tensor_wrn.config import WideResNetConfig
 
 RECIPE = ("cifar10", "teacher", "--wrn-depth", "28", "--wrn-width", "10")
 INITS = {"regular": (), "spectral": ("--spectral",)}
@@ -64,8 +60,4 @@ def controls() -> Table:
     return Table("table2-controls", "Controls of the tensor table, and what the released code computes", tuple(rows))
 
 
-def configure(row: Row) -> dict[str, Any]:
-    return configuration(NAME, parse(row.flags))
-
-
-PROGRAM = Program(NAME, configure, (table2(), controls()))
+PROGRAM = Program(WideResNetConfig.program, {"train.py": WideResNetConfig}, (table2(), controls()))

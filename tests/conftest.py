@@ -1,6 +1,9 @@
-"""Fixtures: folders of images, and the real data sets where FNL_DATA names them."""
+"""Fixtures: folders of images, the real data sets where FNL_DATA names them, and processes for programs."""
 
+import json
 import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,9 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from common.distributed import has_bfloat16
+from common.experiments.distributed import has_bfloat16
+from common.experiments.files import ROOT
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Workers of pytest-xdist share the processors with each other and with the programs that they start.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if workers > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+torch.set_num_threads(min(2, int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads()))))
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +84,36 @@ def cifar_jpeg(tmp_path_factory):
                 counts[folder] = counts.get(folder, 0) + 1
                 packed.extract(name, root)
     return root / "cifar10-images"
+
+
+class Forks:
+    """Runs each command in a process of its own, quickly: a fork of one that has imported the programs and run none."""
+
+    def __init__(self, log):
+        self.log = log
+        self.process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("forks.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+
+    def __call__(self, program, words, **order):
+        """Exit status and seconds of a command; ``log`` holds what it printed."""
+        self.log.write_text("")
+        self.process.stdin.write(json.dumps({"program": program, "words": words, "log": str(self.log), **order}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    made = Forks(tmp_path_factory.mktemp("forks") / "log.txt")
+    yield made
+    made.close()

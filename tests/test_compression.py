@@ -9,15 +9,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common import LowRankConfig, checkpoints, factorize_, rank_scale_for_ratio
-from common.runs import read_json
+from common import LowRankConfig, factorize_, rank_scale_for_ratio
+from common.experiments import checkpoints
+from common.experiments.files import read_json
+from common.linalg import fan_out_init
 from common.surgery import count_parameters
 from common.vision import tiny_imagenet
 from common.vision.data import load
 from compression_baselines import measure
-from compression_baselines.flags import parse
-from compression_baselines.models import fan_out_init, is_factorized
-from compression_baselines.recipe import learning_rate
+from compression_baselines.config import LowRankBudgetConfig
+from compression_baselines.experiment import learning_rate
+from compression_baselines.models import is_factorized
 from compression_baselines.rows import PARAMETERS
 from compression_baselines.structure import build
 from compression_baselines.train import main
@@ -71,7 +73,7 @@ def test_the_initialization_of_vgg_and_its_factors():
     kaiming = build({"network": "vgg", "depth": 19, "width": None, "num_classes": 100, "kaiming": True, "pruned": None})
     assert plain.classifier.weight.detach().std() == pytest.approx(0.01, rel=0.05)
     assert kaiming.classifier.weight.detach().std() == pytest.approx((2 / 512) ** 0.5, rel=0.05)
-    u, vt = fan_out_init(torch.empty(256 * 3, 128 * 3), 50)
+    u, vt = fan_out_init(torch.empty(256 * 3, 128 * 3), 50, kernel=3)
     for factor in (u, vt):
         assert factor.std() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.05)
 
@@ -278,7 +280,7 @@ def test_a_checkpoint_of_another_architecture_names_the_first_mismatch(train, tm
 
 
 def test_defaults_are_the_recipe():
-    vgg, resnet = parse([]), parse(["--network", "resnet"])
+    vgg, resnet = LowRankBudgetConfig.parse([]), LowRankBudgetConfig.parse(["--network", "resnet"])
     assert (vgg.network, vgg.depth, vgg.weight_decay, vgg.epochs, vgg.batch_size, vgg.lr) == ("vgg", 19, 2e-4, 200, 128, 0.1)
     assert (resnet.depth, resnet.width, resnet.weight_decay) == (32, 64, 1e-4)
     assert [learning_rate(vgg, epoch) for epoch in (0, 99, 100, 150)] == pytest.approx([0.1, 0.1, 0.01, 0.001])

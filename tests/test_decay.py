@@ -84,6 +84,50 @@ def test_missing_gradients_are_made_and_frozen_factors_left_alone():
     torch.testing.assert_close(other.b.grad, 0.1 * other.a.square().sum() * other.b)
 
 
+def test_frozen_factors_keep_the_gradient_that_they_have():
+    layer = FactorizedLinear(4, 4, 2, dtype=torch.float64)
+    layer.u.grad, layer.vt.grad = torch.ones_like(layer.u), torch.ones_like(layer.vt)
+    layer.u.requires_grad_(False)
+    FrobeniusDecay(nn.Sequential(layer), 0.1).step()
+    assert (layer.u.grad == 1).all()
+    torch.testing.assert_close(layer.vt.grad, 1 + 0.1 * layer.u.T @ layer.u @ layer.vt)
+
+
+class Chain(Factorized):
+    """A layer of its own kind whose weight is a plain product of three matrices."""
+
+    def __init__(self):
+        super().__init__()
+        shapes = [(6, 2), (2, 3), (3, 5)]
+        self.parts = nn.ParameterList(nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes)
+
+    def factors(self):
+        return tuple(self.parts)
+
+    def chain(self):
+        return self.factors()
+
+    def to_dense(self):
+        return self.parts[0] @ self.parts[1] @ self.parts[2]
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("kind", [Chain, Kronecker])
+def test_layers_of_any_kind_are_decayed_by_what_they_say_of_themselves(kind, decoupled):
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(), kind())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    penalty = sum(layer.to_dense().square().sum() / 2 for layer in model)
+    gradients = torch.autograd.grad(penalty, list(model.parameters()))
+    decay = FrobeniusDecay(model, 0.5, decoupled=decoupled)
+    torch.testing.assert_close(decay.penalty(), 0.5 * penalty)
+    decay.step(lr=0.1 if decoupled else None)
+    for parameter, old, gradient in zip(model.parameters(), before, gradients, strict=True):
+        torch.testing.assert_close(
+            parameter if decoupled else parameter.grad, old - 0.05 * gradient if decoupled else 0.5 * gradient
+        )
+
+
 def test_half_precision_accumulates_in_float32():
     """1/2 ||W||^2 of entries near 300 overflows float16 but its gradient, times the coefficient, does not."""
     layer = FactorizedLinear(64, 64, 8, dtype=torch.float16)

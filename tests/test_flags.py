@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from common.runs import ROOT
+from common.experiments.files import ROOT
 from resnet_cifar.train import main
 
 FACTORIZED = "--data digits --arch resnet20 --rank-scale 0.111"

@@ -21,28 +21,32 @@ from common import (
     FactorizedLinear,
     FrobeniusDecay,
     LowRankConfig,
-    checkpoints,
     densify_,
     factorize_,
     load_factorized_,
     param_groups,
 )
+from common.experiments import checkpoints
 from compression_baselines.models import ResNet
 
 # Command lines
 
 SMALL = "--network resnet --depth 8 --data digits"
 TINY = "--embed-dim 16 --ffn-dim 24 --layers 1 --heads 2 --cpu"
-PROGRAMS = {  # parser, and flags that keep the networks small unless others follow; None where there is no --dry-run
-    "resnet_cifar.train": ("resnet_cifar.flags.parse", "--arch resnet20 --data digits"),
-    "compression_baselines.train": ("compression_baselines.flags.parse", SMALL),
-    "compression_baselines.prune": ("compression_baselines.flags.parse_prune", f"{SMALL} --method kron-obd --target-ratio 0.5"),
-    "compression_baselines.sparse": ("compression_baselines.flags.parse_sparse", f"{SMALL} --method rigl --target-ratio 0.3"),
-    "tensor_wrn.train": ("tensor_wrn.flags.parse", "digits teacher --wrn-depth 10 --wrn-width 1"),
-    "transformer_iwslt.train": ("transformer_iwslt.flags.parse", TINY),
-    "transformer_iwslt.prepare": ("transformer_iwslt.flags.parse_prepare", None),
-    "transformer_iwslt.generate": ("transformer_iwslt.flags.parse_generate", None),
-    "transformer_iwslt.translate": ("transformer_iwslt.flags.parse_translate", None),
+# What parses, and flags that keep the networks small unless others follow; None where there is no --dry-run.
+PROGRAMS = {
+    "resnet_cifar.train": ("resnet_cifar.config.ResNetConfig", "--arch resnet20 --data digits"),
+    "compression_baselines.train": ("compression_baselines.config.LowRankBudgetConfig", SMALL),
+    "compression_baselines.prune": (
+        "compression_baselines.config.PruningConfig",
+        f"{SMALL} --method kron-obd --target-ratio 0.5",
+    ),
+    "compression_baselines.sparse": ("compression_baselines.config.SparseConfig", f"{SMALL} --method rigl --target-ratio 0.3"),
+    "tensor_wrn.train": ("tensor_wrn.config.WideResNetConfig", "digits teacher --wrn-depth 10 --wrn-width 1"),
+    "transformer_iwslt.train": ("transformer_iwslt.config.TranslationConfig", TINY),
+    "transformer_iwslt.prepare": ("transformer_iwslt.config.parse_prepare", None),
+    "transformer_iwslt.generate": ("transformer_iwslt.config.parse_generate", None),
+    "transformer_iwslt.translate": ("transformer_iwslt.config.parse_translate", None),
 }
 HOSTILE = [
     "", " ", "-1", "0", "1", "0.5", "3", "1e-3", "1e308", "1e400", "nan", "-inf", "9223372036854775808", "abc", "None", "--",
@@ -55,16 +59,22 @@ class Found(Exception):
     pass
 
 
+def reader_of(name):
+    """The function that reads a command line: that of a configuration, or itself."""
+    module, _, attribute = name.rpartition(".")
+    found = getattr(importlib.import_module(module), attribute)
+    return getattr(found, "parse", found)
+
+
 def parser_of(name):
     """The parser that a function parses with."""
 
     def find(self, *args, **kwargs):
         raise Found(self)
 
-    module, _, function = name.rpartition(".")
     with mock.patch.object(argparse.ArgumentParser, "parse_known_args", find):
         try:
-            getattr(importlib.import_module(module), function)([])
+            reader_of(name)([])
         except Found as found:
             return found.args[0]
 
@@ -97,8 +107,7 @@ def check(program, words):
         status = 0
         try:
             if small is None:
-                module, _, function = parse.rpartition(".")
-                getattr(importlib.import_module(module), function)(words)
+                reader_of(parse)(words)
             else:
                 importlib.import_module(program).main(words)
                 json.loads(output.getvalue())

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from common import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear
+from common.layers import Factorized
 
 CONVOLUTIONS = [
     {"kernel_size": 1},
@@ -170,3 +171,31 @@ def test_impossible_layers_are_refused(make, message):
 def test_set_factors_checks_shapes():
     with pytest.raises(ValueError, match=r"\(7, 3\)"):
         FactorizedLinear(5, 7, 3).set_factors(torch.zeros(7, 2), torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_the_matrices_of_a_layer_multiply_to_its_unrolled_weight(depth):
+    layer = FactorizedConv2d(3, 4, (2, 5), 6, depth=depth, dtype=torch.float64)
+    product = torch.linalg.multi_dot(layer.matrices())
+    expected = layer.to_dense().transpose(1, 2).flatten(2).flatten(0, 1)  # rows (out, kernel row), columns (in, kernel column)
+    torch.testing.assert_close(product, expected)
+    assert layer.matrices() == layer.chain() == layer.factors()
+
+
+def test_a_weight_that_is_no_product_of_matrices_is_one_matrix():
+    class Sum(Factorized):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.randn(4, 3, 2, 5, dtype=torch.float64)) for _ in range(2))
+
+        def factors(self):
+            return self.a, self.b
+
+        def to_dense(self):
+            return self.a + self.b
+
+    layer = Sum()
+    (matrix,) = layer.matrices()
+    assert layer.chain() == ()
+    for out, row, channel, column in [(0, 0, 0, 0), (3, 1, 2, 4), (2, 0, 1, 3)]:
+        assert matrix[out * 2 + row, channel * 5 + column] == (layer.a + layer.b)[out, channel, row, column]

@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common import checkpoints
-from common.runs import ROOT, read_json
+from common.experiments import checkpoints
+from common.experiments.files import ROOT, read_json
 from common.vision.data import Batch, load
 from compression_baselines import measure, sparse
-from compression_baselines.flags import SPARSE, SPARSE_DEFAULTS, parse_sparse
+from compression_baselines.config import SPARSE, SPARSE_DEFAULTS, SparseConfig
 from compression_baselines.masks import METHODS, base, deepr, dsr, grasp, rigl, snip, synflow
 from compression_baselines.masks import set as set_method
 from compression_baselines.masks.base import Masks, Settings, allocate, largest_remainder, random_subset, top_global
@@ -420,7 +420,7 @@ def test_hooks_act_between_backward_and_the_update(run, monkeypatch):
 def test_scores_come_from_ten_images_a_class():
     data = load("digits", None)
     for flags, count in (("--batch-size 30", 4), ("--batch-size 128", 1), ("--batch-size 30 --score-batches 2", 2)):
-        args = parse_sparse(f"--network resnet --dataset digits --method snip --target-ratio 0.1 {flags}".split())
+        args = SparseConfig.parse(f"--network resnet --dataset digits --method snip --target-ratio 0.1 {flags}".split())
         batches = sparse.first_batches(args, data)
         assert len(batches) == count
         assert torch.equal(batches[-1].images, data.train_batch(0, 0, count - 1, args.batch_size).images)
@@ -563,7 +563,7 @@ def test_bad_flags(refuses, tmp_path, flags, message):
 
 
 def test_defaults_are_the_recipe_of_dense_training():
-    args = parse_sparse("--network resnet --method rigl --target-ratio 0.1".split())
+    args = SparseConfig.parse("--network resnet --method rigl --target-ratio 0.1".split())
     assert (args.epochs, args.lr, args.weight_decay, args.batch_size) == (200, 0.1, 1e-4, 128)
     assert (args.distribution, args.update_every, args.update_until, args.drop_fraction) == ("erk", 100, 0.75, 0.3)
     assert args.rounds is None

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from common import checkpoints
-from common.runs import read_json
+from common.experiments import checkpoints
+from common.experiments.files import read_json
 from common.surgery import count_parameters
 from common.vision.data import Data
 from compression_baselines import prune, train
-from compression_baselines.flags import PRUNERS, parse_prune
+from compression_baselines.config import PRUNERS, PruningConfig
 from compression_baselines.pruners import channels, eigenbasis, fisher, scores
 from compression_baselines.pruners.select import Ranking, removed_for_budget
 from compression_baselines.structure import UnionAdd, build, convolutions, keep_channels_
@@ -466,5 +466,5 @@ def test_what_surgery_adds_is_on_the_models_device():
 
 
 def test_defaults_are_eigendamages_recipe():
-    args = parse_prune("--network resnet --method eigendamage --target-ratio 0.1 --pretrained x.pt".split())
+    args = PruningConfig.parse("--network resnet --method eigendamage --target-ratio 0.1 --pretrained x.pt".split())
     assert (args.epochs, args.lr, args.weight_decay, args.prune_ratio_limit, args.fisher) == (150, 1e-3, 1e-4, 0.95, "true")

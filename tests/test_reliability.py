@@ -16,13 +16,15 @@ import pytest
 import torch
 from torch import nn
 
-from common import FactorizedLinear, checkpoints, linalg
-from common.distributed import Processes
-from common.runs import ROOT, Run, read_json
+from common import FactorizedLinear, linalg
+from common.experiments import checkpoints
+from common.experiments.distributed import Processes
+from common.experiments.files import ROOT, read_json
+from common.experiments.runs import Run
 from common.vision import training
 from common.vision.data import load
 from common.vision.training import Trainer
-from resnet_cifar.flags import parse as resnet_flags
+from resnet_cifar.config import ResNetConfig
 from resnet_cifar.train import main as resnet
 
 DIGITS = "--data digits --device cpu --batch-size 256 --save-every 1 --resume auto"
@@ -44,39 +46,6 @@ PROGRAMS = {
 # The image programs share their loop: without --slow, one of them stands for all.
 SLOW = ("compression_baselines.train", "compression_baselines.sparse", "compression_baselines.prune", "tensor_wrn.train")
 SOME = [pytest.param(program, marks=[pytest.mark.slow] * (program in SLOW)) for program in PROGRAMS]
-
-
-class Forks:
-    """Runs commands in forks of a process that has imported the programs."""
-
-    def __init__(self, log):
-        self.log = log
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("forks.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-        )
-
-    def __call__(self, program, words, **order):
-        """Exit status and seconds of a command."""
-        self.log.write_text("")
-        self.process.stdin.write(json.dumps({"program": program, "words": words, "log": str(self.log), **order}) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    made = Forks(tmp_path_factory.mktemp("forks") / "log.txt")
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -320,15 +289,15 @@ def test_a_run_that_diverges_stops_and_says_where(forks, command, program, flags
 @pytest.mark.parametrize(("step", "noticed"), [(7, 8), (8, 8), (11, 12)])
 def test_numbers_that_fail_later_leave_the_last_good_checkpoint(tmp_path, monkeypatch, capsys, step, noticed):
     """Of six steps an epoch, looking every fourth and at the end of each: the step, the layer and the checkpoint are named."""
-    made = Trainer._train_step
+    made = Trainer.train_step
 
-    def poison(self, batch, number):
-        if number + 1 == step:
+    def poison(self, batch):
+        if self.step + 1 == step:
             self.model.layer2[0].conv1.u.data[0, 0] = float("nan")
         assert self.step < noticed
-        return made(self, batch, number)
+        made(self, batch)
 
-    monkeypatch.setattr(Trainer, "_train_step", poison)
+    monkeypatch.setattr(Trainer, "train_step", poison)
     monkeypatch.setattr(training, "_CHECK_EVERY", 4)
     with pytest.raises(SystemExit) as stop:
         resnet([*RESNET.split(), "--save-dir", str(tmp_path)])
@@ -354,7 +323,7 @@ def test_a_translation_that_diverges_stops_and_says_where(forks, command, tmp_pa
 def test_denormal_numbers_do_not_slow_a_run_down():
     """They are flushed to zero, in every thread: arithmetic on them takes up to a hundred times as long."""
     product = "(torch.full((2**22,), 1e-38) * 1e-3).max()"
-    code = f"import torch; from common import distributed; distributed.start('cpu'); print({product})"
+    code = f"import torch; from common.experiments import distributed; distributed.start('cpu'); print({product})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "tensor(0.)\n"
 
@@ -363,14 +332,13 @@ def test_an_overflow_of_fp16_goes_on(tmp_path):
     """At a scale that overflows, the scaler skips the step and halves the scale; the run does not end."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), FactorizedLinear(192, 10, 4))
-    args = resnet_flags(["--data", "digits", "--max-steps", "3"])
-    args.amp = "fp16"
+    config = ResNetConfig(data="digits", max_steps=3, amp="fp16")
     run = Run(tmp_path / "run", {}, 0)
     run.begin()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = Trainer(
-        model, load("digits", None), run, args, Processes(torch.device("cpu")), architecture={}, optimizer=optimizer,
-        schedule=lambda epoch: 0.1,
+        model, load("digits", None), run, config=config, processes=Processes(torch.device("cpu")), architecture={},
+        optimizer=optimizer, schedule=lambda epoch: 0.1,
     )  # fmt: skip
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     before = model[1].u.detach().clone()

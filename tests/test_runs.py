@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from common.runs import FlagParser, Run, config_hash, digest, read_json, write_atomic
+from common.experiments.config import FlagParser, config_hash
+from common.experiments.files import digest, read_json, write_atomic
+from common.experiments.runs import Run
 
 
 def test_flags_take_dashes_and_underscores_and_no_abbreviations(capsys):
@@ -79,7 +81,7 @@ def test_a_directory_belongs_to_one_configuration_and_one_process(tmp_path):
 
 def test_finished_runs_are_known_and_foreign_files_protected(tmp_path):
     run = begun(tmp_path / "r")
-    run.finish(metrics={"final": 1.0})
+    run.finish(metrics={"final": 1.0, "best": 1.0}, parameters={"compressed": 1, "ratio": 1.0}, seconds=1.0)
     run._lock.close()
     assert Run(tmp_path / "r", CONFIG, 1).finished
     assert not Run(tmp_path / "r", {**CONFIG, "max_steps": 5}, 1, resume=True).finished

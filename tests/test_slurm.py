@@ -12,9 +12,12 @@ from dataclasses import replace
 
 import pytest
 
-from common import checkpoints
-from common.runs import REQUEUE, ROOT, read_json
+from common.experiments import checkpoints
+from common.experiments.files import ROOT, read_json
+from common.experiments.runs import REQUEUE
 from common.tables import slurm
+from common.tables.commands import CommandError
+from common.tables.emit import emit
 from common.tables.rows import programs, select
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -32,26 +35,41 @@ def steps(directory):
     return checkpoints.load(path)["step"] if path.exists() else 0
 
 
+QUICK = ("resnet_cifar/train.py", "--data", "digits", "--arch", "resnet20", "--seed", "1")
+REPLAY = (*QUICK, "--rank-scale", "0.1", "--normalize", "{after}/frobnorms.tensor")
+
+
+def job_of(tmp_path, code, *commands):
+    """A job whose programs are replaced by this code; the program and its flags are ``words``."""
+    path = tmp_path / "stand_in.py"
+    path.write_text(f"import pathlib, signal, sys, time\nwords = sys.argv[1:]\n{code}\n")
+    return slurm.RowJob(commands or [QUICK], launcher=[sys.executable, str(path)])
+
+
 def test_a_job_runs_the_commands_in_order_and_knows_the_last_result(tmp_path):
-    first = "import sys; print('/a/b/result.json')"
-    second = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2]); print('/c/result.json')"
-    done = slurm.RowJob([["-c", first], ["-c", second, str(tmp_path / "out"), "{after}/x"]])()
-    assert done == "/c/result.json"
-    assert (tmp_path / "out").read_text() == "/a/b/x"
+    code = f"""
+if "--normalize" in words:
+    pathlib.Path({str(tmp_path / "out")!r}).write_text(words[words.index("--normalize") + 1])
+print("/c/result.json" if "--normalize" in words else "what else it says\\n/a/b/result.json")
+"""
+    assert job_of(tmp_path, code, QUICK, REPLAY)() == "/c/result.json"
+    assert (tmp_path / "out").read_text() == "/a/b/frobnorms.tensor"
+
+
+ONE_AT_A_TIME = """
+if "--normalize" not in words:
+    for word in ("start", "end"):
+        with open({record!r}, "a") as file:
+            file.write(word + " ")
+        time.sleep(0.5)
+print("/a/b/result.json")
+"""
 
 
 def test_jobs_that_need_the_same_run_wait_for_it(tmp_path):
     """Two jobs with one prerequisite at once: their runs of it do not overlap."""
     record = tmp_path / "record"
-    code = f"""
-import time
-for word in ("start", "end"):
-    with open({str(record)!r}, "a") as file:
-        file.write(word + " ")
-    time.sleep(0.3)
-print("/a/b/result.json")
-"""
-    jobs = [slurm.RowJob([["-c", code], ["-c", "print('/c/result.json')"]]) for _ in range(2)]
+    jobs = [job_of(tmp_path, ONE_AT_A_TIME.format(record=str(record)), QUICK, REPLAY) for _ in range(2)]
     threads = [threading.Thread(target=job) for job in jobs]
     for thread in threads:
         thread.start()
@@ -60,22 +78,40 @@ print("/a/b/result.json")
     assert record.read_text().split() == ["start", "end"] * 2
 
 
+def test_a_script_waits_for_a_job_that_makes_the_run_it_needs(tmp_path):
+    """Scripts and jobs have one lock, by the identity and seed of the run, so that neither makes it beside the other."""
+    (program,) = select(programs(), table="normalization", row="*-regular-normalized")
+    (table,), (row,) = program.tables, program.tables[0].rows
+    emit([program], tmp_path / "generated-scripts")
+    (script,) = tmp_path.glob("generated-scripts/*/*/*.sh")
+    record = tmp_path / "record"
+    job = job_of(tmp_path, ONE_AT_A_TIME.format(record=str(record)), *slurm.job(program, table, row, 1).commands)
+    thread = threading.Thread(target=job)
+    thread.start()
+    wait_for(record.exists)
+    launcher = f"{sys.executable} {tmp_path / 'stand_in.py'}"
+    environment = {**ENVIRONMENT, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "LAUNCHER": launcher}
+    started = [subprocess.Popen(["bash", str(script), "1"], env=environment, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in started] == [0, 0]
+    thread.join()
+    assert record.read_text().split() == ["start", "end"] * 3
+
+
 def test_a_command_that_asks_to_be_queued_again_is_run_again_and_a_failure_is_one(tmp_path):
     marker = tmp_path / "marker"
-    code = f"import pathlib, sys; p = pathlib.Path({str(marker)!r}); n = p.exists(); p.touch(); sys.exit(0 if n else {REQUEUE})"
-    slurm.RowJob([["-c", code]])()
-    with pytest.raises(subprocess.CalledProcessError):
-        slurm.RowJob([["-c", "import sys; sys.exit(2)"]])()
+    job_of(tmp_path, f"p = pathlib.Path({str(marker)!r}); n = p.exists(); p.touch(); sys.exit(0 if n else {REQUEUE})")()
+    assert marker.exists()
+    with pytest.raises(CommandError, match="status 2"):
+        job_of(tmp_path, "sys.exit(2)")()
 
 
 def test_a_checkpoint_waits_for_the_program_to_save(tmp_path):
     saved, ready = tmp_path / "saved", tmp_path / "ready"
     code = (
-        "import pathlib, signal, sys, time\n"
         f"def save(*_): time.sleep(1); pathlib.Path({str(saved)!r}).touch(); sys.exit(0)\n"
         f"signal.signal(signal.SIGUSR2, save); pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
     )
-    job = slurm.RowJob([["-c", code]])
+    job = job_of(tmp_path, code)
     thread = threading.Thread(target=job)
     thread.start()
     wait_for(ready.exists)

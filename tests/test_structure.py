@@ -7,26 +7,36 @@ import sys
 
 import pytest
 
-from common.runs import ROOT
+from common.experiments.files import ROOT
 
 SUBPROJECTS = [path.parent.name for path in ROOT.glob("*/rows.py")]
 
 
 def imports(path):
+    """The names of what a file imports, relative imports as they are written."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            yield node.module
+            yield "." * node.level + (node.module or "")
 
 
-@pytest.mark.parametrize("house", ["common", *SUBPROJECTS])
-def test_subprojects_import_only_common_and_themselves(house):
+def test_the_library_imports_itself_by_relative_names_and_no_subproject():
+    """So it can be installed under a name of its own."""
+    for path in (ROOT / "common").rglob("*.py"):
+        depth = len(path.relative_to(ROOT).parts) - 1
+        for name in imports(path):
+            assert name.partition(".")[0] not in {"common", "fnl", "benchmarks", *SUBPROJECTS}, f"{path} imports {name}"
+            assert len(name) - len(name.lstrip(".")) <= depth, f"{path} imports {name} from outside of the library"
+
+
+@pytest.mark.parametrize("house", SUBPROJECTS)
+def test_subprojects_import_only_common_and_themselves_by_absolute_names(house):
     for path in (ROOT / house).rglob("*.py"):
         for name in imports(path):
             top = name.partition(".")[0]
-            assert top not in SUBPROJECTS or top == house, f"{path} imports {name}"
+            assert top, f"{path} imports {name}: imports of a subproject are absolute"
+            assert top not in {"fnl", "benchmarks", *SUBPROJECTS} - {house}, f"{path} imports {name}"
 
 
 def test_importing_common_and_its_core_loads_torch_and_nothing_heavier():

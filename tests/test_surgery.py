@@ -1,6 +1,8 @@
 """Surgery: what is replaced and what is not, ranks and parameter counts, round trips, and refusals."""
 
 import copy
+import math
+import random
 import re
 import time
 
@@ -11,6 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from common import (
+    FactorizationReport,
     FactorizedConv2d,
     FactorizedEmbedding,
     FactorizedLinear,
@@ -20,10 +23,10 @@ from common import (
     load_factorized_,
     rank_scale_for_ratio,
 )
+from common.budget import closest_index, count_parameters, step_midpoints
+from common.experiments.files import ROOT
 from common.layers import Factorized
 from common.linalg import frobenius_norm, unroll
-from common.runs import ROOT
-from common.surgery import count_parameters
 from resnet_cifar.models import build, is_factorized
 from resnet_cifar.rows import PARAMETERS
 
@@ -71,7 +74,7 @@ def test_norm_matched_factors_have_the_norm_of_spectral_ones(depth):
 
 def test_initial_norms_are_those_of_the_released_code():
     """64 channels, 3x3, rank 21: ||U V^T||_F is 27.6 for regular and 6.67 for spectral initialization of a Kaiming kernel."""
-    norms = {"kaiming": [], "spectral": []}
+    norms = {"regular": [], "spectral": []}
     for seed in range(5):
         for init, values in norms.items():
             torch.manual_seed(seed)
@@ -81,8 +84,22 @@ def test_initial_norms_are_those_of_the_released_code():
             report = factorize_(model, LowRankConfig(0.111, init=init))
             assert report.layers[0].rank == 21
             values.append(frobenius_norm(model[0].factors()).item())
-    assert sum(norms["kaiming"]) / 5 == pytest.approx(27.6, rel=0.02)
+    assert sum(norms["regular"]) / 5 == pytest.approx(27.6, rel=0.02)
     assert sum(norms["spectral"]) / 5 == pytest.approx(6.67, rel=0.02)
+
+
+def test_regular_initialization_is_the_one_of_the_layer_and_was_called_kaiming():
+    made = []
+    for init in ("regular", "kaiming"):
+        model = nn.Sequential(nn.Linear(6, 4))
+        torch.manual_seed(1)
+        factorize_(model, LowRankConfig(0.5, init=init))
+        made.append(model[0])
+    torch.manual_seed(1)
+    alone = FactorizedLinear(6, 4, 2)
+    for layer in made:
+        for factor, expected in zip(layer.factors(), alone.factors(), strict=True):
+            assert torch.equal(factor, expected)
 
 
 def test_norm_matched_factors_have_the_norm_with_noise_too():
@@ -143,6 +160,12 @@ def test_rank_pattern_overrides_and_zero_keeps_dense():
     assert type(model[4]) is nn.Linear
     with pytest.raises(ValueError, match=r"'layer.*' matches none"):
         factorize_(small_model(), LowRankConfig(0.5, rank_pattern={"layer.*": 0.1}))
+
+
+def test_the_report_of_a_dense_model():
+    report = FactorizationReport.dense(small_model())
+    assert report == factorize_(small_model(), LowRankConfig(0))
+    assert (report.layers, report.original, report.compressed) == ((), 4_730, 4_730)
 
 
 def test_rank_scale_zero_is_dense():
@@ -237,7 +260,7 @@ def test_golden_parameter_counts(depth, scale, expected, classes):
     if scale == "0":
         assert count_parameters(model) == expected
         return
-    config = LowRankConfig(1.0 if scale == "deep" else float(scale), init="kaiming", depth=3 if scale == "deep" else 2)
+    config = LowRankConfig(1.0 if scale == "deep" else float(scale), init="regular", depth=3 if scale == "deep" else 2)
     report = factorize_(model, config, filter_fn=is_factorized)
     assert report.compressed == expected
     assert len(report.layers) == depth - 2
@@ -247,12 +270,50 @@ def test_golden_counts_and_ranks_of_resnet20():
     counts = {0.037: 23_482, 0.111: 63_850, 0.333: 188_314, 1.0: 560_026, 3.0: 1_675_162, 9.0: 5_020_570}
     for scale, expected in counts.items():
         model = build("resnet20", 10)
-        report = factorize_(model, LowRankConfig(scale, init="kaiming"), filter_fn=is_factorized)
+        report = factorize_(model, LowRankConfig(scale, init="regular"), filter_fn=is_factorized)
         assert report.compressed == expected
         if scale == 0.111:
             assert [layer.rank for layer in report.layers] == [5] * 6 + [11] * 6 + [21] * 6
     model = build("resnet20", 10)
-    assert factorize_(model, LowRankConfig(1.0, init="kaiming", depth=3), filter_fn=is_factorized).compressed == 850_330
+    assert factorize_(model, LowRankConfig(1.0, init="regular", depth=3), filter_fn=is_factorized).compressed == 850_330
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_closest_index_is_that_of_a_search_through_all(sign):
+    """Over rising and falling counts with plateaus: the closest, of equally close neighbors the one before the budget."""
+    generator = random.Random(0)
+    for _ in range(300):
+        low, counts = generator.randint(-3, 3), [0]
+        for _ in range(generator.randint(0, 12)):
+            counts.append(counts[-1] + generator.choice([0, 0, 1, 2, 5]))
+        high = low + len(counts) - 1
+        for budget in (generator.uniform(-2, counts[-1] + 2), *range(-1, counts[-1] + 2)):
+            asked = []
+
+            def count(index, low=low, counts=counts, asked=asked):
+                asked.append(index)
+                return sign * counts[index - low]
+
+            found = closest_index(count, low, high, sign * budget)
+            assert low <= found <= high
+            assert counts[found - low] == min(counts, key=lambda each: (abs(each - budget), each))
+            assert len(set(asked)) == len(asked) <= 4 + math.log2(len(counts))
+    assert closest_index([3, 3, 5].__getitem__, 0, 2, 4) == 1
+    assert closest_index([5, 3, 3].__getitem__, 0, 2, 3) == 1
+    assert closest_index([3, 5, 5].__getitem__, 0, 2, 9) == 1
+    assert closest_index([7, 7, 7].__getitem__, 0, 2, 9) == 0
+
+
+def test_no_rank_changes_between_the_neighbors_of_a_midpoint():
+    def ranks(scale):
+        return [max(1, round(scale * dimension)) for dimension in (7, 12, 30)]
+
+    midpoints = step_midpoints([7, 12, 30, 12], 0, 2.0)
+    found = [ranks(scale) for scale in midpoints]
+    everything = [ranks(step / 100_000) for step in range(1, 200_000)]
+    assert found == [combination for combination, before in zip(everything, [None, *everything]) if combination != before]  # noqa: B905
+    assert step_midpoints([7, 12, 30], 1.2, 1.21) == pytest.approx([(1.2 + 14.5 / 12) / 2, (14.5 / 12 + 1.21) / 2])
+    assert step_midpoints([1], 0, 1) == [0.5]
 
 
 @pytest.mark.parametrize("depth", [2, 3])
@@ -264,7 +325,7 @@ def test_the_scale_for_a_ratio_is_the_closest_achievable(depth, target):
     scale = rank_scale_for_ratio(model, target, filter_fn=is_factorized, depth=depth)
 
     def ratio(scale):
-        config = LowRankConfig(scale, init="kaiming", depth=depth)
+        config = LowRankConfig(scale, init="regular", depth=depth)
         return factorize_(copy.deepcopy(model), config, filter_fn=is_factorized).ratio
 
     found = abs(ratio(scale) - target)
@@ -282,6 +343,11 @@ def test_rank_search_is_fast_and_leaves_the_model_alone():
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 0.05
     assert [id(parameter) for parameter in model.parameters()] == before
+
+
+def test_the_scale_of_a_huge_ratio_is_found_without_going_through_all_below():
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    assert round(64 * rank_scale_for_ratio(model, 1e9)) == 32 * 10**9
 
 
 def test_a_ratio_below_the_floor_names_the_floor():
@@ -369,7 +435,7 @@ def train_in_three_lines(model, forward):
     """Run the README's own lines on the model, then its loop."""
     (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     scope = {"model": model}
-    exec(lines, scope)
+    exec(lines.replace("from fnl import", "from common import"), scope)  # this process has the library under its other name
     decay, optimizer = scope["decay"], scope["optimizer"]
     losses = []
     for _ in range(6):

@@ -12,26 +12,54 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.runs import ROOT, config_hash, read_json, write_json
-from common.tables import collect, plot
+from common.experiments.config import Config, config_hash, flag, identity
+from common.experiments.files import ROOT, read_json, write_json
+from common.tables import plot, rendering
 from common.tables.__main__ import main
+from common.tables.__main__ import parse as parse_tables
 from common.tables.emit import emit, quote
-from common.tables.rows import Contrast, Curves, Differences, Program, Published, Row, Table, programs, select
+from common.tables.reading import Results, read
+from common.tables.rows import (
+    Contrast,
+    ContrastFigure,
+    CurveFigure,
+    Program,
+    Published,
+    Row,
+    Table,
+    keys,
+    kinds,
+    programs,
+    select,
+)
+from common.tables.summaries import contrast_results, summarize
+from resnet_cifar.config import ResNetConfig
 from resnet_cifar.rows import PROGRAM
 
+KINDS = kinds(programs())
 
-def parser_of(script):
-    """The function that reads the command line of a program such as resnet_cifar/train.py."""
-    subproject, name = Path(script).parts[-2:]
-    return getattr(import_module(f"{subproject}.flags"), {"train.py": "parse"}.get(name, f"parse_{name.removesuffix('.py')}"))
+
+def parse(words):
+    """The configuration of a command such as resnet_cifar/train.py --arch resnet20."""
+    subproject, script = Path(words[0]).parts[-2:]
+    return KINDS[subproject, script].parse(words[1:])
+
+
+def results_in(directory):
+    return Results(read(directory, KINDS)[0], KINDS)
+
+
+def table_of(id):
+    return next(table for table in PROGRAM.tables if table.id == id)
 
 
 def every_row():
@@ -54,9 +82,9 @@ def test_the_settings_of_the_released_code_are_all_here():
 def test_every_row_parses_and_has_the_flags_it_says():
     for program, table, row in every_row():
         words = program.command(table, row)
-        args = parser_of(words[0])([*words[1:], "--seed", "1"])
+        args = parse([*words, "--seed", "1"])
         assert args.row == f"{table.id}/{row.id}"
-        assert config_hash(program.configure(row)) == args.row_config
+        assert args.config_hash() == program.config_hash(row) == args.row_config
         if program.name == "transformer_iwslt":
             if table.id.startswith("evidence-"):
                 spectral, frobenius, factorized = "spectral" in row.id, "frobenius" in row.id, args.rank_scale > 0
@@ -69,11 +97,11 @@ def test_every_row_parses_and_has_the_flags_it_says():
         if getattr(args, "init", None) is not None:
             start = next((init for init in ("norm-matched", "spectral", "released") if init in row.id), "regular")
             assert args.init == start
-        frobenius = getattr(args, "wd2fd", False) or getattr(args, "decay", None) == "frobenius"
+        frobenius = args.decay == "frobenius" if hasattr(args, "decay") else getattr(args, "wd2fd", False)
         assert frobenius == ("frobenius" in row.id)
         assert row.id.endswith(getattr(args, "method", ""))
         assert getattr(args, "square", False) == ("deep-" in row.id)
-        undecayed = getattr(args, "no_frob", False) or getattr(args, "decay", None) == "none"
+        undecayed = args.decay == "none" if hasattr(args, "decay") else getattr(args, "no_frob", False)
         assert undecayed == row.id.endswith(("none", "normalized"))
         assert (getattr(args, "normalize", None) is not None) == row.id.endswith("normalized")
         assert str(getattr(args, "decay", "")).endswith("+shortcuts") == row.id.endswith("-shortcuts")
@@ -115,49 +143,110 @@ def test_expected_parameter_counts_are_those_of_a_dry_run(capsys):
             assert json.loads(capsys.readouterr().out)["parameters"]["compressed"] == row.parameters, row.id
 
 
-def test_every_emitted_command_reaches_the_program_as_written(tmp_path):
-    """Each script is run by bash with a stand-in for Python that prints its arguments; the real parser reads them."""
-    emit([*programs(), *programs("evidence")], tmp_path)
-    stand_in = tmp_path / "python"
-    stand_in.write_text(
-        '#!/usr/bin/env bash\nprintf "%s\\0" "$@" >>"$RECORD"; printf "\\n" >>"$RECORD"; echo /tmp/a/result.json\n'
+def run_script(script, *words, cwd="/", **environment):
+    """Run a script of a folder that is not this project, with its Python and packages."""
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.Popen(
+        ["bash", str(script), *words], env=environment, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    stand_in.chmod(0o755)
+
+
+def stand_in(path, code):
+    """A program that scripts start in place of Python and the real one, which is its first argument."""
+    path.write_text(f"#!/usr/bin/env bash\n{code}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+RECORD = 'printf "%s\\0" "$@" >>"$RECORD"; printf "\\n" >>"$RECORD"; echo /tmp/a/result.json'
+
+
+def recorded(path):
+    return [line.rstrip("\0").split("\0") for line in path.read_text().splitlines()]
+
+
+def test_every_emitted_command_reaches_the_program_as_written(tmp_path):
+    """Each script is run by bash with a stand-in for Python that records its arguments; the real parser reads them."""
+    emit([*programs(), *programs("evidence")], tmp_path)
+    launcher, record = stand_in(tmp_path / "python", RECORD), tmp_path / "record"
     scripts = sorted(tmp_path.glob("*/*/*.sh"))
     assert len(scripts) == len(every_row())
-    sample = scripts[:: max(1, len(scripts) // 40)] + list(tmp_path.glob("*/normalization/*-normalized.sh"))
+    sample = scripts[:: max(1, len(scripts) // 20)] + list(tmp_path.glob("*/normalization/*-normalized.sh"))
     for script in sample:
-        record = tmp_path / "record"
         record.unlink(missing_ok=True)
-        environment = {"PATH": "/usr/bin:/bin", "LAUNCHER": str(stand_in), "RECORD": str(record)}
-        subprocess.run(
-            ["bash", str(script), "4", "7", "--lr", "0.2"], env=environment, cwd="/", check=True, capture_output=True
-        )
-        commands = [line.rstrip("\0").split("\0") for line in record.read_text().splitlines()]
-        parsed = [parser_of(words[0])(words[1:]) for words in commands]
+        done = run_script(script, "4", "7", "--lr", "0.2", LAUNCHER=launcher, RECORD=str(record))
+        output, errors = done.communicate()
+        assert done.returncode == 0, errors
+        assert output == "/tmp/a/result.json\n" * 2
+        commands = recorded(record)
+        assert all(Path(words[0]).is_file() for words in commands)
+        parsed = [parse(words) for words in commands]
         assert {args.seed for args in parsed} == {4, 7}
         assert all(args.lr == 0.2 for args in parsed)
-        assert all(Path(words[0]).name in ("train.py", "prune.py", "sparse.py") for words in commands)
         if "-normalized" in script.name:
             assert [args.dump_frobnorms for args in parsed] == [True, False, True, False]
             assert str(parsed[1].normalize) == "/tmp/a/frobnorms.tensor"
+        else:
+            assert [args.row for args in parsed if script.stem in args.row] == [f"{script.parent.name}/{script.stem}"] * 2
+
+
+def test_what_is_changed_in_a_script_takes_effect(tmp_path):
+    emit(select(programs(), table="decay-sweep", row="*-5e-6-regular"), tmp_path)
+    (script,) = tmp_path.glob("*/*/*.sh")
+    launcher, record = stand_in(tmp_path / "python", RECORD), tmp_path / "record"
+    subprocess.run(["sed", "-i.bak", "s/--weight-decay 5e-6/--weight-decay 0.25 --spectral/", str(script)], check=True)
+    done = run_script(script, "3", LAUNCHER=launcher, RECORD=str(record))
+    assert (done.communicate()[1], done.returncode) == ("", 0)
+    (words,) = recorded(record)
+    assert (parse(words).weight_decay, parse(words).init, parse(words).seed) == (0.25, "spectral", 3)
+
+
+def test_a_script_runs_this_project_wherever_it_is_called_from(tmp_path):
+    """A folder of the same name in the current one is not imported; paths in flags stay relative to the current one."""
+    emit(select(programs(), table="quickstart", row="full"), tmp_path / "generated-scripts")
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").write_text("raise SystemExit('the wrong folder')")
+    (script,) = tmp_path.glob("generated-scripts/*/*/*.sh")
+    (tmp_path / "elsewhere" / "common").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "common" / "__init__.py").write_text("raise SystemExit('the wrong folder')")
+    script.write_text(script.read_text().replace("root=$(cd", f"root={ROOT} #"))
+    flags = ["--max-steps", "1", "--save-dir", "here"]
+    done = run_script(script, "1", *flags, cwd=tmp_path / "elsewhere", OMP_NUM_THREADS="1", PYTHONPATH="")
+    output, errors = done.communicate()
+    assert done.returncode == 0, errors
+    assert output == "here/result.json\n"
+    assert (tmp_path / "elsewhere" / "here" / "result.json").exists()
+
+
+def test_a_script_without_an_environment_says_what_to_do(tmp_path):
+    emit(select(programs(), table="quickstart", row="full"), tmp_path / "generated-scripts")
+    (script,) = tmp_path.glob("generated-scripts/*/*/*.sh")
+    done = run_script(script, PYTHON="")
+    output, errors = done.communicate()
+    assert (done.returncode, output) == (2, "")
+    assert errors == f"{script}: error: there is no {tmp_path}/.venv/bin/python: run bash {tmp_path}/setup.sh first\n"
+
+
+def test_wrong_flags_of_a_script_are_one_line(tmp_path):
+    emit(select(programs(), table="quickstart", row="full"), tmp_path / "generated-scripts")
+    (script,) = tmp_path.glob("generated-scripts/*/*/*.sh")
+    done = run_script(script, "--epochs", "none")
+    output, errors = done.communicate()
+    assert (done.returncode, output, errors.count("\n")) == (2, "", 1)
+    assert "resnet_cifar/train.py: error: argument --epochs" in errors
 
 
 def test_rows_that_need_the_same_run_wait_for_it(tmp_path):
-    """Two scripts with one prerequisite, started at once: their runs of it do not overlap."""
+    """Scripts with one prerequisite, started at once: their runs of it do not overlap."""
     emit(select(programs(), table="table1", row="resnet32x64-cifar10-0.1-*-ob*"), tmp_path / "generated-scripts")
-    stand_in = tmp_path / "python"
-    stand_in.write_text(
-        '#!/usr/bin/env bash\nif [[ $1 == */train.py ]]; then echo start >>"$RECORD"; sleep 0.5; echo end >>"$RECORD"; fi\n'
-        "echo /a/result.json\n"
-    )
-    stand_in.chmod(0o755)
+    code = 'if [[ $1 == */train.py ]]; then echo start >>"$RECORD"; sleep 0.5; echo end >>"$RECORD"; fi; echo /a/result.json'
+    launcher, record = stand_in(tmp_path / "python", code), tmp_path / "record"
     scripts = sorted(tmp_path.glob("generated-scripts/*/*/*.sh"))
     assert [script.stem.rpartition("-")[2] for script in scripts] == ["obd", "obs"] * 2
-    environment = {"PATH": "/usr/bin:/bin", "LAUNCHER": str(stand_in), "RECORD": str(tmp_path / "record")}
-    started = [subprocess.Popen(["bash", str(script), "1"], env=environment, stdout=subprocess.DEVNULL) for script in scripts]
-    assert [process.wait() for process in started] == [0] * len(started)
-    assert (tmp_path / "record").read_text().split() == ["start", "end"] * len(started)
+    started = [run_script(script, "1", LAUNCHER=launcher, RECORD=str(record)) for script in scripts]
+    for each in started:
+        assert (each.communicate()[0], each.returncode) == ("/a/result.json\n", 0)
+    assert record.read_text().split() == ["start", "end"] * len(started)
 
 
 def test_lists_leave_out_what_another_row_runs_first(tmp_path):
@@ -167,20 +256,38 @@ def test_lists_leave_out_what_another_row_runs_first(tmp_path):
     assert not any("-frobenius.sh" in line for line in lines)
 
 
-def test_a_script_stops_where_its_first_command_fails(tmp_path):
+def test_a_script_stops_where_its_first_command_is_told_to_stop(tmp_path):
     emit(programs(), tmp_path)
-    (tmp_path / "fail").write_text("#!/usr/bin/env bash\necho x >>$RECORD; exit 75\n")
-    (tmp_path / "fail").chmod(0o755)
+    launcher = stand_in(tmp_path / "fail", "echo x >>$RECORD; exit 75")
     script = next(tmp_path.glob("*/normalization/*-normalized.sh"))
-    environment = {"PATH": "/usr/bin:/bin", "LAUNCHER": str(tmp_path / "fail"), "RECORD": str(tmp_path / "record")}
-    assert subprocess.run(["bash", str(script)], env=environment).returncode == 75
+    done = run_script(script, LAUNCHER=launcher, RECORD=str(tmp_path / "record"))
+    done.communicate()
+    assert done.returncode == 75
     assert (tmp_path / "record").read_text() == "x\n"
 
 
+def test_a_script_fails_as_its_program_does_after_all_seeds(tmp_path):
+    emit(programs(), tmp_path)
+    launcher = stand_in(tmp_path / "fail", "echo x >>$RECORD; exit 3")
+    script = next(tmp_path.glob("*/normalization/*-normalized.sh"))
+    done = run_script(script, LAUNCHER=launcher, RECORD=str(tmp_path / "record"))
+    errors = done.communicate()[1]
+    assert done.returncode == 3
+    assert (tmp_path / "record").read_text() == "x\n" * 3  # the first command of each seed, never the second
+    assert [line for line in errors.splitlines() if line.startswith("failed: ")] == [
+        f"failed: normalization/{script.stem} seed {seed}: failed with status 3" for seed in (1, 2, 3)
+    ]
+
+
+@dataclass(kw_only=True)
+class OneConfig(Config):
+    program: ClassVar[str] = "p"
+    epochs: int = flag(1, type=int)
+
+
 def one_row_program(flags=("--epochs", "2"), id="r", **options):
-    return Program("p", lambda row: {"program": "p", "words": list(row.flags)}, (
-        Table("t", "A title", (Row(id, "a label", tuple(flags), **options),)),
-    ))  # fmt: skip
+    table = Table("t", "A title", (Row(id, "a label", tuple(flags), **options),))
+    return Program("p", {"train.py": OneConfig}, (table,))
 
 
 def test_emitting_is_deterministic_and_removes_only_its_own_stale_scripts(tmp_path):
@@ -216,11 +323,9 @@ HOSTILE = st.text(st.characters(codec="utf-8", exclude_characters="\0", exclude_
     st.lists(HOSTILE | st.sampled_from(["$(touch pwned)", "`id`", "'; rm x; '", "a b", "*", "~", "-n", "\\", '"$HOME"', "\n"]))
 )
 def test_any_words_survive_the_shell(words):
-    words = [word for word in words if "{after}" not in word]
-    printed = subprocess.run(
-        ["bash", "-c", 'printf "%s\\0" ' + " ".join(map(quote, ["x", *words]))], capture_output=True, check=True
-    ).stdout
-    assert printed.decode().split("\0")[1:-1] == words
+    code = f'words={quote(words)}; printf %s "$words"'
+    printed = subprocess.run(["bash", "-c", code], capture_output=True, check=True).stdout.decode()
+    assert parse_tables(["run", "t/r", "--seeds", "1", f"--command={printed}"]).given == [tuple(words)]
 
 
 def test_labels_cannot_leave_their_comment(tmp_path):
@@ -255,15 +360,16 @@ counter = itertools.count()
 
 def write_result(directory, row_id="r", table="quickstart", *, seed=1, final=90.0, change=None, **fields):
     """A result as a program writes it, of a real row of the ResNet program."""
-    row = next(row for t in PROGRAM.tables if t.id == table for row in t.rows if row.id == row_id)
-    config = PROGRAM.configure(row) | (change or {})
+    row = next(row for row in table_of(table).rows if row.id == row_id)
+    config = PROGRAM.record(row) | (change or {})
     path = directory / f"run{next(counter)}" / "result.json"
     content = {
-        "format": 1,
+        "format": 2,
         "status": "finished",
         "row": f"{table}/{row_id}",
+        "script": "train.py",
         "config": config,
-        "config_hash": config_hash(config),
+        "config_hash": config_hash(identity(ResNetConfig, config)),
         "seed": seed,
         "metrics": {"final": final, "best": final + 1},
         "parameters": {"original": 100, "compressed": 25, "ratio": 0.25},
@@ -277,46 +383,42 @@ def test_tables_show_mean_deviation_and_count(tmp_path):
     for seed, final in ((1, 90.0), (2, 92.0), (3, 94.0)):
         write_result(tmp_path, "spectral", seed=seed, final=final)
     write_result(tmp_path, "full", final=96.5)
-    results, problems = collect.read(tmp_path)
+    results, problems = read(tmp_path, KINDS)
     assert problems == []
-    table = next(table for table in PROGRAM.tables if table.id == "quickstart")
-    lines = {line.row: line for line in collect.lines(PROGRAM, table, collect.by_configuration(results))}
+    table = table_of("quickstart")
+    lines = {line.row: line for line in summarize(PROGRAM, table, Results(results, KINDS))}
     spectral = lines["spectral"]
     assert (spectral.n, spectral.final_mean, spectral.final_std, spectral.best_mean) == (3, 92.0, 2.0, 93.0)
     assert (lines["full"].n, lines["full"].final_std) == (1, None)
     assert (lines["regular"].n, lines["regular"].final_mean) == (0, None)
-    markdown = collect.to_markdown(table, list(lines.values()))
+    markdown = rendering.to_markdown(table, list(lines.values()))
     assert "92.00 ± 2.00" in markdown
     assert "n/a" in markdown
-    latex = collect.to_latex(table, list(lines.values()))
+    latex = rendering.to_latex(table, list(lines.values()))
     assert r"92.00 $\pm$ 2.00" in latex
-    collect.write(table, list(lines.values()), tmp_path / "out")
+    rendering.write(table, list(lines.values()), tmp_path / "out")
     header, *_ = (tmp_path / "out" / "table.csv").read_text().splitlines()
     assert {"row", "n", "parameters", "final_mean", "final_std", "best_mean", "seconds"} <= set(header.split(","))
 
 
 def test_only_results_of_exactly_the_row_count(tmp_path):
     write_result(tmp_path, "spectral", final=10.0, change={"epochs": 1}, row=None)
-    results, _ = collect.read(tmp_path)
-    table = next(table for table in PROGRAM.tables if table.id == "quickstart")
-    assert all(line.n == 0 for line in collect.lines(PROGRAM, table, collect.by_configuration(results)))
+    assert all(line.n == 0 for line in summarize(PROGRAM, table_of("quickstart"), results_in(tmp_path)))
 
 
 def test_the_same_seed_twice_counts_once(tmp_path):
     write_result(tmp_path, "spectral")
     write_result(tmp_path, "spectral")
-    (counted,) = collect.by_configuration(collect.read(tmp_path)[0]).values()
-    assert len(counted) == 1
+    assert [line.n for line in summarize(PROGRAM, table_of("quickstart"), results_in(tmp_path)) if line.n] == [1]
 
 
 def test_mixed_configurations_of_one_row_and_seed_stop_the_table(tmp_path):
     first = write_result(tmp_path, "spectral")
     second = write_result(tmp_path, "spectral", change={"epochs": 1})
-    results, _ = collect.read(tmp_path)
-    table = next(table for table in PROGRAM.tables if table.id == "quickstart")
+    results = results_in(tmp_path)
     with pytest.raises(ValueError, match="different configurations") as error:
-        collect.check(PROGRAM, table, results)
-    collect.check(PROGRAM, PROGRAM.tables[0], results)  # other tables stand
+        results.check(PROGRAM, table_of("quickstart"))
+    results.check(PROGRAM, PROGRAM.tables[0])  # other tables stand
     assert str(first) in str(error.value)
     assert str(second) in str(error.value)
 
@@ -340,14 +442,14 @@ def test_results_made_from_different_files_are_not_mixed(tmp_path):
     write_result(tmp_path, "spectral", inputs={"normalize": "a"})
     write_result(tmp_path, "spectral", inputs={"normalize": "b"})
     with pytest.raises(ValueError, match="made from different files"):
-        collect.by_configuration(collect.read(tmp_path)[0])
+        results_in(tmp_path)
 
 
 def test_the_papers_shape_has_a_line_per_scheme(tmp_path):
     write_result(tmp_path, "resnet32-cifar10-0.111-spectral", "low-rank", final=92.5)
-    table = next(table for table in PROGRAM.tables if table.id == "low-rank")
-    lines = collect.lines(PROGRAM, table, collect.by_configuration(collect.read(tmp_path)[0]))
-    text = collect.in_papers_shape(table, lines)
+    table = table_of("low-rank")
+    lines = summarize(PROGRAM, table, results_in(tmp_path))
+    text = rendering.arranged_as_published(table, lines)
     assert len(text.splitlines()) == 2 + 3 * 6 + 1
     (line,) = [line for line in text.splitlines() if line.startswith("| 0.111 spectral ")]
     assert "92.50 (n=1); n/a" in line
@@ -357,6 +459,7 @@ def test_bad_results_are_named_and_not_counted(tmp_path, capsys):
     write_result(tmp_path, "spectral")
     bad = [
         (write_result(tmp_path, "full", format=0), "not a result of this version"),
+        (write_result(tmp_path, "full", script="other.py"), "resnet_cifar/other.py, which is no program of this version"),
         (write_result(tmp_path, "full", status="running"), "is not finished"),
         (write_result(tmp_path, "full", metrics={"final": 1.0}), "lacks or garbles"),
         (write_result(tmp_path, "full", config_hash="0"), "is not the one its hash"),
@@ -372,7 +475,7 @@ def test_bad_results_are_named_and_not_counted(tmp_path, capsys):
     half.parent.mkdir()
     half.write_text('{"format": 1, "sta')
     bad.append((half, "is not a JSON file"))
-    results, problems = collect.read(tmp_path)
+    results, problems = read(tmp_path, KINDS)
     assert len(results) == 1
     for path, message in bad:
         assert any(str(path) in problem and message in problem for problem in problems), message
@@ -401,11 +504,11 @@ def test_contrasts_are_paired_over_the_seeds_that_both_rows_have(tmp_path):
     for id, values in finals.items():
         for seed, final in enumerate(values, 1):
             write_result(tmp_path, id, seed=seed + (1 if id == "frobenius" else 0), final=final)
-    (table,) = [table for table in PROGRAM.tables if table.id == "quickstart"]
+    table = table_of("quickstart")
     pairs = [("spectral", "full"), ("spectral", "regular"), ("frobenius", "spectral"), ("frobenius", "regular")]
-    table = replace(table, contrasts=tuple(Contrast("which?", *pair) for pair in pairs), figures=(Differences(),))
-    results = collect.by_configuration(collect.read(tmp_path)[0])
-    three, one, same, none = collect.differences(PROGRAM, table, results)
+    table = replace(table, contrasts=tuple(Contrast("which?", *pair) for pair in pairs), figures=(ContrastFigure(),))
+    results = results_in(tmp_path)
+    three, one, same, none = contrast_results(PROGRAM, table, results)
     assert three[1] == [-5, -4, -7]
     mean, error = -16 / 3, math.sqrt(7 / 9)  # sample variance 7/3, over three
     t, quantile = mean / error, math.sqrt(2 * 0.95**2 / (1 - 0.95**2))
@@ -418,15 +521,15 @@ def test_contrasts_are_paired_over_the_seeds_that_both_rows_have(tmp_path):
     assert 64.99 - 92.0 != 63.99 - 91.0  # equal to the reader, not in binary
     assert (same[0].n, same[0].mean, same[0].p) == (2, -27.01, None)
     assert (none[0].n, none[0].mean) == (0, None)
-    text = collect.to_markdown(table, collect.lines(PROGRAM, table, results), [found, none[0]])
-    assert "spectral - full" in collect.to_latex(table, collect.lines(PROGRAM, table, results), [found])
+    text = rendering.to_markdown(table, summarize(PROGRAM, table, results), [found, none[0]])
+    assert "spectral - full" in rendering.to_latex(table, summarize(PROGRAM, table, results), [found])
     (line,) = [line.replace(" ", "") for line in text.splitlines() if "spectral - full" in line]
     assert line == f"|which?|spectral-full|3|-5.33|[{found.low:+.2f},{found.high:+.2f}]|{found.p:.3f}|"
-    collect.write(table, collect.lines(PROGRAM, table, results), tmp_path / "out", [three[0]])
+    rendering.write(table, summarize(PROGRAM, table, results), tmp_path / "out", [three[0]])
     assert (tmp_path / "out" / "contrasts.csv").read_text().splitlines()[0] == "question,row,base,n,mean,low,high,p"
     axes = plot.contrasts(PROGRAM, table, results).axes[0]
     assert len(axes.get_yticks()) == 3
-    assert plot.contrasts(PROGRAM, table, {}) is None
+    assert plot.contrasts(PROGRAM, table, Results([], KINDS)) is None
     with pytest.raises(ValueError, match="names row 'nothing', which it does not have"):
         replace(table, contrasts=(Contrast("which?", "nothing", "full"),))
 
@@ -434,18 +537,17 @@ def test_contrasts_are_paired_over_the_seeds_that_both_rows_have(tmp_path):
 def test_a_program_may_count_no_other_seeds_than_its_rows_name(tmp_path):
     for seed in (1, 2, 9):
         write_result(tmp_path, "full", seed=seed, final=90.0 + seed)
-    results = collect.by_configuration(collect.read(tmp_path)[0])
-    (table,) = [table for table in PROGRAM.tables if table.id == "quickstart"]
-    assert collect.lines(PROGRAM, table, results)[0].n == 3
-    assert collect.lines(replace(PROGRAM, own_seeds=True), table, results)[0].n == 2
+    results = results_in(tmp_path)
+    table = table_of("quickstart")
+    assert summarize(PROGRAM, table, results)[0].n == 3
+    assert summarize(replace(PROGRAM, own_seeds=True), table, results)[0].n == 2
 
 
 def test_a_table_of_runs_on_different_data_is_refused(tmp_path):
     write_result(tmp_path, "full", inputs={"train": "a", "test": "b"})
     write_result(tmp_path, "regular", inputs={"train": "a", "test": "c"})
-    (table,) = [table for table in PROGRAM.tables if table.id == "quickstart"]
     with pytest.raises(ValueError, match="has runs on different data"):
-        collect.check(PROGRAM, table, collect.read(tmp_path)[0])
+        results_in(tmp_path).check(PROGRAM, table_of("quickstart"))
 
 
 def test_reducing_a_table_keeps_the_contrasts_between_its_rows():
@@ -482,9 +584,9 @@ def test_the_findings_quote_tables_of_the_evidence():
 
 def cost_of_the_evidence() -> str:
     """What all runs took that tables count."""
-    results = collect.by_configuration(collect.read(ROOT / "evidence")[0])
-    hashes = {program.config_hash(row) for program in programs("evidence") for table in program.tables for row in table.rows}
-    runs = [result for hash in hashes for result in results.get(hash, [])]
+    counted = {key for program in programs("evidence") for table in program.tables for key in map(program.key, table.rows)}
+    results, known = read(ROOT / "evidence", KINDS)[0], KINDS
+    runs = [result for result in results if not counted.isdisjoint(keys(result.config, known, result.script))]
     return f"{len(runs)} runs, {sum(result.seconds for result in runs) / 3600:.1f} hours of one thread each"
 
 
@@ -492,10 +594,10 @@ def norms_of_the_schemes() -> list[str]:
     """The findings' table of norms: means over layers, the first three seeds, before the first step and after the last."""
     (program,) = select(programs("evidence"), program="resnet_cifar")
     (table,) = [table for table in program.tables if table.id == "evidence-schemes"]
-    results = collect.by_configuration(collect.read(ROOT / "evidence")[0])
+    results = results_in(ROOT / "evidence")
     lines = ["| row | nuclear norm, before | after | bound, before | after |", "|---|---|---|---|---|"]
     for row in table.rows[1:]:
-        logs = [plot.epochs_of(result) for result in collect.of_row(program, row, results)[:3]]
+        logs = [plot.epochs_of(result) for result in results.of(program, row)[:3]]
         each = [
             f"{statistics.mean(log[at][key] for log in logs):.1f}"
             for key in ("nuclear_norm", "nuclear_norm_bound")
@@ -509,8 +611,8 @@ def test_accuracy_against_a_setting(tmp_path):
     for decay in ("5e-6", "1e-4", "5e-3"):
         for method in ("regular", "frobenius"):
             write_result(tmp_path, f"resnet20-cifar10-0.111-{decay}-{method}", "decay-sweep")
-    table = next(table for table in PROGRAM.tables if table.id == "decay-sweep")
-    drawn = plot.against(table.figures[0], PROGRAM, table, collect.by_configuration(collect.read(tmp_path)[0]))
+    table = table_of("decay-sweep")
+    drawn = plot.sweep(table.figures[0], PROGRAM, table, results_in(tmp_path))
     (axes,) = drawn.axes
     names = set(axes.get_legend_handles_labels()[1])
     assert names == {"regular, weight decay", "regular, Frobenius decay"}
@@ -518,12 +620,12 @@ def test_accuracy_against_a_setting(tmp_path):
 
 def test_legends_stay_within_their_figures():
     (program,) = select(programs("evidence"), program="resnet_cifar")
-    results = collect.by_configuration(collect.read(ROOT / "evidence")[0])
+    results = results_in(ROOT / "evidence")
     drawn = [
-        (plot.curves if isinstance(figure, Curves) else plot.against)(figure, program, table, results)
+        (plot.curves if isinstance(figure, CurveFigure) else plot.sweep)(figure, program, table, results)
         for table in program.tables
         for figure in table.figures
-        if not isinstance(figure, Differences)
+        if not isinstance(figure, ContrastFigure)
     ]
     assert len(drawn) == 4
     for each in drawn:
@@ -549,7 +651,7 @@ def write_run(directory, row_id, seed, status=None, table="quickstart", **progre
     """The files of a run that has begun."""
     row = next(row for t in PROGRAM.tables if t.id == table for row in t.rows if row.id == row_id)
     path = directory / f"run{next(counter)}"
-    write_json(path / "config.json", {**PROGRAM.configure(row), "seed": seed})
+    write_json(path / "config.json", {**PROGRAM.record(row), "seed": seed})
     if status is not None:
         write_json(path / "status.json", {"status": status, "time": time.time()} | progress)
 
@@ -615,8 +717,8 @@ def test_the_machinery_is_fast_enough(tmp_path):
     emitted = time.perf_counter() - started
     write_results(made, tmp_path / "results")
     started = time.perf_counter()
-    results = collect.by_configuration(collect.read(tmp_path / "results")[0])
-    lines = [line for table in made.tables for line in collect.lines(made, table, results)]
+    results = results_in(tmp_path / "results")
+    lines = [line for table in made.tables for line in summarize(made, table, results)]
     collected = time.perf_counter() - started
     assert sum(line.n for line in lines) == 2000
     assert emitted < 6
@@ -625,14 +727,10 @@ def test_the_machinery_is_fast_enough(tmp_path):
 
 @pytest.mark.parametrize("program", programs(), ids=lambda program: program.name)
 def test_a_row_of_each_program_runs_for_two_steps(program, tmp_path):
-    emit([program], tmp_path / "scripts")
-    path = tmp_path / "scripts" / program.name / program.tables[0].id / f"{program.tables[0].rows[0].id}.sh"
-    (tmp_path / "a/b/c").mkdir(parents=True)
-    script = tmp_path / "a/b/c/row.sh"  # the root of the project is three folders up
-    script.write_text(path.read_text())
-    (tmp_path / program.name).symlink_to(ROOT / program.name)
-    environment = {**os.environ, "LAUNCHER": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    embedded = "--data digits --image-size 32 --batch-size 8"
+    emit([program], tmp_path / "generated-scripts")
+    script = tmp_path / "generated-scripts" / program.name / program.tables[0].id / f"{program.tables[0].rows[0].id}.sh"
+    small = {"tensor_wrn": "--wrn-depth 10 --wrn-width 1", "compression_baselines": "--depth 8"}.get(program.name, "")
+    embedded = f"--data digits --image-size 32 --batch-size 8 {small}"
     if program.name == "transformer_iwslt":
         embedded = "--embed-dim 16 --ffn-dim 16 --max-tokens 400"
         pytest.importorskip("fairseq", reason="its wheel is for Linux x86_64")
@@ -640,10 +738,11 @@ def test_a_row_of_each_program_runs_for_two_steps(program, tmp_path):
 
         prepare(["--corpus", "numbers", "--size", "300", "--dest", str(tmp_path / program.tables[0].rows[0].flags[0])])
     flags = ["1", *embedded.split(), "--max-steps", "2", "--save-dir", str(tmp_path / "run")]
-    done = subprocess.run(["bash", str(script), *flags], env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = run_script(script, *flags, cwd=tmp_path, **{**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    output, errors = done.communicate()
+    assert done.returncode == 0, errors
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert done.stdout.strip() == str(tmp_path / "run" / "result.json")
+    assert output.strip() == str(tmp_path / "run" / "result.json")
     assert (result["config"]["max_steps"], result["row"], result["seed"]) == (2, None, 1)
 
 

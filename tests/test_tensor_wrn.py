@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import FrobeniusDecay, checkpoints, densify_, param_groups
-from common.runs import config_hash, read_json
+from common import FrobeniusDecay, densify_, param_groups
+from common.experiments import checkpoints
+from common.experiments.files import read_json
+from common.linalg import fan_out_init
 from common.surgery import count_parameters
 from common.vision.data import Batch, Data
+from tensor_wrn.config import WideResNetConfig
 from tensor_wrn.distillation import attention, distillation_loss
-from tensor_wrn.factorize import fan_out_init, make_model, norm_matched_init, tensor_scale_for_ratio
-from tensor_wrn.flags import parse
+from tensor_wrn.factorize import make_model, norm_matched_init, tensor_scale_for_ratio
 from tensor_wrn.layers import FORMS, INITIALIZATIONS, TensorPointwise, split
 from tensor_wrn.models import WideResNet, build
 from tensor_wrn.rows import PROGRAM
@@ -148,7 +150,7 @@ def test_golden_counts_of_wideresnet_28_10(form, scale, parameters):
 
 @pytest.mark.parametrize(("ratio", "parameters"), [("0.01667", 610_282), ("0.06667", 2_435_034)])
 def test_golden_counts_of_the_low_rank_network(ratio, parameters):
-    args = parse(f"cifar10 teacher --wrn_depth 28 --wrn_width 10 --target-ratio {ratio}".split())
+    args = WideResNetConfig.parse(f"cifar10 teacher --wrn_depth 28 --wrn_width 10 --target-ratio {ratio}".split())
     with torch.device("meta"):
         _, report = make_model(args, architecture_of(args))
     assert report.to_dict()["parameters"]["compressed"] == parameters
@@ -273,7 +275,7 @@ def test_grouped_convolutions_and_wrong_ranks_are_refused():
 
 
 def test_building_every_decomposition_takes_seconds():
-    args = parse("cifar10 teacher --wrn_depth 28 --wrn_width 10 --conv TensorTrain_0.705 --spectral".split())
+    args = WideResNetConfig.parse("cifar10 teacher --wrn_depth 28 --wrn_width 10 --conv TensorTrain_0.705 --spectral".split())
     started = time.process_time()  # of all threads: two of them take half of it
     make_model(args, architecture_of(args))
     assert time.process_time() - started < 40
@@ -310,7 +312,7 @@ def test_attention_and_distillation_by_their_formulas():
 
 def test_cutout_is_a_square_around_a_pixel_and_leaves_the_rest_as_it_was():
     images, labels = torch.full((64, 3, 12, 12), 255, dtype=torch.uint8), torch.zeros(64, dtype=torch.long)
-    options = {"flip": False, "padding": 0, "statistics": ((0.0,) * 3, (1.0,) * 3)}
+    options = {"flip": False, "padding": 0, "normalization": ((0.0,) * 3, (1.0,) * 3)}
     plain, cut = (Data((images, labels), (images, labels), 1, cutout=size, **options) for size in (0, 4))
     assert Data((images, labels), (images, labels), 1, cutout=None).cutout == 6
     assert torch.equal(plain.train_batch(0, 0, 0, 64).images, torch.ones(64, 3, 12, 12))
@@ -414,7 +416,7 @@ def test_a_student_learns_from_its_teacher_and_resumes(train):
 
 
 def test_the_loss_of_a_student_is_that_of_its_teacher_in_evaluation():
-    args = parse("digits student -t nowhere --alpha 0.3 --beta 7".split())
+    args = WideResNetConfig.parse("digits student -t nowhere --alpha 0.3 --beta 7".split())
     torch.manual_seed(0)
     teacher, student = WideResNet(10, 1, 10), WideResNet(10, 1, 10)
     batch = Batch(torch.randn(4, 3, 8, 8), torch.tensor([1, 2, 3, 4]))
@@ -499,18 +501,21 @@ def test_bad_flags(refuses, tmp_path, monkeypatch, flags, message):
 
 
 def test_defaults_are_the_recipe_and_the_readme_commands_parse():
-    args = parse(["cifar10", "teacher"])
+    args = WideResNetConfig.parse(["cifar10", "teacher"])
     assert (args.epochs, args.lr, args.weight_decay, args.batch_size, args.cutout) == (200, 0.1, 5e-4, 128, None)
     rates = [learning_rate(args, epoch) for epoch in (0, 59, 60, 120, 199)]
     assert rates == pytest.approx([0.1, 0.1, 0.02, 0.004, 0.0008])
     low_rank = "cifar10 teacher --wrn_depth 28 --wrn_width 10 --epochs 200 --conv Conv -t results/conv --target-ratio 0.06667"
     train_ = "cifar10 teacher --wrn_depth 28 --wrn_width 10 --epochs 200 --conv TensorTrain_0.234 -t results/tt"
     for command, form in ((low_rank, "Conv"), (train_, "TensorTrain")):
-        args = parse(f"{command} --spectral --wd2fd".split())
+        args = WideResNetConfig.parse(f"{command} --spectral --wd2fd".split())
         assert (args.form, args.init, args.decay, args.save_dir.parts[0]) == (form, "spectral", "frobenius", "results")
-    assert parse("cifar10 teacher --GPU 3".split()).device == "3"
-    dense = [parse(f"cifar10 teacher {flags}".split()) for flags in ("", "--nocrswd", "--conv Conv --target-ratio 0.0")]
-    assert len({config_hash({**vars(args), "data_dir": 0}) for args in dense}) == 1
+    assert WideResNetConfig.parse("cifar10 teacher --GPU 3".split()).device == "3"
+    dense = [
+        WideResNetConfig.parse(f"cifar10 teacher {flags}".split())
+        for flags in ("", "--nocrswd", "--conv Conv --target-ratio 0.0")
+    ]
+    assert len({args.config_hash() for args in dense}) == 1
 
 
 def test_the_released_codes_settings_are_all_here():

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import FactorizedLinear, FrobeniusDecay, LowRankConfig, checkpoints, factorize_, load_factorized_, param_groups
-from common.distributed import Processes
+from common import FactorizedLinear, FrobeniusDecay, LowRankConfig, factorize_, load_factorized_, param_groups
+from common.experiments import checkpoints
+from common.experiments.distributed import Processes
+from common.experiments.files import ROOT, read_json
+from common.experiments.runs import REQUEUE, Run, seed_everything
 from common.linalg import frobenius_norm
-from common.runs import REQUEUE, ROOT, Run, read_json, seed_everything
 from common.vision.data import Data, load
 from common.vision.training import Trainer
-from resnet_cifar.flags import parse
+from resnet_cifar.config import ResNetConfig
 from resnet_cifar.models import BasicBlock, build, is_factorized
 from resnet_cifar.train import learning_rate, main
 
@@ -245,8 +247,7 @@ def test_fp16_adds_the_decay_to_unscaled_gradients(tmp_path):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), FactorizedLinear(192, 10, 4))
         decay = FrobeniusDecay(model, 0.1)
-        args = parse(["--data", "digits", "--max-steps", "1"])
-        args.amp = amp
+        config = ResNetConfig(data="digits", max_steps=1, amp=amp)
         run = Run(tmp_path / amp, {}, 0)
         run.begin()
         optimizer = torch.optim.SGD(param_groups(model, weight_decay=0.0, decay=decay), lr=0.1)
@@ -254,8 +255,8 @@ def test_fp16_adds_the_decay_to_unscaled_gradients(tmp_path):
             model,
             load("digits", None),
             run,
-            args,
-            Processes(torch.device("cpu")),
+            config=config,
+            processes=Processes(torch.device("cpu")),
             architecture={},
             optimizer=optimizer,
             schedule=lambda epoch: 0.1,
@@ -312,7 +313,7 @@ def test_a_compiled_block_equals_the_eager_one():
 
 def test_learning_rates():
     """A tenth at 100 and 150 of 200 epochs; deep networks warm up for one epoch."""
-    shallow, deep = parse(["--arch", "resnet32"]), parse(["--arch", "resnet56"])
+    shallow, deep = ResNetConfig.parse(["--arch", "resnet32"]), ResNetConfig.parse(["--arch", "resnet56"])
     expected = {0: 0.1, 1: 0.1, 99: 0.1, 100: 0.01, 149: 0.01, 150: 0.001, 199: 0.001}
     for epoch, rate in expected.items():
         assert learning_rate(shallow, epoch) == pytest.approx(rate)

@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from common import FrobeniusDecay
+from common.experiments.config import config_hash, identity
+from common.experiments.files import ROOT, read_json
+from common.experiments.runs import REQUEUE
 from common.linalg import frobenius_grads
-from common.runs import REQUEUE, ROOT, config_hash, read_json
 from transformer_iwslt import engine, generate, prepare, train, translate, watch
 from transformer_iwslt.beam import search
-from transformer_iwslt.flags import configuration, parse, parse_generate, parse_prepare
+from transformer_iwslt.config import TranslationConfig, parse_generate, parse_prepare
 from transformer_iwslt.model import PAD, attentions
 from transformer_iwslt.rows import PROGRAM, SIGNATURE
 from transformer_iwslt.text import find_vocabularies
@@ -91,7 +93,7 @@ def test_a_run_trains_and_leaves_its_records(data, tmp_path, capsys):
     assert "--frobenius-decay is not given: it is 0.0001, that of --weight-decay" in captured.err
     result = read_json(tmp_path / "result.json")
     assert result["status"] == "finished"
-    assert result["config_hash"] == config_hash(result["config"])
+    assert result["config_hash"] == config_hash(identity(TranslationConfig, result["config"]))
     model = engine.to_transformer(state, tmp_path / "checkpoint_last.pt")
     assert result["parameters"]["compressed"] == model.report.compressed == sum(p.numel() for p in model.parameters())
     assert {entry["group"]: entry["tensors"] for entry in result["decays"]} == {"rest": 15, "factors": 18 + 12}
@@ -280,11 +282,9 @@ def trained(data):
         from fairseq import options, tasks
         from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-        from transformer_iwslt.flags import fairseq_words
-
         engine.load()
-        args = parse([str(data), *f"{TINY} {flags}".split()])
-        cfg = convert_namespace_to_omegaconf(engine.parse(options.get_training_parser, fairseq_words(args, data)))
+        args = TranslationConfig.parse([str(data), *f"{TINY} {flags}".split()])
+        cfg = convert_namespace_to_omegaconf(engine.parse(options.get_training_parser, args.fairseq_words(data)))
         torch.manual_seed(0)
         for name, value in task_options.items():
             cfg.task[name] = value
@@ -337,11 +337,9 @@ def test_weight_decay_leaves_out_what_frobenius_decay_covers(trained, precision)
 
 
 def test_half_precision_keeps_gradients_apart_where_decays_differ():
-    from transformer_iwslt.flags import fairseq_words
-
     flags = ["data", "--rank-scale", "0.5", "--wd2fd", "--weight-decay", "1e-4", "--fp16"]
-    assert "--fp16-no-flatten-grads" in fairseq_words(parse(flags), ROOT)
-    assert "--fp16-no-flatten-grads" not in fairseq_words(parse([*flags[:3], *flags[4:]]), ROOT)
+    assert "--fp16-no-flatten-grads" in TranslationConfig.parse(flags).fairseq_words(ROOT)
+    assert "--fp16-no-flatten-grads" not in TranslationConfig.parse([*flags[:3], *flags[4:]]).fairseq_words(ROOT)
 
 
 def test_generation_translations_and_plain_torch_agree(data, tmp_path, capsys, monkeypatch):
@@ -581,28 +579,28 @@ README = (
 
 
 def test_the_released_codes_command_is_the_default_recipe(capsys):
-    given = parse(["data-bin/iwslt14.tokenized.de-en", *README.split()])
-    short = parse(["data-bin/iwslt14.tokenized.de-en", *HALF.split(), "--rank_scale=0.5"])
-    assert configuration(given) == configuration(short)
+    given = TranslationConfig.parse(["data-bin/iwslt14.tokenized.de-en", *README.split()])
+    short = TranslationConfig.parse(["data-bin/iwslt14.tokenized.de-en", *HALF.split(), "--rank_scale=0.5"])
+    assert given.record() == short.record()
     assert given.frobenius_decay == 1e-4
     assert len(given.warnings) == 1
-    assert parse(["d", "--wd2fd-outval", "--weight_decay", "5e-4"]).frobenius_decay == 5e-4
-    silent = parse(["d", "--wd2fd-outval", "--weight-decay", "5e-4", "--frobenius-decay", "1e-5"])
+    assert TranslationConfig.parse(["d", "--wd2fd-outval", "--weight_decay", "5e-4"]).frobenius_decay == 5e-4
+    silent = TranslationConfig.parse(["d", "--wd2fd-outval", "--weight-decay", "5e-4", "--frobenius-decay", "1e-5"])
     assert (silent.frobenius_decay, silent.warnings) == (1e-5, [])
     command = "d --batch-size 128 --beam 5 --remove-bpe --quiet --path results/checkpoint_best.pt --dump results/bleu.log"
     assert parse_generate([*command.split(), "--rank-scale", "0.5"]).rank_scale == 0.5
 
 
 def test_flags_that_change_no_result_are_no_part_of_the_configuration():
-    plain = configuration(parse(["d", "--update-freq", "2"]))
+    plain = TranslationConfig.parse(["d", "--update-freq", "2"]).record()
     noisy = ["d", "--num-workers", "3", "--update-freq", "2", "--log-interval=7", "--no-epoch-checkpoints", "--seed", "5"]
-    assert configuration(parse(noisy)) == plain
+    assert TranslationConfig.parse(noisy).record() == plain
     assert plain["fairseq"] == ["--update-freq 2"]
-    assert configuration(parse(["d", "--ddp-backend", "legacy_ddp", "--update-freq=2"])) == plain
-    assert configuration(parse(["d", "--ddp-backend", "slowmo", "--update-freq=2"])) != plain
+    assert TranslationConfig.parse(["d", "--ddp-backend", "legacy_ddp", "--update-freq=2"]).record() == plain
+    assert TranslationConfig.parse(["d", "--ddp-backend", "slowmo", "--update-freq=2"]).record() != plain
     both = ["--update-freq", "2", "--patience", "3"]
-    assert configuration(parse(["d", *both])) == configuration(parse(["d", *both[2:], *both[:2]]))
-    assert configuration(parse(["d", "--update-freq", "4"])) != plain
+    assert TranslationConfig.parse(["d", *both]).record() == TranslationConfig.parse(["d", *both[2:], *both[:2]]).record()
+    assert TranslationConfig.parse(["d", "--update-freq", "4"]).record() != plain
 
 
 def test_the_286_settings_are_all_here_and_differ():
@@ -611,7 +609,7 @@ def test_the_286_settings_are_all_here_and_differ():
     assert len({PROGRAM.config_hash(row) for row in rows}) == 286
     assert sum("frobenius" in row.id for row in rows) == 2 * 5 * 2 + 2 * 2 + 2 * 5 * 4 * 5
     for row in rows:
-        args = parse(row.flags)
+        args = TranslationConfig.parse(row.flags)
         assert args.warnings == []
         assert args.frobenius_decay in (0.0, args.weight_decay)
 
@@ -619,12 +617,10 @@ def test_the_286_settings_are_all_here_and_differ():
 def test_fairseqs_own_parser_reads_every_kind_of_row(data):
     from fairseq import options
 
-    from transformer_iwslt.flags import fairseq_words
-
     engine.load()
     for row in [table.rows[index] for table in PROGRAM.tables for index in (0, len(table.rows) // 2, -1)]:
-        args = parse(row.flags)
-        read = engine.parse(options.get_training_parser, fairseq_words(args, data))
+        args = TranslationConfig.parse(row.flags)
+        read = engine.parse(options.get_training_parser, args.fairseq_words(data))
         for name in (
             "rank_scale",
             "init",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.downloads import downloading
+from common.experiments.downloads import downloading
 
 Pairs = list[tuple[str, str]]
 Splits = dict[str, Pairs]  # "train", "valid" and "test"

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from numpy._core import multiarray
 
-from common import checkpoints
-from common.runs import write_atomic
-from transformer_iwslt.flags import PLUGIN
+from common.experiments import checkpoints
+from common.experiments.files import write_atomic
+from transformer_iwslt.config import PLUGIN
 from transformer_iwslt.model import Transformer, TransformerConfig, from_checkpoint
 from transformer_iwslt.text import VOCABULARY, Vocabulary, find_vocabularies
 

@@ -6,8 +6,9 @@ prepares them as data-bin/multi30k.
 
 from __future__ import annotations
 
-from common.tables.rows import Contrast, Differences, Program, Row, Table
-from transformer_iwslt.rows import NAME, SCORE, configure
+from common.tables.rows import Contrast, ContrastFigure, Program, Row, Table
+from transformer_iwslt.config import TranslationConfig
+from transformer_iwslt.rows import SCORE
 
 SCALES = ("0", "0.5", "0.25")
 # Weight decay stands outside of clipping and momentum, Frobenius decay within: where gradients have a norm of 1, clipping takes
@@ -50,7 +51,9 @@ def translation() -> Table:
         contrasts.append(Contrast(f"both schemes at rank scale {scale}", both, f"{scale}-regular"))
         contrasts.append(Contrast(f"both schemes at rank scale {scale} against the full network", both, "0-regular"))
     title = "Translation of Multi30k, German to English: the small Transformer, 1,200 updates"
-    return Table("evidence-multi30k", title, tuple(rows), (Differences(),), SCORE, tuple(contrasts))
+    return Table("evidence-multi30k", title, tuple(rows), (ContrastFigure(),), SCORE, tuple(contrasts))
 
 
-PROGRAM = Program(NAME, configure, (translation(),), own_seeds=True)
+PROGRAM = Program(
+    TranslationConfig.program, {"train.py": TranslationConfig}, (translation(),), own_seeds=True, own_process=True
+)

@@ -11,12 +11,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
+
 import torch
 
-from common.runs import Run, clean_errors, config_hash, environment, read_json, write_atomic, write_json
+from common.experiments.config import config_hash
+from common.experiments.files import read_json, write_atomic, write_json
+from common.experiments.runs import Run, clean_errors, environment
 from transformer_iwslt import engine
+from transformer_iwslt.config import BEAM, LENPEN, PLUGIN, TASK, WHOLE, TranslationConfig, parse_generate
 from transformer_iwslt.engine import BEST, LAST, updates_of
-from transformer_iwslt.flags import BEAM, LENPEN, PLUGIN, PROGRAM, TASK, WHOLE, parse_generate
 from transformer_iwslt.text import Pipeline, find_data, find_vocabularies, inputs
 
 TRAINED = "trained.json"  # of a run whose training has finished
@@ -117,7 +121,15 @@ def write_result(path: Path, data: Path, best: dict[str, Any] | None = None, *, 
     scores = {key: value for key, value in best.items() if key != "translations"}
     metrics = {**scores, "final": last["bleu"], "best": best["bleu"], "final_sacrebleu": last["sacrebleu"]}
     write_translations(path, best["translations"])
-    run = Run(path, trained["config"], trained["seed"], inputs=trained["inputs"], resume=True, row=trained["row"])
+    run = Run(
+        path,
+        trained["config"],
+        trained["seed"],
+        kind=TranslationConfig,
+        inputs=trained["inputs"],
+        resume=True,
+        row=trained["row"],
+    )
     return run.finish(
         metrics=metrics,
         parameters=trained["parameters"],
@@ -137,7 +149,7 @@ def write_translations(directory: Path, translations: Sequence[dict[str, str]]) 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_generate(argv)
-    with clean_errors(f"{PROGRAM}/generate.py"):
+    with clean_errors(f"{TranslationConfig.program}/generate.py"):
         args.data = find_data(args.data)
         engine.require()
         held = engine.load_checkpoint(args.path)["cfg"]["model"].rank_scale

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,12 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import FactorizationReport, FactorPair, FrobeniusDecay, LowRankConfig, factorize_
-from common.surgery import count_parameters
+from common.budget import count_parameters
 from transformer_iwslt.attention import Heads, MultiheadAttention, balance_
 
 INITS = ("regular", "spectral", "norm-matched")
 PAD, EOS = 1, 2  # indices of a fairseq dictionary: <s>, <pad>, </s>, <unk>, then words
-EMBEDDING_STD, LINEAR_BOUND = 0.1, 0.1  # N(0, 0.1^2) and U(-0.1, 0.1), as in the released code
+
+# As the released code draws weights, and factors that are initialized on their own.
+draw_embedding_ = partial(nn.init.normal_, std=0.1)
+draw_linear_ = partial(nn.init.uniform_, a=-0.1, b=0.1)
 
 
 @dataclass(frozen=True)
@@ -231,32 +235,23 @@ class Transformer(nn.Module):
     def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.uniform_(module.weight, -LINEAR_BOUND, LINEAR_BOUND)
+                draw_linear_(module.weight)
                 if module.bias is not None:
-                    nn.init.uniform_(module.bias, -LINEAR_BOUND, LINEAR_BOUND)
+                    draw_linear_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=EMBEDDING_STD)
+                draw_embedding_(module.weight)
                 with torch.no_grad():
                     module.weight[PAD].zero_()
 
     def _factorize(self) -> FactorizationReport:
         config = self.config
         if not config.factorized:
-            count = count_parameters(self)
-            return FactorizationReport((), count, count)
+            return FactorizationReport.dense(self)
         heads = {id(linear) for attention in attentions(self).values() for linear in attention.children()}
-
-        def uniform(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-            u, vt = _empty_factors(matrix, rank)
-            return u.uniform_(-LINEAR_BOUND, LINEAR_BOUND), vt.uniform_(-LINEAR_BOUND, LINEAR_BOUND)
-
-        def normal(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-            u, vt = _empty_factors(matrix, rank)
-            return u.normal_(std=EMBEDDING_STD), vt.normal_(std=EMBEDDING_STD)
-
         reports = []
-        for kind, regular in ((nn.Embedding, normal), (nn.Linear, uniform)):
-            how = LowRankConfig(config.rank_scale, regular if config.init == "regular" else config.init)
+        for kind, draw_ in ((nn.Embedding, draw_embedding_), (nn.Linear, draw_linear_)):
+            init = partial(_draw_factors, draw_) if config.init == "regular" else config.init
+            how = LowRankConfig(config.rank_scale, init)
             chosen = [m for m in self.modules() if isinstance(m, kind) and id(m) not in heads]
             reports.append(factorize_(self, how, filter_fn=lambda module, name, chosen=chosen: module in chosen))
         full = count_full(config)
@@ -267,9 +262,10 @@ class Transformer(nn.Module):
         return self.decoder(target, self.decoder.start(*self.encoder(source)))
 
 
-def _empty_factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _draw_factors(draw_: Callable[[Tensor], Tensor], matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors for a matrix, of which only shape, dtype and device are read."""
     rows, columns = matrix.shape
-    return matrix.new_empty(rows, rank), matrix.new_empty(rank, columns)
+    return draw_(matrix.new_empty(rows, rank)), draw_(matrix.new_empty(rank, columns))
 
 
 def attentions(model: nn.Module) -> dict[str, MultiheadAttention]:

@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
+
 from tqdm import tqdm
 
-from common.runs import ROOT, clean_errors, read_json, write_atomic
+from common.experiments.files import ROOT, read_json, write_atomic
+from common.experiments.runs import clean_errors
 from transformer_iwslt import corpora, engine
+from transformer_iwslt.config import parse_prepare
 from transformer_iwslt.corpora import Pairs, Splits
-from transformer_iwslt.flags import parse_prepare
 from transformer_iwslt.text import PREPARED, Pipeline, learn_codes
 
 SPLITS = ("train", "valid", "test")

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from common.tables.rows import Against, Program, Published, Row, Table
-from transformer_iwslt.flags import PROGRAM as NAME
-from transformer_iwslt.flags import configuration, parse
+from common.tables.rows import Program, Published, Row, SweepFigure, Table
+from transformer_iwslt.config import TranslationConfig
 
 DATA = "data-bin/iwslt14.tokenized.de-en"
 HOURS = 4.0  # GPU-hours of one seed, as the authors of the released code estimate them
@@ -72,12 +71,8 @@ def decayed_families(config: Mapping[str, Any]) -> str:
 def table(scale: str, title: str) -> Table:
     decays = DECAYS + MORE_DECAYS if scale == "0" else DECAYS
     rows = [make_row(scale, decay, *method) for decay in decays for method in methods(scale, decay)]
-    figure = Against("decay", x="weight_decay", series=decayed_families, panel=initialization)
+    figure = SweepFigure("decay", x="weight_decay", series=decayed_families, panel=initialization)
     return Table(f"iwslt14-{scale}", f"IWSLT'14 German-English: {title}", tuple(rows), (figure,), SCORE)
-
-
-def configure(row: Row) -> dict[str, Any]:
-    return configuration(parse(row.flags))
 
 
 TABLES = (
@@ -85,4 +80,4 @@ TABLES = (
     table("0.5", "the Transformer at rank scale 0.5"),
     table("0.25", "the Transformer at rank scale 0.25"),
 )
-PROGRAM = Program(NAME, configure, TABLES)
+PROGRAM = Program(TranslationConfig.program, {"train.py": TranslationConfig}, TABLES, own_process=True)

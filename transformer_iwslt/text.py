@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from common.runs import ROOT, config_hash, digest, read_json, write_atomic, write_json
+from common.experiments.config import config_hash
+from common.experiments.files import ROOT, digest, read_json, write_atomic, write_json
 
 PREPARED, CODES = "prepare.json", "codes"
 VOCABULARY = "vocabulary"  # folder of a run: what is needed beside the weights

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -11,38 +10,46 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
+
+from transformer_iwslt.config import TranslationConfig
+
+if __name__ == "__main__":
+    TranslationConfig.parse()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
+
 import torch
 
-from common.runs import ROOT, Run, clean_errors, config_hash, read_json, write_json
+from common.experiments.config import completed
+from common.experiments.files import ROOT, read_json, write_json
+from common.experiments.runs import Run, clean_errors, run_directory
 from transformer_iwslt import engine, generate
-from transformer_iwslt.flags import PROGRAM, configuration, fairseq_words, parse
 from transformer_iwslt.model import Transformer, TransformerConfig, frobenius_decay
 from transformer_iwslt.text import Vocabulary, find_data, find_vocabularies, inputs, keep_vocabulary
 from transformer_iwslt.watch import launch
 
 
-def describe(args: argparse.Namespace, source: Vocabulary, target: Vocabulary) -> dict[str, Any]:
+def describe(config: TranslationConfig, source: Vocabulary, target: Vocabulary) -> dict[str, Any]:
     """What is factorized, how many parameters that leaves, and which of them get which decay."""
-    names = TransformerConfig.__dataclass_fields__.keys() & vars(args).keys()
-    config = TransformerConfig(len(source), len(target), **{name: getattr(args, name) for name in names})
-    model = Transformer(config.without_decomposition())  # fairseq builds the one that is trained, from its seed
-    decay = frobenius_decay(model, args.frobenius_decay, args.wd2fd, args.wd2fd_quekey, args.wd2fd_outval)
+    names = TransformerConfig.__dataclass_fields__.keys() & vars(config).keys()
+    sizes = TransformerConfig(len(source), len(target), **{name: getattr(config, name) for name in names})
+    model = Transformer(sizes.without_decomposition())  # fairseq builds the one that is trained, from its seed
+    decay = frobenius_decay(model, config.frobenius_decay, config.wd2fd, config.wd2fd_quekey, config.wd2fd_outval)
     covered = [] if decay is None else decay.parameters()
-    decays = [{"group": "rest", "tensors": len(list(model.parameters())) - len(covered), "weight_decay": args.weight_decay}]
+    decays = [{"group": "rest", "tensors": len(list(model.parameters())) - len(covered), "weight_decay": config.weight_decay}]
     if decay is not None:
         decays.append({"group": "factors", "tensors": len(covered), "frobenius_decay": decay.coef})
     return {**model.report.to_dict(), "decays": decays, "report": str(model.report)}
 
 
-def read_fairseq(args: argparse.Namespace, path: Path) -> Any:
+def read_fairseq(config: TranslationConfig, path: Path) -> Any:
     """fairseq's configuration of the run; raises ValueError where it cannot train like this here."""
     from fairseq import options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-    gpus = 0 if args.cpu else torch.cuda.device_count()
-    words = [*fairseq_words(args, path), *engine.loading(args.fairseq, gpus)]
+    gpus = 0 if config.cpu else torch.cuda.device_count()
+    words = [*config.fairseq_words(path), *engine.loading(config.fairseq, gpus)]
     cfg = convert_namespace_to_omegaconf(engine.parse(options.get_training_parser, words))
-    world, size = cfg.distributed_training, args.distributed_world_size
+    world, size = cfg.distributed_training, config.distributed_world_size
     if size > 1 and not world.distributed_no_spawn:
         if size > gpus:
             raise ValueError(
@@ -68,7 +75,8 @@ def trained_already(run_of: dict[str, Any], updates: int) -> bool:
     path = run_of["path"]
     if (path / generate.TRAINED).exists():
         held = read_json(path / generate.TRAINED)
-        if all(held.get(key) == run_of[key] for key in ("config", "seed", "inputs")):
+        same = all(held.get(key) == run_of[key] for key in ("seed", "inputs"))
+        if same and completed(TranslationConfig, held["config"]) == run_of["config"]:
             return True
     if not (path / engine.LAST).exists():
         return False
@@ -79,20 +87,21 @@ def trained_already(run_of: dict[str, Any], updates: int) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(argv)
-    with clean_errors(f"{PROGRAM}/train.py"):
-        args.data = find_data(args.data)
-        _, source, target = find_vocabularies(args.data)
-        config, description = configuration(args), describe(args, source, target)
+    config = TranslationConfig.parse(argv)
+    with clean_errors(config.prog()):
+        config.data = find_data(config.data)
+        _, source, target = find_vocabularies(config.data)
+        record, description = config.record(), describe(config, source, target)
         report = description.pop("report")
-        if args.dry_run:
-            print(json.dumps({"config": {**config, "seed": args.seed}, **description}))
+        if config.dry_run:
+            print(json.dumps({"config": {**record, "seed": config.seed}, **description}))
             return
         engine.load()
-        path = args.save_dir or ROOT / "results" / PROGRAM / (args.row or "run") / config_hash(config) / f"seed{args.seed}"
-        cfg = read_fairseq(args, path)
-        run_of: dict[str, Any] = {"path": path, "config": config, "seed": args.seed, "inputs": inputs(args.data)}
-        run_of |= {"resume": True, "row": args.row, "row_config": args.row_config}
+        parent = ROOT / "results" / config.program / (config.row or "run")
+        path = config.save_dir or run_directory(parent, TranslationConfig, record, config.seed)
+        cfg = read_fairseq(config, path)
+        run_of: dict[str, Any] = {"path": path, "config": record, "seed": config.seed, "inputs": inputs(config.data)}
+        run_of |= {"kind": TranslationConfig, "resume": True, "row": config.row, "row_config": config.row_config}
         run = Run(**run_of, main=cfg.distributed_training.distributed_rank == 0)
         if run.finished:
             print(f"{path} holds a finished run of this configuration and seed: nothing to do", file=sys.stderr)
@@ -103,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if run.main:
         if not trained:
             (path / generate.TRAINED).unlink(missing_ok=True)  # of fewer updates
-        keep_vocabulary(args.data, path)
-        told = [f"warning: {warning}" for warning in args.warnings]
+        keep_vocabulary(config.data, path)
+        told = [f"warning: {warning}" for warning in config.warnings]
         told += [report, *(f"decay: {json.dumps(entry)}" for entry in description["decays"])]
         print(*told, sep="\n", file=sys.stderr)
     with run.recorded():
@@ -112,11 +121,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             launch(cfg, run_of)
         if run.main:
             facts = {key: run_of[key] for key in ("config", "seed", "inputs")}
-            facts |= {"row": run.row, "processes": args.distributed_world_size}
+            facts |= {"row": run.row, "processes": config.distributed_world_size}
             write_json(path / generate.TRAINED, {**facts, **{key: description[key] for key in ("parameters", "decays")}})
-        if run.main and args.generate:
-            with clean_errors(f"{PROGRAM}/train.py"):
-                print(generate.write_result(path, args.data, cpu=args.cpu))
+        if run.main and config.generate:
+            with clean_errors(config.prog()):
+                print(generate.write_result(path, config.data, cpu=config.cpu))
 
 
 if __name__ == "__main__":

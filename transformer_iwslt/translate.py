@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
 import torch
 from tqdm import tqdm
 
-from common.distributed import find_device
-from common.runs import clean_errors
+from common.experiments.distributed import find_device
+from common.experiments.runs import clean_errors
 from transformer_iwslt import engine
 from transformer_iwslt.beam import search
-from transformer_iwslt.flags import PROGRAM, parse_translate
+from transformer_iwslt.config import TranslationConfig, parse_translate
 from transformer_iwslt.model import PAD, Transformer
 from transformer_iwslt.text import VOCABULARY, Pipeline, Vocabulary, find_vocabularies
 
@@ -50,7 +53,7 @@ class Translator:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_translate(argv)
-    with clean_errors(f"{PROGRAM}/translate.py"):
+    with clean_errors(f"{TranslationConfig.program}/translate.py"):
         device = find_device(args.device)
         state = engine.load_checkpoint(args.checkpoint)
         folder = args.vocabulary or args.checkpoint.parent / VOCABULARY

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from common.distributed import prepare_cpu
-from common.runs import FAILURES, REQUEUE, Run, clean_errors
+from common.experiments.distributed import prepare_cpu
+from common.experiments.runs import FAILURES, REQUEUE, Run, clean_errors
 from transformer_iwslt import engine
-from transformer_iwslt.flags import PROGRAM
+from transformer_iwslt.config import TranslationConfig
 
 LOG = "train.log"
 
@@ -148,7 +148,7 @@ def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
     setattr(train, "validate_and_save", partial(watch.validate_and_save, inner))  # noqa: B010 (as in plugin/optimizer.py)
     try:
         failures = (engine.TooLong, *FAILURES)
-        with clean_errors(f"{PROGRAM}/train.py", failures), engine.clear_sizes(), answering(watch.stop):
+        with clean_errors(TranslationConfig.prog(), failures), engine.clear_sizes(), answering(watch.stop):
             try:
                 train.main(cfg)
             except FloatingPointError as error:

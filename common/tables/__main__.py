@@ -1,20 +1,26 @@
-"""Rows, scripts, tables and figures: python -m common.tables {list,emit,status,collect,compare,plot,submit}."""
+"""Rows, scripts, tables and figures: python -m common.tables {list,run,emit,status,collect,compare,plot,submit}."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 
-from common.runs import ROOT, FlagParser, clean_errors, write_atomic
-from common.tables import collect, compare, emit, slurm, status
-from common.tables.rows import Program, Table, programs, select
+from ..experiments.config import FlagParser, natural, positive_int
+from ..experiments.files import ROOT, write_atomic
+from ..experiments.runs import clean_errors
+from . import compare, emit, reading, rendering, run, slurm, status
+from .rows import Program, Table, kinds, programs, select
+from .summaries import contrast_results, summarize
 
 _COMMANDS = {
     "list": "print the rows",
+    "run": "run rows, the paper's and those of evidence/; prints the paths of their results",
     "emit": "write the script of every row to generated-scripts/",
     "status": "print where the runs stand and what is left",
     "collect": "make tables of the finished results: Markdown, CSV and LaTeX",
@@ -25,11 +31,14 @@ _COMMANDS = {
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Checked flags; what follows a ``--`` is in ``flags``, for the program."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    words, flags = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser = FlagParser(prog="python -m common.tables", description="Rows, scripts, tables and figures.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=FlagParser)
     made = {name: commands.add_parser(name, help=text, description=text) for name, text in _COMMANDS.items()}
     for name, command in made.items():
-        if name not in ("emit", "compare"):
+        if name not in ("run", "emit", "compare"):
             command.add_argument("--subproject", help="only this subproject")
             command.add_argument("--table", help="only this table")
             command.add_argument("--row", metavar="PATTERN", help="only rows whose id matches, such as 'resnet20-*'")
@@ -50,13 +59,48 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     job.add_argument("--minutes", type=int, default=24 * 60, help="time limit of a job, after which it is queued again")
     job.add_argument("--partition")
     job.add_argument("--logs", type=Path, default=ROOT / "results" / "slurm", help="where logs go")
-    job.add_argument("flags", nargs="*", help="after --: flags for the program")
-    args = parser.parse_args(argv)
+    _add_run_flags(made["run"])
+    for name in ("run", "submit"):
+        made[name].epilog = "What follows -- goes to the program."
+    args = parser.parse_args(words)
+    if flags and args.command not in ("run", "submit"):
+        parser.error(f"flags after -- are for run and submit, got {shlex.join(flags)}")
+    args.flags = flags
+    if args.command == "run" and args.given and (len(args.rows) != 1 or not args.seeds):
+        parser.error("--command is for one TABLE/ROW, which it names, and needs --seeds")
     if args.command in ("collect", "plot") and args.evidence and args.row and args.out is None:
         parser.error(f"--row {args.row} would write parts of tables over those of evidence/: give --out too")
     if args.command in ("status", "collect", "plot") and args.results is None:
         args.results = ROOT / ("evidence" if args.evidence else "results")
     return args
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """Words as a shell would split them."""
+    return tuple(shlex.split(text))
+
+
+def _add_run_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("rows", nargs="+", metavar="TABLE[/ROW]", help="rows; ROW may be a pattern, such as 'spectral*'")
+    command.add_argument("--seeds", type=natural, nargs="+", metavar="SEED", help="(default: each row's own)")
+    command.add_argument(
+        "--jobs", type=positive_int, default=1, metavar="N", help=f"runs at a time; above 1, logs go to {run.LOGS}"
+    )
+    command.add_argument(
+        "--launcher",
+        type=_words,
+        default=os.environ.get("LAUNCHER", ""),
+        metavar="WORDS",
+        help="what to start programs with, such as 'torchrun --nproc-per-node 4' (default: $LAUNCHER)",
+    )
+    command.add_argument(
+        "--command",
+        dest="given",
+        action="append",
+        type=_words,
+        metavar="WORDS",
+        help="run this in place of the row's command, as generated scripts do; of several, {after} is the last result's folder",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,7 +110,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{emit.emit([*programs(), *programs('evidence')])} scripts in {emit.SCRIPTS}", file=sys.stderr)
             return
         if args.command == "compare":
-            print(compare.table(args.runs))
+            print(compare.table(args.runs, kinds(programs())))
+            return
+        if args.command == "run":
+            run_rows(args)
             return
         chosen = select(
             programs("evidence" if args.evidence else "rows"), program=args.subproject, table=args.table, row=args.row
@@ -76,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.command == "status":
             if not args.results.is_dir():
                 raise ValueError(f"--results {args.results} is not a folder: no run has written there yet")
-            states, problems = status.scan(args.results)
+            states, problems = status.scan(args.results, kinds(programs()))
             for problem in problems:
                 print(f"not read: {problem}", file=sys.stderr)
             print(status.render(chosen, states, all_rows=args.all))
@@ -86,6 +133,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"submitted {len(jobs)} jobs, {jobs[0].job_id} to {jobs[-1].job_id}; logs in {args.logs}", file=sys.stderr)
         else:
             make_tables(chosen, args)
+
+
+def run_rows(args: argparse.Namespace) -> None:
+    """Run rows and end with their exit status, where it is not 0."""
+    if args.given:
+        tasks = [run.given_task(args.rows[0], args.given, seed, args.flags) for seed in args.seeds]
+    else:
+        tasks = run.tasks_of([*programs(), *programs("evidence")], args.rows, args.seeds, args.flags)
+    ended = run.run(tasks, args.jobs, args.launcher)
+    if ended:
+        raise SystemExit(ended)
 
 
 def print_rows(chosen: Sequence[Program]) -> None:
@@ -100,44 +158,45 @@ def print_rows(chosen: Sequence[Program]) -> None:
 
 def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
     """Tables (collect), figures (plot) or both (collect --evidence or --html) of the tables that have results."""
-    found, problems = collect.read(args.results)
+    known = kinds(programs())
+    found, problems = reading.read(args.results, known)
     for problem in problems:
         print(f"not counted: {problem}", file=sys.stderr)
-    results = collect.by_configuration(found)
+    results = reading.Results(found, known)
     out = args.out or args.results
     html = args.command == "collect" and args.html
     begun: list[tuple[Program, Table, Sequence[Path]]] = []
     stopped: list[str] = []
     for program in chosen:
         for table in program.tables:
-            lines = collect.lines(program, table, results)
-            if not any(line.n for line in lines) and args.table is None:
+            summaries = summarize(program, table, results)
+            if not any(each.n for each in summaries) and args.table is None:
                 continue
-            for result in collect.outdated(program, table, found):
+            for result in results.outdated(program, table):
                 print(
                     f"not counted in {table.id}: {result.path} is of row {result.row} in another configuration", file=sys.stderr
                 )
             try:
-                collect.check(program, table, found)
+                results.check(program, table)
             except ValueError as error:
                 stopped.append(str(error))
                 continue
             figures: list[Path] = []
             if args.command == "plot" or html or args.evidence:
-                from common.tables import plot  # matplotlib takes a second to load
+                from . import plot  # matplotlib takes a second to load
 
                 figures = plot.write(program, table, results, out / table.id)
             if args.command == "collect":
-                contrasts = [difference for difference, _ in collect.differences(program, table, results)]
-                collect.write(table, lines, out / table.id, contrasts)
-                print(collect.to_markdown(table, lines, contrasts))
+                contrasts = [result for result, _ in contrast_results(program, table, results)]
+                rendering.write(table, summaries, out / table.id, contrasts)
+                print(rendering.to_markdown(table, summaries, contrasts))
             else:
                 print(*figures, sep="\n")
             begun.append((program, table, figures))
     if not begun and not stopped:
         raise ValueError(f"no row has a finished result in {args.results}")
     if html:
-        from common.tables import page
+        from . import page
 
         write_atomic(out / "index.html", page.render(begun, results, problems, out / "index.html"))
         print(f"page: {out / 'index.html'}", file=sys.stderr)

@@ -7,20 +7,22 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from common.runs import read_json
-from common.tables.collect import parse
+from ..experiments.files import read_json
+from ..experiments.results import NAME, RunResult
+from .rows import Kinds
 
 _HEADER = ("run", "seed", "final", "best", "parameters", "non-zeros", "M multiply-adds", "ms at batch 1", "ms at batch 128")
 
 
-def line(directory: Path) -> list[str]:
+def line(directory: Path, known: Kinds) -> list[str]:
     """The cells of a run, cost from its measure.json; raises ValueError where its result is missing or garbled."""
-    if not (directory / "result.json").exists():
+    if not (directory / NAME).exists():
         raise ValueError(f"{directory} holds no result.json: it is not a finished run")
-    result = parse(directory / "result.json")
+    result = RunResult.load(directory / NAME)
+    result.check(known)
     cells = [result.row or str(directory), str(result.seed), f"{result.final:.2f}", f"{result.best:.2f}"]
     if not (directory / "measure.json").exists():
-        return [*cells, f"{result.parameters['compressed']:,}", "-", "-", "-", "-"]
+        return [*cells, f"{int(result.parameters['compressed']):,}", "-", "-", "-", "-"]
     try:
         cost = read_json(directory / "measure.json")["models"]["as trained"]
         one, many = cost["batch1"], cost["batch128"]
@@ -30,7 +32,8 @@ def line(directory: Path) -> list[str]:
         raise ValueError(f"{directory / 'measure.json'} lacks or garbles a field: {error}") from error
 
 
-def table(directories: Sequence[Path]) -> str:
+def table(directories: Sequence[Path], known: Kinds) -> str:
     """A Markdown table with a line per run."""
     align = ("left", *["right"] * (len(_HEADER) - 1))
-    return tabulate(map(line, directories), _HEADER, tablefmt="github", disable_numparse=True, colalign=align)
+    lines = [line(directory, known) for directory in directories]
+    return tabulate(lines, _HEADER, tablefmt="github", disable_numparse=True, colalign=align)

@@ -7,12 +7,15 @@ import html
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from common.tables.collect import CONTRASTS_NOTE, Result, cells, contrast_cells, differences, lines, note, of_row
-from common.tables.emit import SCRIPTS
-from common.tables.rows import Program, Row, Table
+from ..experiments.results import RunResult
+from .emit import SCRIPTS
+from .reading import Results
+from .rendering import CONTRASTS_NOTE, cells, contrast_cells, note
+from .rows import Program, Row, Table
+from .summaries import contrast_results, summarize
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --quiet: #777; }
@@ -44,7 +47,7 @@ def _link(target: Path, page: Path, text: str) -> str:
     return f'<a href="{html.escape(os.path.relpath(target, page.parent))}">{html.escape(text)}</a>'
 
 
-def _behind(program: Program, table: Table, row: Row, results: Sequence[Result], page: Path) -> str:
+def _behind(program: Program, table: Table, row: Row, results: Sequence[RunResult], page: Path) -> str:
     """What is behind a row: its script and command, its configuration, and its results, seed by seed."""
     script = SCRIPTS / program.name / table.id / f"{row.id}.sh"
     runs = "".join(
@@ -53,7 +56,7 @@ def _behind(program: Program, table: Table, row: Row, results: Sequence[Result],
     )
     anchor = html.escape(f"{table.id}/{row.id}")
     command = html.escape(shlex.join(["python", f"{program.name}/{row.script}", *row.flags]))
-    config = html.escape(json.dumps(program.configure(row), indent=1, sort_keys=True))
+    config = html.escape(json.dumps(program.record(row), indent=1, sort_keys=True))
     return (
         f'<details id="{anchor}"><summary>{html.escape(row.id)}: {html.escape(row.label)}</summary>'
         f"<p>{_link(script, page, script.name)}, configuration {program.config_hash(row)}</p>"
@@ -67,9 +70,9 @@ def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _section(program: Program, table: Table, results: Mapping[str, list[Result]], figures: Sequence[Path], page: Path) -> str:
-    table_lines = lines(program, table, results)
-    header, rows, sources = cells(table_lines)
+def _section(program: Program, table: Table, results: Results, figures: Sequence[Path], page: Path) -> str:
+    summaries = summarize(program, table, results)
+    header, rows, sources = cells(summaries)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = ""
     for row, (name, n, *rest) in zip(table.rows, rows, strict=True):
@@ -82,22 +85,22 @@ def _section(program: Program, table: Table, results: Mapping[str, list[Result]]
         f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         for path in figures
     )
-    behind = "".join(_behind(program, table, row, of_row(program, row, results), page) for row in table.rows)
+    behind = "".join(_behind(program, table, row, results.of(program, row), page) for row in table.rows)
     contrasts = ""
     if table.contrasts:
-        contrasts = _grid(*contrast_cells([difference for difference, _ in differences(program, table, results)]))
+        contrasts = _grid(*contrast_cells([result for result, _ in contrast_results(program, table, results)]))
         contrasts += f'<p class="quiet">{html.escape(CONTRASTS_NOTE)}</p>'
     return (
         f'<section id="{html.escape(table.id)}"><h2>{html.escape(table.title)}</h2>'
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<p class="quiet">{html.escape(note(table, table_lines))}{notes}</p>{contrasts}{images}'
+        f'<p class="quiet">{html.escape(note(table, summaries))}{notes}</p>{contrasts}{images}'
         f"<details><summary>Scripts, configurations and results behind these rows</summary>{behind}</details></section>"
     )
 
 
 def render(
     tables: Sequence[tuple[Program, Table, Sequence[Path]]],
-    results: Mapping[str, list[Result]],
+    results: Results,
     problems: Sequence[str],
     page: Path,
 ) -> str:

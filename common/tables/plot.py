@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from common.tables.collect import Result, differences, of_row
-from common.tables.rows import Against, Curves, Differences, Program, Table
+from ..experiments.results import RunResult
+from .reading import Results
+from .rows import ContrastFigure, CurveFigure, Program, SweepFigure, Table
+from .summaries import contrast_results
 
 # Okabe and Ito's palette, told apart by color-blind readers; line styles and markers tell lines apart in gray print.
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C8C8C")
@@ -54,7 +56,7 @@ _RC: dict[Any, Any] = {
 }
 
 
-def epochs_of(result: Result) -> list[dict[str, Any]]:
+def epochs_of(result: RunResult) -> list[dict[str, Any]]:
     """The lines of the run's metrics.jsonl that are of whole epochs."""
     path = result.path.with_name("metrics.jsonl")
     records = []
@@ -76,9 +78,9 @@ def _mean_curve(runs: Sequence[list[dict[str, Any]]], metric: str) -> tuple[list
     return epochs, [statistics.mean(values[epoch]) for epoch in epochs], spreads
 
 
-def curves(figure: Curves, program: Program, table: Table, results: Mapping[str, list[Result]]) -> Figure | None:
+def curves(figure: CurveFigure, program: Program, table: Table, results: Results) -> Figure | None:
     """Metrics against the epoch: a panel each, a line per row, a band of one standard deviation over its seeds."""
-    runs = {row.id: [epochs_of(result) for result in of_row(program, row, results)] for row in table.rows}
+    runs = {row.id: [epochs_of(result) for result in results.of(program, row)] for row in table.rows}
     runs = {id: records for id, records in runs.items() if records}
     if not runs:
         return None
@@ -110,11 +112,11 @@ def curves(figure: Curves, program: Program, table: Table, results: Mapping[str,
     return drawn
 
 
-def against(figure: Against, program: Program, table: Table, results: Mapping[str, list[Result]]) -> Figure | None:
+def sweep(figure: SweepFigure, program: Program, table: Table, results: Results) -> Figure | None:
     """Final score against a setting: a panel per network and data set, a line per scheme, error bars over seeds."""
     panels: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for row in table.rows:
-        found = of_row(program, row, results)
+        found = results.of(program, row)
         if found:
             config, finals = found[0].config, [result.final for result in found]
             spread = statistics.stdev(finals) if len(finals) > 1 else 0.0
@@ -149,24 +151,24 @@ def against(figure: Against, program: Program, table: Table, results: Mapping[st
     return drawn
 
 
-def contrasts(program: Program, table: Table, results: Mapping[str, list[Result]]) -> Figure | None:
+def contrasts(program: Program, table: Table, results: Results) -> Figure | None:
     """The table's contrasts, one below the other: a ring per seed, their mean, and its 95 % interval where there is one.
 
     The axis is as wide as four times the largest difference of a seed; longer intervals are cut there.
     """
-    found = [(difference, each) for difference, each in differences(program, table, results) if each]
+    found = [(result, each) for result, each in contrast_results(program, table, results) if each]
     if not found:
         return None
     drawn = Figure(figsize=(8, 1.2 + 0.4 * len(found)), layout="constrained")
     axes = drawn.subplots()
     axes.axvline(0, color="#000000", linewidth=0.8)
-    for height, (difference, each) in enumerate(found):
-        if difference.low is not None and difference.high is not None:
-            axes.plot((difference.low, difference.high), (height, height), color="#0072B2", linewidth=2, zorder=1)
+    for height, (result, each) in enumerate(found):
+        if result.low is not None and result.high is not None:
+            axes.plot((result.low, result.high), (height, height), color="#0072B2", linewidth=2, zorder=1)
         axes.plot(each, [height] * len(each), "o", markersize=5, markerfacecolor="none", color="#000000", zorder=3)
         if len(each) > 1:
             axes.plot(statistics.mean(each), height, "D", markersize=5, color="#0072B2", zorder=2)
-    axes.set_yticks(range(len(found)), [f"{d.question}\n{d.row} - {d.base} (n={d.n})" for d, _ in found], fontsize=7)
+    axes.set_yticks(range(len(found)), [f"{c.question}\n{c.row} - {c.base} (n={c.n})" for c, _ in found], fontsize=7)
     axes.set_ylim(len(found) - 0.5, -0.5)
     reach = 4 * max(abs(value) for _, each in found for value in each) or 1.0
     low, high = axes.get_xlim()
@@ -177,17 +179,17 @@ def contrasts(program: Program, table: Table, results: Mapping[str, list[Result]
     return drawn
 
 
-def write(program: Program, table: Table, results: Mapping[str, list[Result]], directory: Path) -> list[Path]:
+def write(program: Program, table: Table, results: Results, directory: Path) -> list[Path]:
     """Write the figures of a table that have results, as PNG and PDF; returns the paths of the PNG files."""
     paths = []
     with mpl.rc_context(_RC):
         for figure in table.figures:
-            if isinstance(figure, Curves):
+            if isinstance(figure, CurveFigure):
                 drawn = curves(figure, program, table, results)
-            elif isinstance(figure, Differences):
+            elif isinstance(figure, ContrastFigure):
                 drawn = contrasts(program, table, results)
             else:
-                drawn = against(figure, program, table, results)
+                drawn = sweep(figure, program, table, results)
             if drawn is not None:
                 directory.mkdir(parents=True, exist_ok=True)
                 path = directory / f"{figure.id}.png"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from importlib import import_module
 from typing import Any
 
-from common.runs import ROOT, config_hash
+from ..experiments.config import Config, config_hash, identity
+from ..experiments.files import ROOT
 
 _SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+=_-]*")
 
@@ -53,7 +55,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Curves:
+class CurveFigure:
     """A figure of metrics against the epoch, a panel each and a line per row; ``metric/bound`` adds a dotted bound."""
 
     id: str
@@ -61,7 +63,7 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class Against:
+class SweepFigure:
     """A figure of the final score against a number of the configuration, on a log scale.
 
     ``series`` names the line a configuration belongs to and ``panel`` the panel.
@@ -74,7 +76,7 @@ class Against:
 
 
 @dataclass(frozen=True)
-class Differences:
+class ContrastFigure:
     """A figure of the table's contrasts: a point per seed, their mean and its 95 % interval."""
 
     id: str = "differences"
@@ -96,7 +98,7 @@ class Table:
     id: str
     title: str
     rows: tuple[Row, ...]
-    figures: tuple[Curves | Against | Differences, ...] = ()
+    figures: tuple[CurveFigure | SweepFigure | ContrastFigure, ...] = ()
     score: str = "test accuracy in percent"
     contrasts: tuple[Contrast, ...] = ()
 
@@ -120,18 +122,33 @@ class Table:
 
 @dataclass(frozen=True)
 class Program:
-    """A subproject, how it reads the flags of a row, and its tables. ``configure`` gives a row's resolved configuration.
+    """A subproject: the configurations of its scripts, by file name, and its tables.
 
-    With ``own_seeds``, tables count no other seeds than those that a row names.
+    own_seeds:    tables count no other seeds than those that a row names.
+    own_process:  a row needs a process of its own, because the program leaves the one it ran in changed.
     """
 
     name: str
-    configure: Callable[[Row], dict[str, Any]]
-    tables: tuple[Table, ...] = field(default=())
+    configs: Mapping[str, type[Config]]
+    tables: tuple[Table, ...] = ()
     own_seeds: bool = False
+    own_process: bool = False
+
+    def config(self, row: Row) -> Config:
+        """The configuration of a row. It is shared: do not change it."""
+        return _parse(self.configs[row.script], row.flags)
+
+    def record(self, row: Row) -> dict[str, Any]:
+        """The configuration of a row as its runs store it."""
+        return self.config(row).record()
 
     def config_hash(self, row: Row) -> str:
-        return config_hash(self.configure(row))
+        """The identity of a row's runs."""
+        return self.config(row).config_hash()
+
+    def key(self, row: Row) -> Key:
+        """What finds the runs of a row among all runs."""
+        return self.name, row.script, self.config_hash(row)
 
     def command(self, table: Table, row: Row) -> list[str]:
         """Words of the row's command after the interpreter, without seed."""
@@ -145,6 +162,33 @@ class Program:
             "--resume",
             "auto",
         ]
+
+
+@cache
+def _parse(kind: type[Config], flags: tuple[str, ...]) -> Config:
+    return kind.parse(flags)
+
+
+Key = tuple[str, str, str]  # program, script and identity of a configuration
+Kinds = Mapping[tuple[str, str], type[Config]]  # configurations by program and script
+
+
+def kinds(found: Sequence[Program]) -> Kinds:
+    """The configurations of the programs, by program and script."""
+    return {(program.name, script): kind for program in found for script, kind in program.configs.items()}
+
+
+def keys(record: Mapping[str, Any], known: Kinds, script: str = "") -> list[Key]:
+    """What a stored configuration is found by; its stored hash does not matter.
+
+    Where it is not known which script of its program it is of, as with results of format 1, there is a key for each. That is
+    safe: the scripts of a program have fields that must be given, so that no configuration of one equals one of another.
+    """
+    return [
+        (program, name, config_hash(identity(kind, record)))
+        for (program, name), kind in known.items()
+        if program == record.get("program") and script in ("", name)
+    ]
 
 
 def programs(module: str = "rows") -> list[Program]:

@@ -10,9 +10,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from common.runs import config_hash, read_json
-from common.tables import collect
-from common.tables.rows import Program, Row
+from ..experiments.files import read_json
+from ..experiments.results import NAME, RunResult
+from .reading import read
+from .rows import Key, Kinds, Program, Row, keys
 
 STALE = 900  # seconds without a heartbeat after which a run no longer counts as running
 _STATES = ("finished", "running", "stopped", "failed")
@@ -27,11 +28,10 @@ class RunState:
     error: str = ""
 
 
-def _state(directory: Path, hash: str, seed: int, now: float) -> RunState:
-    result = directory / "result.json"
-    if result.exists():
-        content = read_json(result)
-        if (content.get("status"), content.get("config_hash"), content.get("seed")) == ("finished", hash, seed):
+def _state(directory: Path, found: Sequence[Key], seed: int, known: Kinds, now: float) -> RunState:
+    if (directory / NAME).exists():
+        result = RunResult.load(directory / NAME)
+        if result.seed == seed and not set(found).isdisjoint(keys(result.config, known, result.script)):
             return RunState("finished", 1.0)
     status: dict[str, Any] = read_json(directory / "status.json") if (directory / "status.json").exists() else {}
     done = status.get("step", 0) / status.get("steps", 1)
@@ -43,28 +43,33 @@ def _state(directory: Path, hash: str, seed: int, now: float) -> RunState:
     return RunState("failed", done, status.get("error", "no status"))
 
 
-def scan(directory: Path) -> tuple[dict[tuple[str, int], RunState], list[str]]:
-    """State of every run below a directory, by configuration hash and seed (of several, the furthest), and unreadable files.
+def scan(directory: Path, known: Kinds) -> tuple[dict[tuple[Key, int], RunState], list[str]]:
+    """State of every run below a directory, by key and seed (of several, the furthest), and unreadable files.
 
     A run whose result alone was kept, as in evidence/, is finished.
     """
-    found = {(result.hash, result.seed): RunState("finished", 1.0) for result in collect.read(directory)[0]}
+    found = {
+        (key, run.seed): RunState("finished", 1.0)
+        for run in read(directory, known)[0]
+        for key in keys(run.config, known, run.script)
+    }
     problems = []
     now = time.time()
     for path in sorted(directory.rglob("config.json")):
         try:
             config = read_json(path)
             seed, _ = config.pop("seed"), config.pop("inputs", None)
-            key = (config_hash(config), seed)
-            state = _state(path.parent, *key, now)
+            of_run = keys(config, known)
+            state = _state(path.parent, of_run, seed, known, now)
         except (ValueError, OSError) as error:
             problems.append(str(error))
             continue
         except (KeyError, TypeError, AttributeError):
             continue  # not a run's
-        best = found.setdefault(key, state)
-        if (_STATES.index(state.state), -state.done) < (_STATES.index(best.state), -best.done):
-            found[key] = state
+        for key in of_run:
+            best = found.setdefault((key, seed), state)
+            if (_STATES.index(state.state), -state.done) < (_STATES.index(best.state), -best.done):
+                found[key, seed] = state
     return found, problems
 
 
@@ -72,7 +77,7 @@ def hours_left(row: Row, states: Sequence[RunState]) -> float:
     return row.hours * sum(1 - state.done for state in states)
 
 
-def render(programs: Sequence[Program], found: Mapping[tuple[str, int], RunState], *, all_rows: bool) -> str:
+def render(programs: Sequence[Program], found: Mapping[tuple[Key, int], RunState], *, all_rows: bool) -> str:
     """A line per row that was begun (or every row), last errors, and totals."""
     lines, errors = [], []
     totals = dict.fromkeys((*_STATES, "missing"), 0)
@@ -80,8 +85,8 @@ def render(programs: Sequence[Program], found: Mapping[tuple[str, int], RunState
     for program in programs:
         for table in program.tables:
             for row in table.rows:
-                hash = program.config_hash(row)
-                states = {seed: found.get((hash, seed), RunState("missing")) for seed in row.seeds}
+                key = program.key(row)
+                states = {seed: found.get((key, seed), RunState("missing")) for seed in row.seeds}
                 counts = {name: sum(state.state == name for state in states.values()) for name in totals}
                 left = hours_left(row, list(states.values()))
                 rows, hours = rows + 1, hours + left

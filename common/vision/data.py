@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from common.downloads import downloading
-from common.vision import tiny_imagenet
-from common.vision.flags import DATASETS
+from ..experiments.downloads import downloading
+from . import tiny_imagenet
+from .config import DATASETS
 
 # Mean and standard deviation of a channel, on [0, 1], as the released code has them.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -33,7 +33,7 @@ CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 _DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 _FASHION_MNIST_FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 Split = tuple[Tensor, Tensor]  # images (N, 3, H, W) uint8, labels (N) int64
 
 
@@ -61,7 +61,7 @@ class Data:
         flip: bool = True,
         padding: int | None = None,
         cutout: int | None = 0,
-        statistics: Statistics = IMAGENET,
+        normalization: Normalization = IMAGENET,
         device: torch.device | str = "cpu",
     ) -> None:
         self.classes, self.flip, self.device = classes, flip, torch.device(device)
@@ -73,7 +73,7 @@ class Data:
         self.train_images = padded.permute(0, 2, 3, 1).contiguous().to(self.device)
         self.test_images = test[0].permute(0, 2, 3, 1).contiguous().to(self.device)
         self.train_labels, self.test_labels = train[1].to(self.device), test[1].to(self.device)
-        mean, std = (torch.tensor(values, device=self.device) for values in statistics)
+        mean, std = (torch.tensor(values, device=self.device) for values in normalization)
         self._scale, self._shift = 1 / (255 * std), -mean / std
         self._pixels = torch.arange(self.image_size, device=self.device)
         self._epoch: tuple[tuple[int, int], Tensor, Tensor] | None = None
@@ -137,7 +137,7 @@ def load(
     image_size: int | None = None,
     workers: int = 4,
     cutout: int | None = 0,
-    statistics: Statistics = IMAGENET,
+    normalization: Normalization = IMAGENET,
     device: torch.device | str = "cpu",
 ) -> Data:
     """Load a data set of :data:`DATASETS`, downloading CIFAR and Fashion-MNIST where they are missing.
@@ -146,17 +146,17 @@ def load(
     """
     if name == "imagefolder":
         train, test, classes = _image_folder(data_dir, image_size, workers)
-        return Data(train, test, classes, cutout=cutout, statistics=statistics, device=device)
+        return Data(train, test, classes, cutout=cutout, normalization=normalization, device=device)
     if name == "tiny_imagenet":
         train, test, classes = _image_folder(tiny_imagenet.prepare(data_dir), image_size or 64, workers)
-        return Data(train, test, classes, cutout=cutout, statistics=statistics, padding=4, device=device)
+        return Data(train, test, classes, cutout=cutout, normalization=normalization, padding=4, device=device)
     classes, native = DATASETS[name]
     assert classes is not None
     readers = {"digits": _digits, "fashion_mnist": partial(_fashion_mnist, data_dir)}
     train, test = readers.get(name, partial(_cifar, name, data_dir))()
     size = image_size or native
     train, test = _zero_pad(train, size), _zero_pad(test, size)
-    return Data(train, test, classes, flip=name != "digits", cutout=cutout, statistics=statistics, device=device)
+    return Data(train, test, classes, flip=name != "digits", cutout=cutout, normalization=normalization, device=device)
 
 
 def _zero_pad(split: Split, size: int | None) -> Split:

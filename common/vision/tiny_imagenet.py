@@ -13,8 +13,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from common.downloads import downloading
-from common.runs import ROOT, FlagParser, clean_errors
+from ..experiments.config import FlagParser
+from ..experiments.downloads import downloading
+from ..experiments.files import ROOT
+from ..experiments.runs import clean_errors
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import time
@@ -15,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import checkpoints
-from common.decay import FrobeniusDecay
-from common.distributed import Processes
-from common.runs import REQUEUE, Run, differences
-from common.vision.data import Batch, Data
+from ..decay import FrobeniusDecay
+from ..experiments import checkpoints
+from ..experiments.config import differing_values
+from ..experiments.distributed import Processes
+from ..experiments.runs import REQUEUE, Run
+from .config import RunConfig
+from .data import Batch, Data
 
 _EVALUATION_BATCH = 1000
 _CHECK_EVERY = 50  # steps between looking whether a loss or a weight is not finite: looking waits for the device
@@ -79,9 +80,9 @@ class Stateful(Protocol):
 
 
 class Trainer:
-    """Trains a model for ``args.epochs`` epochs and leaves checkpoints and metrics in the run's directory.
+    """Trains a model for ``config.epochs`` epochs and leaves checkpoints and metrics in the run's directory.
 
-    args:          the flags of :func:`common.vision.flags.add_flags`, resolved.
+    config:        the flags of the run; a copy with other epochs or another seed may be given.
     architecture:  what rebuilds the dense model, kept in every checkpoint beside the weights.
     schedule:      learning rate of an epoch, counted from 0.
     decay:         Frobenius decay, applied between backward and the optimizer's step.
@@ -89,9 +90,10 @@ class Trainer:
                    is :class:`Stateful`, checkpoints keep its state.
     loss:          from the network and a batch, the loss to minimize and the logits (default: their cross-entropy).
     best_from:     first epoch whose accuracy counts as a best one: before it the model is not yet what it is to be.
-    statistics:    called with the learning rate before training and after each epoch; its numbers join the metrics.
+    epoch_metrics: called with the learning rate before training and after each epoch; its numbers join the metrics.
+    first_step:    steps made before, by the trainer of an earlier round, and the ``seconds`` that they took.
 
-    A stopped run goes on exactly where it was: batches are functions of seed, epoch and step, and a checkpoint holds the
+    A stopped run resumes exactly where it was: batches are functions of seed, epoch and step, and a checkpoint holds the
     rest. SIGTERM and SIGUSR2 save a checkpoint after the current step and exit with status 75, to be queued again. A loss
     or weight that is not finite ends the run with FloatingPointError, before any checkpoint holds it.
     """
@@ -101,33 +103,35 @@ class Trainer:
         model: nn.Module,
         data: Data,
         run: Run,
-        args: argparse.Namespace,
-        processes: Processes,
         *,
+        config: RunConfig,
+        processes: Processes,
         architecture: Mapping[str, Any],
         optimizer: torch.optim.Optimizer,
         schedule: Callable[[int], float],
         decay: FrobeniusDecay | None = None,
         hook: StepHook | None = None,
-        statistics: Callable[[float], dict[str, float]] | None = None,
+        epoch_metrics: Callable[[float], dict[str, float]] | None = None,
         loss: Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] | None = None,
         best_from: int = 0,
+        first_step: int = 0,
+        seconds: float = 0.0,
     ) -> None:
-        self.model, self.data, self.run, self.args, self.processes = model, data, run, args, processes
+        self.model, self.data, self.run, self.config, self.processes = model, data, run, config, processes
         self.architecture, self.optimizer, self.schedule = dict(architecture), optimizer, schedule
-        self.decay, self.hook, self.statistics, self.best_from = decay, hook, statistics, best_from
+        self.decay, self.hook, self.epoch_metrics, self.best_from = decay, hook, epoch_metrics, best_from
         self.loss = loss or _cross_entropy
-        self.steps_per_epoch = data.steps_per_epoch(args.batch_size, processes.world_size)
-        self.last_step = min(args.epochs * self.steps_per_epoch, args.max_steps or sys.maxsize)
+        self.steps_per_epoch = data.steps_per_epoch(config.batch_size, processes.world_size)
+        self.last_step = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
         alone = processes.device.type == "cuda" and processes.world_size == 1
         mode = "reduce-overhead" if alone else None  # CUDA graphs: one launch for all kernels
-        self.network = processes.parallel(cast(nn.Module, torch.compile(model, mode=mode)) if args.compile else model)
-        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=args.amp == "fp16")
-        self.step = 0  # optimizer steps made so far
+        self.network = processes.parallel(cast(nn.Module, torch.compile(model, mode=mode)) if config.compile else model)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.amp == "fp16")
+        self.step = first_step  # optimizer steps made so far
         self.best = float("-inf")
         self.final: dict[str, float] = {}
         self.totals = torch.zeros(3, device=processes.device)  # loss, correct answers and samples of this epoch so far
-        self.seconds = 0.0
+        self.seconds = seconds
         self._started = time.monotonic()
         self._saved: int | None = None  # step of the last checkpoint
         self._bad = torch.full((), -1, device=processes.device)  # first step whose loss was not finite
@@ -157,14 +161,14 @@ class Trainer:
         """Go on from a checkpoint; raises ValueError where it is of another configuration, seed or program."""
         if "config" not in state or "optimizer" not in state:
             raise ValueError("the checkpoint to resume from holds no training state: it is a model only")
-        differing = differences(
+        differing = self.run.differing_values(
             {**state["config"], "seed": state["seed"], "max_steps": None},  # how far a run goes may change
             {**self.run.config, "seed": self.run.seed, "max_steps": None},
         )
         if differing:
             changes = ", ".join(differing.values())
             raise ValueError(f"the checkpoint to resume from is of another configuration: {changes}")
-        files = differences(state.get("inputs", self.run.inputs), self.run.inputs)
+        files = differing_values(state.get("inputs", self.run.inputs), self.run.inputs)
         if files:
             raise ValueError(f"the checkpoint to resume from was made from other files: {', '.join(files.values())}")
         if state["step"] > self.last_step:
@@ -193,14 +197,14 @@ class Trainer:
         self.run.truncate_log(self.step // self.steps_per_epoch if self.step else -1)
         try:
             if self.step == 0:
-                self._log({"epoch": 0, "step": 0, **self._statistics(0)}, writer)
+                self._log({"epoch": 0, "step": 0, **self._epoch_metrics(0)}, writer)
             while self.step < self.last_step:
                 self._train_epoch(writer)
             if self.step % self.steps_per_epoch:  # --max-steps ends within an epoch; no checkpoint keeps this result
                 epoch = self.step // self.steps_per_epoch
                 self.final = evaluate(self.model, self.data, self.processes)
                 record = {"epoch": epoch + 1, "step": self.step, "test_accuracy": self.final["accuracy"]}
-                self._log({**record, "partial": True, **self._statistics(epoch)}, writer)
+                self._log({**record, "partial": True, **self._epoch_metrics(epoch)}, writer)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -223,7 +227,7 @@ class Trainer:
         progress = tqdm(
             total=self.steps_per_epoch,
             initial=first,
-            desc=f"epoch {epoch + 1}/{self.args.epochs}",
+            desc=f"epoch {epoch + 1}/{self.config.epochs}",
             leave=False,
             disable=None if self.processes.main else True,
         )
@@ -232,25 +236,20 @@ class Trainer:
             self.hook.before_epoch(epoch)
         for step in range(first, last):
             batch = self.data.train_batch(
-                self.args.seed,
+                self.config.seed,
                 epoch,
                 step,
-                self.args.batch_size,
+                self.config.batch_size,
                 rank=self.processes.rank,
                 world_size=self.processes.world_size,
             )
-            sums = self._train_step(batch, self.step)
-            self.totals += sums
-            self.step += 1
-            self._bad = torch.where(sums[0].isfinite() | (self._bad >= 0), self._bad, self.step)
-            if self.hook is not None:
-                self.hook.after_step(self.step - 1)
+            self.train_step(batch)
             if self.step % _CHECK_EVERY == 0:
                 self._check_numbers()
             progress.update()
-            if not progress.disable and self.step % self.args.print_freq == 0:
+            if not progress.disable and self.step % self.config.print_freq == 0:
                 progress.set_postfix(loss=f"{(self.totals[0] / self.totals[2]).item():.4f}")
-            self.run.heartbeat({"epoch": epoch, "epochs": self.args.epochs, "step": self.step, "steps": self.last_step})
+            self.run.heartbeat({"epoch": epoch, "epochs": self.config.epochs, "step": self.step, "steps": self.last_step})
             if step + 1 < last and self.step % self._agree_every == 0:
                 self._stop_if_told()
         progress.close()
@@ -272,7 +271,7 @@ class Trainer:
             "train_accuracy": 100 * correct / samples,
             "test_loss": self.final["loss"],
             "test_accuracy": self.final["accuracy"],
-            **self._statistics(epoch),
+            **self._epoch_metrics(epoch),
             "seconds": seconds,
             "images_per_second": (samples - before) / seconds,
         }
@@ -280,17 +279,16 @@ class Trainer:
         if self.processes.main:
             accuracies = f"train {record['train_accuracy']:.2f} %, test {record['test_accuracy']:.2f} %"
             speed = f"lr {lr:g}, {record['images_per_second']:.0f} images/s"
-            print(
-                f"epoch {epoch + 1}/{self.args.epochs}: loss {record['train_loss']:.4f}, {accuracies}, {speed}", file=sys.stderr
-            )
-        if (epoch + 1) % self.args.save_every == 0 or self.step == self.last_step:
+            where = f"epoch {epoch + 1}/{self.config.epochs}"
+            print(f"{where}: loss {record['train_loss']:.4f}, {accuracies}, {speed}", file=sys.stderr)
+        if (epoch + 1) % self.config.save_every == 0 or self.step == self.last_step:
             self._save()
         if self.step < self.last_step:
             self._stop_if_told()
 
-    def _train_step(self, batch: Batch, step: int) -> Tensor:
-        """One optimizer step; returns the sum of the losses, the correct answers and the samples, on the device."""
-        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.args.amp)
+    def train_step(self, batch: Batch) -> None:
+        """Make one optimizer step. The sums of losses, correct answers and samples join ``totals``, on the device."""
+        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.amp)
         with torch.autocast(self.processes.device.type, precision) if precision else nullcontext():
             loss, logits = self.loss(self.network, batch)
         self.optimizer.zero_grad()
@@ -299,15 +297,20 @@ class Trainer:
         if self.decay is not None:
             self.decay.step()
         if isinstance(self.hook, UpdateHook):
-            self.hook.before_update(step)
+            self.hook.before_update(self.step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():
             samples = torch.full_like(loss, len(batch.labels))
-            return torch.stack([loss * samples, (logits.argmax(1) == batch.labels).sum().to(loss.dtype), samples])
+            sums = torch.stack([loss * samples, (logits.argmax(1) == batch.labels).sum().to(loss.dtype), samples])
+        self.totals += sums
+        self.step += 1
+        self._bad = torch.where(sums[0].isfinite() | (self._bad >= 0), self._bad, self.step)
+        if self.hook is not None:
+            self.hook.after_step(self.step - 1)
 
-    def _statistics(self, epoch: int) -> dict[str, float]:
-        return self.statistics(self.schedule(epoch)) if self.statistics is not None else {}
+    def _epoch_metrics(self, epoch: int) -> dict[str, float]:
+        return self.epoch_metrics(self.schedule(epoch)) if self.epoch_metrics is not None else {}
 
     def _check_numbers(self) -> None:
         """Raise FloatingPointError, saying where, if a loss since the last look or a weight is not finite in any process.
@@ -348,7 +351,7 @@ class Trainer:
             raise SystemExit(REQUEUE)
 
     def _tensorboard(self) -> Any:
-        if not (self.args.tensorboard and self.processes.main):
+        if not (self.config.tensorboard and self.processes.main):
             return None
         from torch.utils.tensorboard import SummaryWriter
 

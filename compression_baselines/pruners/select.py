@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from common.budget import closest_index
+
 
 class Ranking:
     """The units of all groups in one order of importance.
@@ -48,8 +50,4 @@ def removed_for_budget(ranking: Ranking, budget: int, count: Callable[[dict[str,
         raise ValueError(f"a budget of {budget:,} parameters cannot be reached: at this --prune-ratio-limit {floor:,} stay")
     if ceiling < 0.99 * budget:
         raise ValueError(f"a budget of {budget:,} parameters cannot be reached: this method has {ceiling:,} at the most")
-    low, high = 0, ranking.units  # the smallest number of removed units whose count is within the budget
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if count(ranking.kept(middle)) <= budget else (middle + 1, high)
-    return min((max(low - 1, 0), low), key=lambda removed: abs(count(ranking.kept(removed)) - budget))
+    return closest_index(lambda removed: count(ranking.kept(removed)), 0, ranking.units, budget)

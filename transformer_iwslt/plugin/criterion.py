@@ -14,7 +14,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 from torch import Tensor, nn
 
 from common import FrobeniusDecay
-from transformer_iwslt.flags import CRITERIONS
+from transformer_iwslt.config import CRITERIONS
 
 
 class FrobeniusMixin(FairseqCriterion):

@@ -16,7 +16,7 @@ from fairseq.models import (
 from torch import Tensor
 
 from common import FrobeniusDecay
-from transformer_iwslt.flags import ARCHITECTURES, DEFAULT_DECAY, add_model_flags
+from transformer_iwslt.config import ARCHITECTURES, DEFAULT_DECAY, ModelConfig
 from transformer_iwslt.model import EOS, PAD, Decoder, Encoder, Transformer, TransformerConfig, frobenius_decay
 from transformer_iwslt.plugin.optimizer import EXEMPT
 
@@ -84,7 +84,7 @@ class PluginModel(FairseqEncoderDecoderModel):
 
     @staticmethod
     def add_args(parser: argparse.ArgumentParser) -> None:
-        add_model_flags(parser)
+        ModelConfig.add_flags(parser)
 
     @classmethod
     def build_model(cls, args: argparse.Namespace, task: Any) -> PluginModel:

@@ -13,14 +13,14 @@ from fairseq_cli.train import should_stop_early
 from torch import Tensor, nn
 
 from common import linalg
-from common.layers import FactorizedMatrix
-from transformer_iwslt.flags import TASK
+from common.layers import Factorized
+from transformer_iwslt.config import TASK
 from transformer_iwslt.model import attentions
 
 
 @register_task(TASK, dataclass=TranslationConfig)
 class ObservedTranslation(TranslationTask):
-    """Translation that tells ``before_step`` of every update, and logs the statistics of :func:`norms` with each epoch."""
+    """Translation that tells ``before_step`` of every update, and logs what :func:`norms` finds with each epoch."""
 
     before_step: ClassVar[Callable[[int], None] | None] = None
 
@@ -63,8 +63,8 @@ def norms(model: nn.Module) -> dict[str, float]:
     """
     families: dict[str, list[tuple[Tensor, ...]]] = {"layers": [], "query_key": [], "output_value": []}
     for module in model.modules():
-        if isinstance(module, FactorizedMatrix):
-            families["layers"].append(module.factors())
+        if isinstance(module, Factorized):
+            families["layers"].append(module.matrices())
     for name, attention in attentions(model).items():
         families["query_key"].append(attention.query_key(name).factors())
         families["output_value"].append(attention.output_value(name).factors())

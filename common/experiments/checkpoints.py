@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from common.runs import write_atomic
+from .files import write_atomic
 
 FORMAT = 1  # of training checkpoints; what an older one lacks, those who read it add
 LATEST, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"

@@ -1,0 +1,49 @@
+"""Parameter budgets: how many parameters a model has, and which setting of a method comes closest to a wanted number."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, shared ones counted once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def closest_index(count: Callable[[int], int], low: int, high: int, budget: float) -> int:
+    """The whole number from ``low`` to ``high``, both included, whose count is closest to the budget.
+
+    ``count`` must not change direction: over the range it never falls, or never rises. It is called about log2(high - low)
+    times. The result is the first number whose count has reached the budget (``high`` where none has), or the one before it
+    where that is at least as close. Where all counts are equal it is ``low``.
+    """
+    count = cache(count)
+    if count(low) == count(high):
+        return low
+    falling = count(low) > count(high)
+
+    def reached(index: int) -> bool:
+        return count(index) <= budget if falling else count(index) >= budget
+
+    first = low + bisect_left(range(low, high), True, key=reached)
+    return min(max(first - 1, low), first, key=lambda index: abs(count(index) - budget))
+
+
+def step_midpoints(dimensions: Iterable[int], low: float, high: float) -> list[float]:
+    """Middles of the intervals of rank scales between ``low`` and ``high`` in which no rank changes, in rising order.
+
+    The rank along a dimension d is ``max(1, round(scale * d))``, so it changes from k to k + 1 at the scale (k + 0.5) / d.
+    """
+    edges = {low, high}
+    for dimension in set(dimensions):
+        ranks = range(max(1, math.floor(low * dimension)), math.ceil(high * dimension) + 1)
+        edges.update(edge for rank in ranks if low < (edge := (rank + 0.5) / dimension) < high)
+    return [(left + right) / 2 for left, right in pairwise(sorted(edges))]

@@ -1,0 +1,265 @@
+"""Configurations: dataclasses whose fields are the flags of a program, and the identity of the runs that they describe.
+
+A field says in one place what its flag is called, its help and default, whether it changes the result of a run, whether it
+names an input file, and which value runs had before the field existed. Command line, stored configuration and identity all
+follow from that. This module loads without torch, so that scripts are written and errors shown at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import inspect
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, Self
+
+from .files import digest
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse whose flags take both ``-`` and ``_``, take no abbreviation, and fail in one line."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None, **kwargs: Any) -> Any:
+        def canonical(word: str) -> str:
+            flag, equals, value = word.partition("=")
+            if flag.startswith("--") and value == "--":  # which argparse drops, and gives an empty list in its place
+                self.error(f"argument {flag}: expected a value, got '--'")
+            dashed = flag.replace("_", "-")
+            known = flag.startswith("--") and flag not in self._option_string_actions and dashed in self._option_string_actions
+            return dashed + equals + value if known else word
+
+        return super().parse_known_args(
+            [canonical(word) for word in (sys.argv[1:] if args is None else args)], namespace, **kwargs
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"must be at least 1 and below 2^31, got {text}")
+    return value
+
+
+def non_negative(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or value < 0:
+        raise argparse.ArgumentTypeError(f"must be finite and not negative, got {text}")
+    return value
+
+
+def natural(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must not be negative and below 2^63, got {text}")
+    return value
+
+
+REQUIRED: Any = MISSING  # the default of a flag that must be given
+
+
+def flag(
+    default: Any,
+    *names: str,
+    help: str | None = None,
+    type: Callable[[str], Any] | None = None,
+    choices: Sequence[Any] | None = None,
+    metavar: str | None = None,
+    group: str | None = None,
+    changes_result: bool = True,
+    input_file: bool = False,
+    before: Any = MISSING,
+) -> Any:
+    """A field of a configuration that is a flag; a name without dashes is a positional argument.
+
+    default:         the value without the flag; :data:`REQUIRED` where it must be given. False makes it a switch.
+    names:           how it is written on a command line (default: the field's name with dashes).
+    type, choices, metavar, help, group:  as argparse takes them; ``group`` defaults to that of the class;
+                     an empty one is none.
+    changes_result:  whether the value is part of the run's configuration; leave it out for devices, paths, and flags that
+                     are short for another field.
+    input_file:      whether the value is the path of a file that the run reads. Recorded is whether it was given, and the
+                     digest of the file.
+    before:          the value that runs had before this field existed, where that is not the default. A run that has it is
+                     the same run as one that was recorded without the field.
+    """
+    options = {"type": type, "choices": choices, "metavar": metavar, "help": help}
+    metadata = {
+        "names": names,
+        "options": {key: value for key, value in options.items() if value is not None},
+        "group": group,
+        "changes_result": changes_result,
+        "input_file": input_file,
+        "before": (False if input_file else default) if before is MISSING else before,
+    }
+    return _field(default, metadata)
+
+
+def derived(default: Any, *, input_file: bool = False) -> Any:
+    """A field that is recorded but is no flag: :meth:`Config.resolve` sets it from others.
+
+    With a default of :data:`REQUIRED` it is set in any case, and recorded whatever it is.
+    """
+    metadata = {"changes_result": True, "input_file": input_file, "before": False if input_file else default}
+    return _field(None if default is REQUIRED else default, metadata)
+
+
+def _field(default: Any, metadata: Mapping[str, Any]) -> Any:
+    """A field of a dataclass; a default that is a list is copied for each instance."""
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def changed(kind: type[Config], name: str, default: Any = MISSING, **options: Any) -> Any:
+    """The field of this name of a base class, with another default or other options of :func:`flag`.
+
+    ``before`` is the new default unless it is given: the class is one that had it from the start.
+    """
+    field = kind.__dataclass_fields__[name]
+    kept = {**field.metadata["options"], **{key: field.metadata[key] for key in ("group", "changes_result", "input_file")}}
+    names = options.pop("names", field.metadata["names"])
+    return flag(field.default if default is MISSING else default, *names, **(kept | options))
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Base of the configurations of programs; subclasses add fields made by :func:`flag`.
+
+    Fields whose default depends on others are None until :meth:`resolve` sets them; their types are those they then have.
+
+    program, script, description:  of the program, such as "resnet_cifar", "train.py" and a sentence for --help.
+    group:                         title under which --help lists the fields of this class.
+    """
+
+    program: ClassVar[str] = ""
+    script: ClassVar[str] = "train.py"
+    description: ClassVar[str] = ""
+    group: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        self.resolve()
+
+    def resolve(self) -> None:
+        """Complete the fields and check them against each other; raises ValueError. A second call changes nothing."""
+
+    @classmethod
+    def prog(cls) -> str:
+        """The program as its messages name it."""
+        return f"{cls.program}/{cls.script}"
+
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the flags of all fields to a parser, in groups."""
+        groups: dict[str | None, Any] = {None: parser}
+        homes: dict[str, Any] = {name: base for base in cls.__mro__ for name in inspect.get_annotations(base)}
+        for field in dataclasses.fields(cls):
+            if "names" not in field.metadata:
+                continue
+            title = field.metadata["group"]
+            if title is None:
+                title = homes[field.name].group or ""
+            title = title.format(cls=cls) or None
+            if title not in groups:
+                groups[title] = parser.add_argument_group(title)
+            names = field.metadata["names"] or ("--" + field.name.replace("_", "-"),)
+            options = dict(field.metadata["options"])
+            if field.default is not REQUIRED or field.default_factory is not MISSING:
+                options["default"] = field.default if field.default is not MISSING else field.default_factory()  # type: ignore
+            elif names[0].startswith("-"):
+                options["required"] = True
+            if field.default is False:
+                options["action"] = "store_true"
+            if names[0].startswith("-"):
+                options["dest"] = field.name
+            groups[title].add_argument(*names, **options)
+
+    @classmethod
+    @cache
+    def parser(cls) -> FlagParser:
+        """The parser of the program's command line."""
+        parser = FlagParser(prog=cls.prog(), description=cls.description)
+        cls.add_flags(parser)
+        return parser
+
+    @classmethod
+    def parse(cls, argv: Sequence[str] | None = None) -> Self:
+        """The configuration of a command line; ends in one line on stderr and exit status 2 where it is wrong."""
+        parser = cls.parser()
+        return cls.from_flags(parser, vars(parser.parse_args(argv)))
+
+    @classmethod
+    def from_flags(cls, parser: FlagParser, values: Mapping[str, Any]) -> Self:
+        """The configuration of parsed flags; wrong ones end the program as in :meth:`parse`."""
+        try:
+            return cls(**{name: list(value) if isinstance(value, list) else value for name, value in values.items()})
+        except ValueError as error:
+            parser.error(str(error))
+
+    @classmethod
+    @cache
+    def before(cls) -> dict[str, Any]:
+        """What each recorded field was before it existed; fields that must be given are left out."""
+        fields = [field for field in dataclasses.fields(cls) if field.metadata.get("changes_result")]
+        return {field.name: field.metadata["before"] for field in fields if field.metadata["before"] is not MISSING}
+
+    def record(self) -> dict[str, Any]:
+        """Every field that changes the result, and the program: what a run stores as its configuration."""
+        found: dict[str, Any] = {}
+        for field in sorted(dataclasses.fields(self), key=lambda field: field.name):
+            if field.metadata.get("changes_result"):
+                value = getattr(self, field.name)
+                found[field.name] = value is not None if field.metadata["input_file"] else value
+        return {"program": self.program, **found}
+
+    def input_paths(self) -> dict[str, Path]:
+        """The files and folders that the run learns from, by the name under which their digests are recorded."""
+        names = [field.name for field in dataclasses.fields(self) if field.metadata.get("input_file")]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of :meth:`input_paths`, as far as these exist."""
+        return {name: digest(path) for name, path in self.input_paths().items() if path.exists()}
+
+    def config_hash(self) -> str:
+        """Identity of the runs of this configuration."""
+        return config_hash(identity(type(self), self.record()))
+
+
+def completed(kind: type[Config], record: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the fields that it was stored without."""
+    return {**kind.before(), **record}
+
+
+def identity(kind: type[Config], record: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells a stored configuration from others: the values that differ from what runs did before their field existed."""
+    before = kind.before()
+    return {key: value for key, value in record.items() if key not in before or value != before[key]}
+
+
+def config_hash(content: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits of the SHA-256 of a mapping's canonical JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differing_values(held: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
+    """The keys at which two records differ, each with both values in words."""
+    keys = sorted(key for key in held.keys() | ours.keys() if held.get(key) != ours.get(key))
+    return {key: f"{key} {held.get(key)!r} there, {ours.get(key)!r} here" for key in keys}

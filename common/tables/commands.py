@@ -1,0 +1,202 @@
+"""The commands of one row and seed, run in order: by ``run``, which generated scripts call, and by jobs on Slurm."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Generator, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ..experiments.config import Config
+from ..experiments.files import ROOT
+from ..experiments.runs import REQUEUE
+from .rows import Program, Row, Table, programs
+
+Words = tuple[str, ...]
+
+
+class CommandError(Exception):
+    """A command did not finish; ``status`` is its exit status, 75 where it was told to stop and can be resumed."""
+
+    def __init__(self, status: int, words: Sequence[str]) -> None:
+        super().__init__(f"{words[0]} ended with status {status}")
+        self.status = status
+
+
+def commands_of(program: Program, table: Table, row: Row, seed: int, flags: Sequence[str] = ()) -> tuple[Words, ...]:
+    """The commands of a row and seed: first that of the row which must have run before, if any."""
+    rows = [row] if row.after is None else [row.after, row]
+    return tuple((*program.command(table, each), "--seed", str(seed), *flags) for each in rows)
+
+
+@cache
+def _programs() -> dict[str, Program]:
+    return {program.name: program for program in [*programs("evidence"), *programs()]}
+
+
+def _program_of(words: Sequence[str]) -> Program:
+    name, _, script = words[0].partition("/") if words else ("", "", "")
+    program = _programs().get(name)
+    if program is None or script not in program.configs:
+        known = ", ".join(f"{each.name}/{script}" for each in _programs().values() for script in each.configs)
+        raise ValueError(f"a command begins with a program, got {words[0] if words else 'no word'!r}: there are {known}")
+    return program
+
+
+def configuration(words: Sequence[str]) -> Any:
+    """The configuration of a command; flags that are wrong end in one line on stderr and exit status 2."""
+    kind: type[Config] = _program_of(words).configs[words[0].partition("/")[2]]
+    return kind.parse(words[1:])
+
+
+class RowRun:
+    """The commands of one row and seed. Each prints the path of its result, whose directory is ``{after}`` in the next.
+
+    commands:  words, the first of which is a program such as "resnet_cifar/train.py". The last command is the row's own.
+               Those before it may be other rows' as well: who runs one at the same time waits.
+    launcher:  words in place of the interpreter. Without it a program runs in this process, so that runs which follow each
+               other import torch once, unless it needs a process of its own.
+    cwd:       directory of the subprocesses (default: the current one).
+    process:   the subprocess that runs now, if any.
+    """
+
+    def __init__(self, commands: Sequence[Sequence[str]], launcher: Sequence[str] = (), cwd: Path | None = None) -> None:
+        self.commands, self.launcher, self.cwd = [tuple(command) for command in commands], list(launcher), cwd
+        self.process: subprocess.Popen[str] | None = None
+        self._told_to_stop = False
+
+    def __call__(self) -> str:
+        """Run the commands; returns what the last one printed. Raises CommandError where one fails or is stopped."""
+        after = Path()
+        for command in self.commands[:-1]:
+            with _alone(command):
+                after = self._result(command, self._run(command, after)).parent
+        return self._run(self.commands[-1], after)
+
+    def _result(self, command: Words, printed: str) -> Path:
+        if not printed.strip():
+            raise CommandError(1, (f"{command[0]}, which printed no path of a result,",))
+        return Path(printed.strip().splitlines()[-1])
+
+    def _run(self, command: Words, after: Path) -> str:
+        words = [word.replace("{after}", str(after)) for word in command]
+        if self.launcher or _program_of(words).own_process:
+            status, printed = self._start(words)
+        else:
+            status, printed = _call(words)
+        if status != 0:
+            raise CommandError(status, words)
+        return printed
+
+    def _start(self, words: Sequence[str]) -> tuple[int, str]:
+        """Status and output of a command in a process of its own, which finds the packages of this clone."""
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        started = [*(self.launcher or [sys.executable]), str(ROOT / words[0]), *words[1:]]
+        with no_interrupts():
+            self.process = subprocess.Popen(
+                started, stdout=subprocess.PIPE, text=True, cwd=self.cwd, env={**os.environ, "PYTHONPATH": path}
+            )
+        try:
+            printed, _ = self.process.communicate()
+            status = self.process.returncode
+        finally:
+            self.process = None
+        if status != 0 and self._told_to_stop:
+            return REQUEUE, printed  # a launcher may have a status of its own for it
+        return (status if status >= 0 else 128 - status), printed
+
+    @contextlib.contextmanager
+    def stopped_by_signals(self) -> Generator[None]:
+        """Within the block SIGTERM, SIGUSR2 and SIGINT tell the program to save a checkpoint and stop.
+
+        A second SIGINT raises KeyboardInterrupt.
+        """
+
+        def stop(number: int, frame: Any) -> None:
+            if self.process is not None:
+                self._told_to_stop = True
+                self.process.terminate()
+            else:
+                raise SystemExit(REQUEUE)
+
+        def interrupt(number: int, frame: Any) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.kill(os.getpid(), signal.SIGTERM)  # whose handler is the program's own while it trains
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR2)}
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in workers, and in the background of a script
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _call(words: Sequence[str]) -> tuple[int, str]:
+    """Status and output of a command in this process, which is left as it was."""
+    main = import_module(words[0].removesuffix(".py").replace("/", ".")).main
+    status = 0
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            main(list(words[1:]))
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        except Exception:
+            traceback.print_exc()
+            status = 1
+    _clean_up()
+    return status, printed.getvalue()
+
+
+def _clean_up() -> None:
+    """Undo what a program leaves behind, so that the next one starts as in a fresh process. Generators are seeded by each."""
+    import torch
+
+    gc.collect()  # models and open files of a run that failed
+    torch.set_flush_denormal(False)
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # what is compiled counts against a limit, above which code is not compiled any more
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def no_interrupts() -> Generator[None]:
+    """Let processes that are started within the block ignore Ctrl-C, which reaches them beside who started them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def _alone(command: Words) -> Generator[None]:
+    """Let one process at a time make the runs of this configuration and seed, from a script, a job or ``run``."""
+    config = configuration(command)
+    path = ROOT / "results" / f".{config.config_hash()}-{config.seed}.lock"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that runs {config.row or command[0]} seed {config.seed}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,77 @@
+"""Finished results, read and found by the identity of the configuration that they store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..experiments.results import NAME, RunResult
+from .rows import Key, Kinds, Program, Row, Table, keys
+
+
+def read(directory: Path, known: Kinds) -> tuple[list[RunResult], list[str]]:
+    """Every result.json below a directory that can be counted, and what is wrong with the others."""
+    results, problems = [], []
+    for path in sorted(directory.rglob(NAME)):
+        try:
+            result = RunResult.load(path)
+            result.check(known)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+        else:
+            results.append(result)
+    return results, problems
+
+
+class Results:
+    """Finished runs of some programs, to be found by row.
+
+    Two runs of one configuration and seed count once. Raises ValueError where they were made from different files.
+    """
+
+    def __init__(self, runs: Iterable[RunResult], known: Kinds) -> None:
+        self.runs = [(run, keys(run.config, known, run.script)) for run in runs]
+        self._found: dict[Key, dict[int, RunResult]] = {}
+        for run, found in self.runs:
+            for key in found:
+                other = self._found.setdefault(key, {}).setdefault(run.seed, run)
+                if other.inputs != run.inputs:
+                    raise ValueError(
+                        f"two results of one configuration and seed {run.seed} were made from different files: "
+                        f"{other.path} and {run.path}; move one of them away"
+                    )
+
+    def of(self, program: Program, row: Row) -> list[RunResult]:
+        """The results of exactly a row's configuration that count for it, by seed."""
+        found = self._found.get(program.key(row), {})
+        return [found[seed] for seed in sorted(found) if seed in row.seeds or not program.own_seeds]
+
+    def outdated(self, program: Program, table: Table) -> list[RunResult]:
+        """The results that claim a row of the table and are not of its configuration."""
+        wanted = {f"{table.id}/{row.id}": program.key(row) for row in table.rows}
+        return [run for run, found in self.runs if run.row in wanted and wanted[run.row] not in found]
+
+    def check(self, program: Program, table: Table) -> None:
+        """Raise ValueError where two results claim one row and seed of the table and have different configurations.
+
+        Also where the table would compare runs on different files: images of ``--data imagefolder``, or prepared
+        translations, for other data sets are part of the configuration.
+        """
+        wanted = {program.key(row) for row in table.rows}
+        first: RunResult | None = None
+        for run, found in self.runs:
+            if not wanted.isdisjoint(found):
+                first = first or run
+                if any(first.inputs.get(split) != run.inputs.get(split) for split in ("train", "test", "val", "data")):
+                    raise ValueError(
+                        f"table {table.id} has runs on different data: {first.path} and {run.path}; move one of them away"
+                    )
+        claims: dict[tuple[str, int], tuple[RunResult, list[Key]]] = {}
+        for run, found in self.runs:
+            if found and run.row is not None and run.row.startswith(f"{table.id}/"):
+                other, others = claims.setdefault((run.row, run.seed), (run, found))
+                if set(others).isdisjoint(found):
+                    raise ValueError(
+                        f"two results of row {run.row} and seed {run.seed} have different configurations: "
+                        f"{other.path} and {run.path}; move one of them away"
+                    )

@@ -1,0 +1,234 @@
+"""Run rows: one after the other in this process, or several at a time, each worker importing torch once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
+
+from ..experiments.files import ROOT
+from ..experiments.runs import REQUEUE
+from .commands import CommandError, RowRun, Words, commands_of, configuration, no_interrupts
+from .rows import Program, select
+
+LOGS = ROOT / "results" / "logs"
+DIED = 137  # status of a process that was killed
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row, "table/row", and seed, with its commands as for :class:`RowRun`."""
+
+    row: str
+    seed: int
+    commands: tuple[Words, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.row} seed {self.seed}"
+
+
+def log_of(task: Task) -> Path:
+    """Where the standard error of a worker's run goes."""
+    return LOGS / f"{task.row}-seed{task.seed}.txt"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: exit status, what it printed on standard output, seconds it took."""
+
+    status: int
+    printed: str = ""
+    seconds: float = 0.0
+
+    @property
+    def words(self) -> str:
+        if self.status == 0:
+            return f"finished in {self.seconds:.0f} s"
+        if self.status == REQUEUE:
+            return "stopped; run it again to resume"
+        return "its process died: killed, or out of memory" if self.status == DIED else f"failed with status {self.status}"
+
+
+def tasks_of(programs: Sequence[Program], rows: Sequence[str], seeds: Sequence[int] | None, flags: Sequence[str]) -> list[Task]:
+    """The runs of rows, given as TABLE or TABLE/PATTERN; seeds default to each row's own.
+
+    Of a table, rows that another one runs before its own are left out, as in lists of scripts. Raises ValueError where there
+    is no such table or row.
+    """
+    found: dict[tuple[str, int], Task] = {}
+    for word in rows:
+        table_id, slash, pattern = word.partition("/")
+        for program in select(programs, table=table_id, row=pattern if slash else None):
+            for table in program.tables:
+                for row in table.own_runs():
+                    for seed in seeds or row.seeds:
+                        task = Task(f"{table.id}/{row.id}", seed, commands_of(program, table, row, seed, flags))
+                        found.setdefault((task.row, seed), task)
+    return list(found.values())
+
+
+def given_task(row: str, commands: Sequence[Words], seed: int, flags: Sequence[str]) -> Task:
+    """The run of exactly these commands, as a generated script gives them, for a seed."""
+    return Task(row, seed, tuple((*words, "--seed", str(seed), *flags) for words in commands))
+
+
+def run(tasks: Sequence[Task], jobs: int = 1, launcher: Sequence[str] = ()) -> int:
+    """Run the tasks, ``jobs`` at a time, and print the paths of their results; returns the exit status.
+
+    A run that fails does not keep the others from running. The status is then its own, or 1 where others failed differently;
+    it is 75 as soon as a run was told to stop. Flags are checked before any run starts: wrong ones end the process.
+    """
+    for task in tasks:
+        for command in task.commands:
+            configuration(command)
+    jobs = min(jobs, len(tasks))
+    failed: list[tuple[Task, Outcome]] = []
+    outcomes = _in_workers(tasks, jobs, launcher) if jobs > 1 else _here(tasks, launcher)
+    stopped = False
+    with tqdm(total=len(tasks), desc="runs", unit="run", disable=None if jobs > 1 else True) as bar:
+        for number, (task, outcome) in enumerate(outcomes, 1):
+            bar.update()
+            if outcome.printed:
+                tqdm.write(outcome.printed.rstrip("\n"), file=sys.stdout)
+                sys.stdout.flush()
+            if len(tasks) > 1:
+                tqdm.write(f"[{number}/{len(tasks)}] {task.name}: {outcome.words}", file=sys.stderr)
+            stopped = stopped or outcome.status == REQUEUE
+            if outcome.status not in (0, REQUEUE):
+                failed.append((task, outcome))
+    for task, outcome in failed if len(tasks) > 1 else ():
+        print(f"failed: {task.name}: {outcome.words}{f'; see {log_of(task)}' if jobs > 1 else ''}", file=sys.stderr)
+    if stopped:
+        return REQUEUE
+    if not failed:
+        return 0
+    statuses = {outcome.status for _, outcome in failed}
+    return statuses.pop() if len(statuses) == 1 else 1
+
+
+def _execute(task: Task, launcher: Sequence[str]) -> Outcome:
+    started = time.monotonic()
+    row_run = RowRun(task.commands, launcher)
+    try:
+        with row_run.stopped_by_signals():
+            status, printed = 0, row_run()
+    except CommandError as error:
+        status, printed = error.status, ""
+    except SystemExit as end:
+        status, printed = end.code if isinstance(end.code, int) else 1, ""
+    return Outcome(status, printed, time.monotonic() - started)
+
+
+def _here(tasks: Sequence[Task], launcher: Sequence[str]) -> Generator[tuple[Task, Outcome]]:
+    for task in tasks:
+        outcome = _execute(task, launcher)
+        yield task, outcome
+        if outcome.status == REQUEUE:
+            return
+
+
+def _in_workers(tasks: Sequence[Task], jobs: int, launcher: Sequence[str]) -> Generator[tuple[Task, Outcome]]:
+    """Run tasks in ``jobs`` processes. Each is a pool of its own, so that one that dies takes no other run along."""
+    waiting, idle = deque(tasks), list[ProcessPoolExecutor]()
+    running: dict[Future[Outcome], tuple[Task, ProcessPoolExecutor]] = {}
+    threads = max(1, _cores() // jobs)
+    with _stop_requests() as stop:
+        try:
+            while running or (waiting and not stop.is_set()):
+                while waiting and len(running) < jobs and not stop.is_set():
+                    pool = idle.pop() if idle else _worker(threads)
+                    task = waiting.popleft()
+                    with no_interrupts():
+                        running[pool.submit(_execute_in_worker, task, launcher, log_of(task))] = task, pool
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    task, pool = running.pop(future)
+                    try:
+                        outcome = future.result()
+                        idle.append(pool)
+                    except BrokenProcessPool:
+                        outcome = Outcome(REQUEUE if stop.is_set() else DIED)
+                        pool.shutdown()
+                    if outcome.status == REQUEUE:
+                        stop.set()
+                        _stop_workers()
+                    yield task, outcome
+        finally:
+            for pool in (*idle, *(pool for _, pool in running.values())):
+                pool.shutdown()
+
+
+@contextmanager
+def _stop_requests() -> Generator[threading.Event]:
+    """An event that SIGTERM, SIGUSR2 and SIGINT set; the workers are told, too. A second SIGINT raises KeyboardInterrupt."""
+    requested = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        requested.set()
+        _stop_workers()
+
+    numbers = [signal.SIGTERM, signal.SIGUSR2]
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        numbers.append(signal.SIGINT)
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop_workers() -> None:
+    for child in multiprocessing.active_children():
+        child.terminate()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _worker(threads: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_worker, initargs=(threads,))
+
+
+def _prepare_worker(threads: int) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torch, which reads it, is not loaded yet
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent passes it on
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """Stop, after saving a checkpoint, when the process that started this one has been killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _execute_in_worker(task: Task, launcher: Sequence[str], path: Path) -> Outcome:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as log:
+        os.dup2(log.fileno(), 1)  # of libraries: what programs print is captured
+        os.dup2(log.fileno(), 2)
+    outcome = _execute(task, launcher)
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(outcome.status)  # the pool would wait for its next task for ever
+    return outcome

@@ -1,0 +1,194 @@
+"""Configurations of the image programs: data, training, run and factorization. Loads without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from ..experiments.config import Config, flag, natural, non_negative, positive_int
+from ..experiments.files import ROOT
+
+DATASETS: dict[str, tuple[int | None, int | None]] = {  # name: (classes, image size in pixels); None: as on disk
+    "digits": (10, 8),
+    "cifar10": (10, 32),
+    "cifar100": (100, 32),
+    "fashion_mnist": (10, 32),
+    "tiny_imagenet": (None, 64),  # 200 classes, counted
+    "imagefolder": (None, None),
+}
+
+
+@dataclass(kw_only=True)
+class DataConfig(Config):
+    """The data set."""
+
+    group: ClassVar[str | None] = "data"
+
+    data: str = flag(
+        "cifar10",
+        "--data",
+        "--dataset",
+        choices=list(DATASETS),
+        help="data set; digits is embedded and needs no download",
+    )
+    data_dir: Path = flag(
+        ROOT / "data",
+        type=Path,
+        changes_result=False,
+        help="where data sets are, or are downloaded to; for imagefolder the folder with train/ and test/ or val/",
+    )
+    image_size: int | None = flag(
+        None, type=positive_int, help="pixels; smaller images are padded with zeros, image folders resized"
+    )
+    num_classes: int | None = flag(
+        None, type=positive_int, changes_result=False, help="classes of an image folder (default: counted in its train/)"
+    )
+    workers: int = flag(
+        4, "-j", "--workers", type=positive_int, metavar="N", changes_result=False, help="threads that decode image folders"
+    )
+
+    def resolve(self) -> None:
+        super().resolve()
+        classes, size = DATASETS[self.data]
+        if classes is not None and self.num_classes not in (None, classes):
+            raise ValueError(f"--num-classes is for imagefolder: {self.data} has {classes}, got {self.num_classes}")
+        self.num_classes = classes or self.num_classes
+        if size is not None and self.image_size is not None and self.image_size < size:
+            raise ValueError(f"--image-size must be at least {size} for {self.data}, got {self.image_size}")
+        self.image_size = self.image_size or size
+
+    def input_paths(self) -> dict[str, Path]:
+        splits = ("train", "test", "val") if self.data == "imagefolder" else ()
+        return super().input_paths() | {split: self.data_dir / split for split in splits}
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(DataConfig):
+    """The training loop."""
+
+    group: ClassVar[str | None] = "training"
+
+    epochs: int = flag(200, "--epochs", "--epoch", type=positive_int, metavar="N", help="passes over the training images")
+    max_steps: int | None = flag(None, type=positive_int, metavar="N", help="stop after N optimizer steps in all")
+    batch_size: int = flag(128, "-b", "--batch-size", type=positive_int, metavar="N", help="over all processes together")
+    lr: float = flag(0.1, "--lr", "--learning-rate", type=non_negative, help="initial learning rate")
+    momentum: float = flag(0.9, type=non_negative, help="of SGD, in [0, 1)")
+    weight_decay: float = flag(1e-4, "--weight-decay", "--wd", type=non_negative, help="also the strength of --wd2fd")
+    amp: str = flag("off", choices=("off", "bf16", "fp16"), help="mixed precision")
+    half: bool = flag(False, changes_result=False, help="the same as --amp fp16")
+    compile: bool = flag(False, help="compile the network with torch.compile")
+    seed: int = flag(0, type=natural, changes_result=False, help="of initialization, order and augmentation")
+
+    def resolve(self) -> None:
+        super().resolve()
+        if self.half:
+            if self.amp == "bf16":
+                raise ValueError("--half is fp16: it and --amp bf16 exclude each other")
+            self.amp, self.half = "fp16", False
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"--momentum must be in [0, 1), got {self.momentum}")
+
+
+@dataclass(kw_only=True)
+class RunConfig(TrainingConfig):
+    """Where and how a run is made; nothing here changes its result."""
+
+    group: ClassVar[str | None] = "run"
+
+    device: str = flag("auto", changes_result=False, help="auto, cpu, cuda, cuda:1, mps, or the number of a GPU")
+    save_dir: Path | None = flag(
+        None,
+        "--save-dir",
+        "--log-dir",
+        type=Path,
+        changes_result=False,
+        help="directory of the run (default: results/<program>/<row or run>/<configuration>)",
+    )
+    save_every: int = flag(1, type=positive_int, metavar="N", changes_result=False, help="epochs between checkpoints")
+    resume: str | None = flag(
+        None,
+        metavar="PATH",
+        changes_result=False,
+        help="resume from a checkpoint; 'auto': the newest good one of the save-dir, if any",
+    )
+    evaluate: bool = flag(
+        False, "-e", "--evaluate", changes_result=False, help="only evaluate the checkpoint that --resume names"
+    )
+    dry_run: bool = flag(False, changes_result=False, help="build the model, print it as JSON and stop; needs no data")
+    tensorboard: bool = flag(False, changes_result=False, help="also write TensorBoard events to the save-dir")
+    print_freq: int = flag(
+        50,
+        "-p",
+        "--print-freq",
+        type=positive_int,
+        metavar="N",
+        changes_result=False,
+        help="steps between progress updates",
+    )
+    row: str | None = flag(None, changes_result=False, help="name of the table row this run is for")
+    row_config: str | None = flag(None, changes_result=False, help="identity of the configuration that row has")
+
+    def resolve(self) -> None:
+        super().resolve()
+        if self.evaluate and not self.resume:
+            raise ValueError("--evaluate needs --resume PATH: the checkpoint to evaluate")
+        if self.dry_run and self.data == "tiny_imagenet":
+            self.num_classes = self.num_classes or 200
+        if self.dry_run and self.num_classes is None:
+            raise ValueError("--dry-run with --data imagefolder needs --num-classes")
+
+    def run_name(self) -> str:
+        """What the run's directory is called where neither --save-dir nor --row name it."""
+        return f"{self.program}-{self.data}"
+
+
+@dataclass(kw_only=True)
+class FactorizationConfig(RunConfig):
+    """Which layers are factorized, and how; ``layers`` says in words which ones a program factorizes."""
+
+    group: ClassVar[str | None] = "factorization ({cls.layers})"
+    layers: ClassVar[str] = ""
+    needing: ClassVar[tuple[str, ...]] = ("spectral", "init", "wd2fd")  # fields that need factorized layers
+
+    rank_scale: float = flag(0.0, type=non_negative, help="rank as a share of out_channels * kernel; 0 is dense")
+    target_ratio: float = flag(0.0, type=non_negative, help="instead of --rank-scale: parameters to keep")
+    spectral: bool = flag(False, changes_result=False, help="spectral initialization, short for --init spectral")
+    init: Literal["regular", "spectral", "norm-matched"] = flag(
+        None, choices=("regular", "spectral", "norm-matched"), help="initialization (default: regular)"
+    )
+    wd2fd: bool = flag(False, help="Frobenius decay on the factors in place of their weight decay")
+
+    @property
+    def factorized(self) -> bool:
+        """Whether anything is factorized."""
+        return bool(self.rank_scale or self.target_ratio)
+
+    def resolve(self) -> None:
+        super().resolve()
+        if self.rank_scale and self.target_ratio:
+            raise ValueError(
+                f"--rank-scale {self.rank_scale} and --target-ratio {self.target_ratio} exclude each other: give one"
+            )
+        largest = max(self.rank_scale, self.target_ratio)
+        if largest > 100:
+            raise ValueError(f"--rank-scale and --target-ratio are at most 100, got {largest:g}")
+        if self.spectral and self.init not in (None, "spectral"):
+            raise ValueError(f"--spectral and --init {self.init} exclude each other: give one")
+        for name in () if self.factorized else self.needing:
+            if getattr(self, name) not in (None, False, "regular"):
+                flag_name = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag_name} needs factorized layers: give --rank-scale or --target-ratio above 0")
+        self.init = "spectral" if self.spectral else self.init or "regular"
+        self.spectral = False
+
+
+@dataclass(kw_only=True)
+class LowRankTrainingConfig(FactorizationConfig):
+    """Factorization of a dense network, which may be trained already, and folding it back."""
+
+    pretrained: Path | None = flag(
+        None, type=Path, metavar="FILE", input_file=True, help="dense checkpoint to load before factorizing"
+    )
+    densify: bool = flag(False, changes_result=False, help="also fold the trained factors, and evaluate and write that model")
+    needing: ClassVar[tuple[str, ...]] = (*FactorizationConfig.needing, "densify")

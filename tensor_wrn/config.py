@@ -1,0 +1,202 @@
+"""Configuration of the WideResNet experiments; loads without torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from common.experiments.config import REQUIRED, changed, derived, flag, natural, non_negative
+from common.vision.config import DataConfig, FactorizationConfig, RunConfig, TrainingConfig
+
+DATASETS = ("cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder")
+FORMS = ("Conv", "TensorTrain", "Tucker", "TuckerTT")
+
+
+def _milestones(text: str) -> list[int]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    rising = isinstance(value, list) and all(type(item) is int and item > 0 for item in value) and value == sorted(set(value))
+    if not rising:
+        raise argparse.ArgumentTypeError(f"must be a list of rising epochs such as [60,120,160], got {text!r}")
+    return value
+
+
+@dataclass(kw_only=True)
+class WideResNetConfig(FactorizationConfig):
+    """A run of tensor_wrn/train.py.
+
+    ``form`` and ``rank_scale`` come from --conv, ``save_dir`` and ``teacher`` from -t and -s, ``decay`` from what says how the
+    factors are decayed.
+    """
+
+    program: ClassVar[str] = "tensor_wrn"
+    description: ClassVar[str] = "Train WideResNets with low-rank or tensor convolutions."
+    layers: ClassVar[str] = "every convolution of the blocks"
+    needing: ClassVar[tuple[str, ...]] = ("spectral", "init", "wd2fd", "decay_shortcuts")
+
+    dataset: str = flag(REQUIRED, "dataset", choices=DATASETS, changes_result=False, help="data set")
+    mode: str = flag(
+        REQUIRED, "mode", choices=("teacher", "student"), help="train alone, or also to attend and answer like a teacher"
+    )
+    wrn_depth: int = flag(40, type=int, help="6n + 4")
+    wrn_width: float = flag(2, type=float, help="channels, as a multiple of 16, 32 and 64")
+    data: str = changed(DataConfig, "data", None, choices=DATASETS)
+    weight_decay: float = changed(TrainingConfig, "weight_decay", 5e-4)
+    device: str = changed(RunConfig, "device", names=("--device", "--GPU"))
+    epoch_step: list[int] = flag([60, 120, 160], type=_milestones, metavar="LIST", help="where the rate drops")
+    lr_decay_ratio: float = flag(0.2, type=non_negative, help="by what factor it drops")
+    cutout: int | None = flag(None, type=natural, metavar="PIXELS", help="side of the cutout (default: half the image)")
+    teacher_checkpoint: Path | None = flag(
+        None,
+        "-t",
+        "--teacher-checkpoint",
+        type=Path,
+        metavar="DIR",
+        changes_result=False,
+        help="run of the teacher; for a teacher, its save-dir",
+    )
+    student_checkpoint: Path | None = flag(
+        None,
+        "-s",
+        "--student-checkpoint",
+        type=Path,
+        metavar="DIR",
+        changes_result=False,
+        help="as student: the save-dir",
+    )
+    teacher: Path | None = derived(None, input_file=True)
+
+    conv: str = flag(
+        "Conv",
+        group=FactorizationConfig.group,
+        metavar="FORM",
+        changes_result=False,
+        help="Conv, TensorTrain_R, Tucker_R or TuckerTT_R with rank scale R in (0, 1]",
+    )
+    form: str = derived(REQUIRED)
+    rank_scale: float = changed(
+        FactorizationConfig, "rank_scale", help="the same as R; of Conv: rank as a share of out_channels * kernel"
+    )
+    init: Any = changed(
+        FactorizationConfig,
+        "init",
+        choices=("regular", "spectral", "norm-matched", "released"),
+        help="initialization (default: regular); released: of tensors, what the released code calls regular",
+    )
+    wd2fd: bool = changed(FactorizationConfig, "wd2fd", changes_result=False)
+    nocrswd: bool = flag(
+        False,
+        group=FactorizationConfig.group,
+        changes_result=False,
+        help="weight decay on the factors is not scaled by the compression",
+    )
+    no_frob: bool = flag(
+        False, group=FactorizationConfig.group, changes_result=False, help="with --wd2fd: no decay at all on the factors"
+    )
+    decay_shortcuts: bool = flag(
+        False,
+        group=FactorizationConfig.group,
+        changes_result=False,
+        help="Conv without --wd2fd: Frobenius decay on the shortcuts, on top of their weight decay, as the released code has",
+    )
+    decay: str = derived(REQUIRED)
+
+    temperature: float = flag(
+        None, group="student", type=non_negative, help="of the teacher's and student's answers (default: 4)"
+    )
+    alpha: float = flag(
+        None, group="student", type=non_negative, help="weight of the teacher's answers, in [0, 1] (default: 0)"
+    )
+    beta: float = flag(None, group="student", type=non_negative, help="weight of the attention transfer (default: 1000)")
+
+    def resolve(self) -> None:
+        self.data = self.data or self.dataset
+        self._read_form()
+        super().resolve()
+        if self.wrn_depth < 10 or self.wrn_depth % 6 != 4:
+            raise ValueError(f"--wrn-depth must be 6n + 4 and at least 10, got {self.wrn_depth}")
+        if not 1 / 16 <= self.wrn_width <= 100:
+            raise ValueError(f"--wrn-width must be between 1/16 and 100, got {self.wrn_width:g}")
+        self._resolve_student()
+        self._resolve_decay()
+        self._resolve_directories()
+
+    def _read_form(self) -> None:
+        form, _, scale = self.conv.partition("_")
+        forms = "Conv, TensorTrain_R, Tucker_R or TuckerTT_R with R in (0, 1]"
+        if form not in FORMS or (scale and form == "Conv"):
+            raise ValueError(f"--conv must be {forms}, got {self.conv!r}")
+        if scale:
+            try:
+                value = float(scale)
+            except ValueError:
+                value = 0.0
+            if not 0 < value <= 1:
+                raise ValueError(f"--conv must be {forms}, got {self.conv!r}")
+            if self.factorized:
+                raise ValueError(f"--conv {self.conv} tells the rank scale: --rank-scale and --target-ratio exclude it")
+            self.rank_scale = value
+        self.form = self.conv = form
+        tensors = form != "Conv"
+        if tensors and not self.factorized:
+            raise ValueError(
+                f"--conv {form} needs a rank scale: --conv {form}_R with R in (0, 1], --rank-scale or --target-ratio"
+            )
+        if tensors and self.rank_scale > 1:
+            raise ValueError(f"--rank-scale of {form} must be at most 1, got {self.rank_scale:g}")
+        if self.init == "released" and not tensors:
+            raise ValueError("--init released is for tensors: of Conv, the released code's regular initialization is regular")
+
+    def _resolve_student(self) -> None:
+        for name, default in (("temperature", 4.0), ("alpha", 0.0), ("beta", 1e3)):
+            if self.mode == "teacher" and getattr(self, name) is not None:
+                raise ValueError(f"--{name} is for the mode student")
+            if self.mode == "student" and getattr(self, name) is None:
+                setattr(self, name, default)
+        if self.mode == "student" and (self.alpha > 1 or self.temperature == 0):
+            raise ValueError(
+                f"--alpha must be in [0, 1] and --temperature above 0, got {self.alpha:g} and {self.temperature:g}"
+            )
+
+    def _resolve_decay(self) -> None:
+        if self.wd2fd and self.nocrswd:
+            raise ValueError("--wd2fd and --nocrswd exclude each other: Frobenius decay takes the place of weight decay")
+        if self.no_frob and not self.wd2fd:
+            raise ValueError("--no-frob needs --wd2fd: it takes away the decay that --wd2fd puts in the place of weight decay")
+        if self.wd2fd:
+            self.decay = "none" if self.no_frob else "frobenius"
+        else:
+            self.decay = "plain" if self.nocrswd or not self.factorized else "crs"
+        if self.decay_shortcuts:
+            if self.form != "Conv" or self.wd2fd:
+                raise ValueError("--decay-shortcuts is for Conv without --wd2fd: else shortcuts are dense or decayed anyway")
+            self.decay += "+shortcuts"
+
+    def _resolve_directories(self) -> None:
+        """Read -t and -s into ``teacher`` and ``save_dir``, once."""
+        teacher, student = self.teacher_checkpoint, self.student_checkpoint
+        self.teacher_checkpoint = self.student_checkpoint = None
+        if self.mode == "teacher":
+            if student is not None:
+                raise ValueError(f"-s {student} is for the mode student: a teacher is written to -t")
+            self.save_dir = _one(self.save_dir, teacher, "-t")
+            return
+        if teacher is not None:
+            self.teacher = teacher if teacher.suffix == ".pt" else teacher / "checkpoint.pt"
+        if self.teacher is None:
+            raise ValueError("the mode student needs -t DIR: the run of the teacher")
+        self.save_dir = _one(self.save_dir, student, "-s")
+
+    def run_name(self) -> str:
+        return f"{self.form}-wrn{self.wrn_depth}-{self.wrn_width:g}-{self.data}"
+
+
+def _one(save_dir: Path | None, short: Path | None, name: str) -> Path | None:
+    if save_dir is not None and short is not None:
+        raise ValueError(f"--save-dir {save_dir} and {name} {short} name the directory twice: give one")
+    return save_dir or short

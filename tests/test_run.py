@@ -1,0 +1,230 @@
+"""python -m common.tables run: rows in this process and in workers, their order, failures and stops."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.experiments import checkpoints
+from common.experiments.files import ROOT, read_json
+from common.experiments.runs import REQUEUE
+from common.tables import run
+from common.tables.__main__ import main
+from common.tables.rows import programs
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+RESNET = "resnet_cifar/train.py --data digits --arch resnet20 --batch-size 32 --max-steps 3"
+COMPRESSION = "--data digits --image-size 8 --network resnet --depth 8 --width 32 --batch-size 32 --max-steps 3"
+PRUNE = "--method eigendamage --target-ratio 0.3 --fisher-samples 64 --pretrained {after}/checkpoint.pt"
+TENSOR = "tensor_wrn/train.py digits teacher --wrn-depth 10 --wrn-width 1 --max-steps 3"
+# Two rows of each image program. Commands by name; of several, the last one's run is compared.
+RUNS = {
+    "resnet": [f"{RESNET} --rank-scale 0.1 --spectral --wd2fd"],
+    "resnet-deep": [f"{RESNET} --rank-scale 0.5 --square --wd2fd --residual 0.1"],
+    "tensor": [f"{TENSOR} --conv TensorTrain_0.3"],
+    "tensor-low-rank": [f"{TENSOR} --target-ratio 0.3 --init norm-matched --wd2fd"],
+    "low-rank": [f"compression_baselines/train.py {COMPRESSION} --target-ratio 0.3"],
+    "low-rank-both": [f"compression_baselines/train.py {COMPRESSION} --target-ratio 0.5 --spectral --wd2fd"],
+    "sparse": [f"compression_baselines/sparse.py {COMPRESSION} --method snip --target-ratio 0.2 --score-batches 2"],
+    "sparse-rigl": [f"compression_baselines/sparse.py {COMPRESSION} --method rigl --target-ratio 0.2 --update-every 1"],
+    "pruned": [
+        f"compression_baselines/train.py {COMPRESSION}",
+        f"compression_baselines/prune.py {COMPRESSION} {PRUNE}",
+    ],
+    "pruned-channels": [
+        f"compression_baselines/train.py {COMPRESSION} --lr 0.05",
+        f"compression_baselines/prune.py {COMPRESSION} {PRUNE.replace('eigendamage', 'kron-obd')}",
+    ],
+}
+
+
+def task_of(name, directory, seed=1, runs=RUNS):
+    lines = runs[name]
+    folders = [directory / name / str(number) for number in range(len(lines))]
+    commands = [(*line.split(), "--save-dir", str(folder)) for line, folder in zip(lines, folders, strict=True)]
+    return run.given_task(f"test/{name}", commands, seed, []), folders[-1]
+
+
+def weights(folder):
+    return checkpoints.load(folder / "checkpoint.pt")["model"]
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def test_runs_of_one_worker_equal_those_of_processes_of_their_own(forks, tmp_path, monkeypatch):
+    """Two rows of each program, one after the other in one worker: weights and metrics bit for bit."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
+    rows = {name: task_of(name, tmp_path / "worker") for name in RUNS}
+    outcomes = list(run._in_workers([task for task, _ in rows.values()], 1, ()))
+    assert [outcome.status for _, outcome in outcomes] == [0] * len(RUNS)
+    assert [outcome.printed for _, outcome in outcomes] == [f"{folder / 'result.json'}\n" for _, folder in rows.values()]
+    for name, (task, folder) in rows.items():
+        apart = ""
+        for words in task.commands:
+            words = [word.replace("{after}", apart).replace("/worker/", "/apart/") for word in words]
+            assert forks(words[0].removesuffix(".py").replace("/", "."), words[1:])[0] == 0, forks.log.read_text()
+            apart = forks.log.read_text().splitlines()[-1].removesuffix("/result.json")
+        assert Path(apart).relative_to(tmp_path / "apart") == folder.relative_to(tmp_path / "worker")
+        expected, found = weights(Path(apart)), weights(folder)
+        assert expected.keys() == found.keys()
+        assert [key for key in expected if not torch.equal(expected[key], found[key])] == [], name
+        assert read_json(Path(apart) / "result.json")["metrics"] == read_json(folder / "result.json")["metrics"]
+    log = (tmp_path / "logs" / "test" / "resnet-seed1.txt").read_text()
+    assert "decay: {" in log
+
+
+def test_a_process_that_ran_a_row_is_left_as_it_was(tmp_path, capsys):
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)]
+    task, folder = task_of("resnet", tmp_path)
+    assert run.run([task]) == 0
+    assert capsys.readouterr().out == f"{folder}/result.json\n"
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)] == handlers
+    assert (torch.tensor(2e-39) / 2).item() > 0  # denormal numbers count
+    assert torch.get_default_dtype() == torch.float32
+    assert run.run([task]) == 0
+    output = capsys.readouterr()
+    assert output.out == f"{folder}/result.json\n"
+    assert "nothing to do" in output.err
+
+
+def test_rows_are_named_by_table_and_pattern():
+    everything = [*programs(), *programs("evidence")]
+
+    def names(*rows, seeds=None):
+        return [task.name for task in run.tasks_of(everything, rows, seeds, ["--epochs", "9"])]
+
+    assert names("quickstart/full") == [f"quickstart/full seed {seed}" for seed in (1, 2, 3)]
+    assert names("quickstart/full", "quickstart/f*", seeds=[4]) == ["quickstart/full seed 4", "quickstart/frobenius seed 4"]
+    assert names("evidence-schemes/full", seeds=[1]) == ["evidence-schemes/full seed 1"]
+    # Rows that others run before their own are left out of a table and may be asked for.
+    assert len(names("normalization", seeds=[1])) == 4
+    assert len(names("normalization/*-frobenius", seeds=[1])) == 2
+    (task,) = run.tasks_of(everything, ["normalization/*-regular-normalized"], [2], ["--epochs", "9"])
+    first, second = task.commands
+    assert "--dump-frobnorms" in first
+    assert "{after}/frobnorms.tensor" in second
+    assert first[-4:] == second[-4:] == ("--seed", "2", "--epochs", "9")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("run nothing", "there is no table 'nothing': there are "),
+        ("run quickstart/nothing", "no row matches 'nothing'"),
+        ("run quickstart --seeds x", "argument --seeds: invalid natural value: 'x'"),
+        ("run quickstart --jobs 0", "must be at least 1"),
+        ("run quickstart/full --seeds 1 -- --epochs many", "argument --epochs/--epoch: invalid positive_int value: 'many'"),
+        ("run a/b --command resnet_cifar/train.py", "--command is for one TABLE/ROW, which it names, and needs --seeds"),
+        ("run a/b --seeds 1 --command nothing.py", "a command begins with a program, got 'nothing.py': there are "),
+        ("run a/b --seeds 1 --command ''", "a command begins with a program, got"),
+        ("list -- --epochs 1", "flags after -- are for run and submit, got --epochs 1"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line_before_any_run_starts(refuses, command, message):
+    refuses(main, command, message)
+
+
+def stand_in(path, code):
+    """A program that is started in place of Python and the real one; ``$seed`` is the run's."""
+    path.write_text(f'#!/usr/bin/env bash\nseed=$(grep -o -- "--seed [0-9]*" <<<"$*"); seed=${{seed##* }}\n{code}\n')
+    path.chmod(0o755)
+    return [str(path)]
+
+
+def quick_tasks(*seeds):
+    return [run.given_task("t/r", [tuple(RESNET.split())], seed, []) for seed in seeds]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_fails_leaves_the_others_alone(tmp_path, monkeypatch, capsys, jobs):
+    monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
+    launcher = stand_in(tmp_path / "x", '[[ $seed != 2 ]] || { echo "no such luck" >&2; exit 3; }; echo "/$seed/result.json"')
+    assert run.run(quick_tasks(1, 2, 3), jobs, launcher) == 3
+    output = capsys.readouterr()
+    assert sorted(output.out.splitlines()) == ["/1/result.json", "/3/result.json"]
+    (failed,) = [line for line in output.err.splitlines() if line.startswith("failed: ")]
+    log = tmp_path / "logs" / "t" / "r-seed2.txt"
+    assert failed == "failed: t/r seed 2: failed with status 3" + (f"; see {log}" if jobs > 1 else "")
+    if jobs > 1:
+        assert "no such luck" in log.read_text()
+
+
+def test_failures_of_several_kinds_end_with_status_1(tmp_path, capsys):
+    assert run.run(quick_tasks(2, 3), 1, stand_in(tmp_path / "x", "exit $seed")) == 1
+    assert capsys.readouterr().out == ""
+
+
+def test_a_worker_that_dies_takes_only_its_own_run_along(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
+    launcher = stand_in(tmp_path / "x", '[[ $seed != 2 ]] || kill -9 $PPID; sleep 0.2; echo "/$seed/result.json"')
+    assert run.run(quick_tasks(1, 2, 3, 4), 2, launcher) == run.DIED
+    output = capsys.readouterr()
+    assert sorted(output.out.splitlines()) == [f"/{seed}/result.json" for seed in (1, 3, 4)]
+    (failed,) = [line for line in output.err.splitlines() if line.startswith("failed: ")]
+    assert failed.startswith("failed: t/r seed 2: its process died: killed, or out of memory; see ")
+
+
+def test_a_prerequisite_that_prints_nothing_fails_the_row(tmp_path, capsys):
+    task, _ = task_of("pruned", tmp_path)
+    assert run.run([task], 1, stand_in(tmp_path / "x", "exit 0")) == 1
+
+
+def start(tmp_path, tasks, jobs, launcher=()):
+    """A process that runs the tasks as ``run`` does."""
+    code = f"""
+import pathlib, sys
+from common.tables import run
+from common.tables.run import Task
+run.LOGS = pathlib.Path({str(tmp_path / "logs")!r})
+sys.exit(run.run({tasks!r}, {jobs}, {list(launcher)!r}))
+"""
+    return subprocess.Popen([sys.executable, "-c", code], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_signals_reach_the_programs_and_no_other_run_starts(tmp_path, number, jobs):
+    code = f'trap "touch {tmp_path}/saved$seed; exit 75" TERM; touch {tmp_path}/began$seed; while true; do sleep 0.1; done'
+    process = start(tmp_path, quick_tasks(1, 2, 3), jobs, stand_in(tmp_path / "x", code))
+    began = [tmp_path / f"began{seed}" for seed in range(1, jobs + 1)]
+    wait_for(lambda: all(path.exists() for path in began))
+    process.send_signal(number)
+    assert process.communicate()[0] == b""
+    assert process.returncode == REQUEUE
+    assert sorted(path.name for path in tmp_path.glob("began*")) == [path.name for path in began]
+    assert sorted(path.name for path in tmp_path.glob("saved*")) == [f"saved{seed}" for seed in range(1, jobs + 1)]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_runs_that_are_interrupted_save_and_resume(tmp_path, jobs):
+    line = "resnet_cifar/train.py --data digits --arch resnet20 --batch-size 32 --epochs 50 --resume auto"
+    runs = {name: [line] for name in ("a", "b")[:jobs]}
+    tasks, folders = zip(*(task_of(name, tmp_path, runs=runs) for name in runs), strict=True)
+    process = start(tmp_path, list(tasks), jobs)
+    wait_for(lambda: all((folder / "checkpoint.pt").exists() for folder in folders))
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate()[1].decode()
+    assert process.returncode == REQUEUE, errors
+    for folder in folders:
+        assert read_json(folder / "status.json")["status"] == "stopped"
+        assert checkpoints.load(folder / "checkpoint.pt")["step"] >= 45
+
+
+def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path):
+    code = f'trap "touch {tmp_path}/saved$seed; exit 75" TERM; touch {tmp_path}/began$seed; while true; do sleep 0.1; done'
+    process = start(tmp_path, quick_tasks(1, 2), 2, stand_in(tmp_path / "x", code))
+    wait_for(lambda: all((tmp_path / f"began{seed}").exists() for seed in (1, 2)))
+    process.kill()
+    wait_for(lambda: all((tmp_path / f"saved{seed}").exists() for seed in (1, 2)))
+    process.communicate()

@@ -1,0 +1,359 @@
+"""Configuration of a translation, and the command lines of its other programs; loads without torch and without fairseq."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from common.experiments.config import REQUIRED, Config, FlagParser, changed, derived, flag, natural, non_negative, positive_int
+from common.experiments.files import ROOT
+
+PLUGIN = Path(__file__).resolve().parent / "plugin"
+TASK = "factorized_translation"
+CRITERIONS = {name: f"{name}_with_frobenius_decay" for name in ("cross_entropy", "label_smoothed_cross_entropy")}
+
+_DROPOUTS = {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "transformer_small": {"embed_dim": 256, "ffn_dim": 1024, "layers": 2, "heads": 4, **_DROPOUTS},
+    "transformer_base": {"embed_dim": 512, "ffn_dim": 2048, "layers": 6, "heads": 8, **_DROPOUTS},
+    "transformer_big": {"embed_dim": 1024, "ffn_dim": 4096, "layers": 6, "heads": 16, **_DROPOUTS},
+    "transformer_iwslt": {"embed_dim": 512, "ffn_dim": 1024, "layers": 6, "heads": 4, **_DROPOUTS},
+}
+DEFAULT_DECAY = 1e-4  # strength of Frobenius decay where no flag tells one
+
+# The recipe of the released scripts, for its optimizer; another optimizer needs a rate of its own.
+_NAG = {"lr": 0.25, "warmup_init_lr": 0.25}
+# Fields of the configuration that fairseq has flags of the same names for, and switches.
+_PASSED = (
+    *("arch", "optimizer", "lr", "lr_scheduler", "clip_norm", "max_tokens", "max_update", "weight_decay", "seed"),
+    *("embed_dim", "ffn_dim", "layers", "heads", "dropout", "attention_dropout", "activation_dropout"),
+    *("rank_scale", "init", "frobenius_decay", "distributed_world_size"),
+)
+_SWITCHES = ("spectral_quekey", "spectral_outval", "wd2fd", "wd2fd_quekey", "wd2fd_outval", "cpu")
+# Flags of fairseq that change no result, and those that this program sets itself or whose effects it relies on.
+_HARMLESS = {
+    "--num-workers", "--log-interval", "--tensorboard-logdir", "--wandb-project", "--keep-last-epochs",
+    "--no-epoch-checkpoints", "--no-progress-bar", "--device-id", "--distributed-port", "--distributed-init-method",
+    "--distributed-rank", "--distributed-no-spawn", "--distributed-backend",
+}  # fmt: skip
+_PLAIN_DDP = ("pytorch_ddp", "c10d", "legacy_ddp", "no_c10d")  # values of --ddp-backend that compute the same
+_OWN = {
+    "--task", "--user-dir", "--restore-file", "--checkpoint-suffix", "--valid-subset", "--no-save", "--no-last-checkpoints",
+    "--log-format", "--log-file", "--left-pad-target",
+}  # fmt: skip
+
+# By default fairseq leaves out the last batch where its size is no multiple of 8: of 500 test sentences it translates 496.
+WHOLE = ("--required-batch-size-multiple", "1")
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
+    return value
+
+
+def rank_scale(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1], where 0 and 1 factorize nothing, got {text}")
+    return value
+
+
+def _size(flags: Sequence[str], text: str) -> Any:
+    return flag(None, *flags, type=positive_int, help=f"{text} (default: the architecture's)")
+
+
+@dataclass(kw_only=True)
+class ModelConfig(Config):
+    """The model and its decay: the flags that this program and fairseq's own have."""
+
+    program: ClassVar[str] = "transformer_iwslt"
+    group: ClassVar[str | None] = "model"
+
+    embed_dim: int = _size(("--embed-dim", "--hidden-size"), "dimensions of embeddings and of hidden states")
+    ffn_dim: int = _size(("--ffn-dim", "--filter-size"), "dimensions inside a feed-forward layer")
+    layers: int = _size(("--layers", "--num-layers"), "layers of the encoder, and as many of the decoder")
+    heads: int = _size(("--heads", "--num-head"), "heads of an attention")
+    dropout: float = flag(None, type=share, help="(default: the architecture's)")
+    attention_dropout: float = flag(None, type=share, help="(default: the architecture's)")
+    activation_dropout: float = flag(None, type=share, help="(default: the architecture's)")
+    rank_scale: float = flag(0.0, type=rank_scale, help="rank as a share of the full one; 0 is dense")
+    init: str = flag(None, choices=("regular", "spectral", "norm-matched"), help="of factorized layers (default: regular)")
+    spectral: bool = flag(False, changes_result=False, help="spectral initialization, short for --init spectral")
+    spectral_quekey: bool = flag(False, help="spectral initialization of query-key products")
+    spectral_outval: bool = flag(False, help="spectral initialization of output-value products")
+    wd2fd: bool = flag(False, help="Frobenius decay on the factors of layers, not weight decay")
+    wd2fd_quekey: bool = flag(False, help="the same on query-key products, head by head")
+    wd2fd_outval: bool = flag(False, help="the same on output-value products, head by head")
+    frobenius_decay: float = flag(
+        None,
+        type=non_negative,
+        metavar="D",
+        help=f"strength of the Frobenius decay (default: --weight-decay where that is positive, else {DEFAULT_DECAY:g})",
+    )
+
+
+@dataclass(kw_only=True)
+class TranslationConfig(ModelConfig):
+    """A run of transformer_iwslt/train.py. ``fairseq`` are the words for fairseq, ``warnings`` what to say to the user."""
+
+    description: ClassVar[str] = (
+        "Train a full or factorized Transformer with fairseq, whose other flags are passed on to it. "
+        "The defaults are the recipe of the paper's released scripts."
+    )
+    group: ClassVar[str | None] = "training"
+
+    data: Path = flag(
+        REQUIRED,
+        "data",
+        group="",
+        type=Path,
+        metavar="DATA",
+        changes_result=False,
+        help="folder that prepare.py wrote, before any flag",
+    )
+    arch: str = flag(
+        "transformer_small",
+        "-a",
+        "--arch",
+        group=ModelConfig.group,
+        choices=list(ARCHITECTURES),
+        help="sizes of the Transformer",
+    )
+    dropout: float = changed(ModelConfig, "dropout", 0.2)
+    optimizer: str = flag("nag", help="one of fairseq's")
+    lr: float = flag(None, "--lr", "--learning-rate", type=non_negative, help="(default: 0.25 with nag)")
+    lr_scheduler: str = flag("inverse_sqrt", help="one of fairseq's")
+    warmup_init_lr: float | None = flag(None, type=non_negative, help="of inverse_sqrt (default: 0.25 with nag)")
+    warmup_updates: int | None = flag(4000, type=natural, metavar="N", help="of inverse_sqrt")
+    clip_norm: float = flag(0.1, type=non_negative, help="largest norm of the gradient; 0: any")
+    weight_decay: float = flag(0.0, "--weight-decay", "--wd", type=non_negative, help="on what Frobenius decay does not cover")
+    criterion: str = flag(
+        "label_smoothed_cross_entropy", choices=list(CRITERIONS), help="loss, to which Frobenius decay is added"
+    )
+    label_smoothing: float = flag(0.1, type=share, help="of label_smoothed_cross_entropy")
+    max_tokens: int = flag(4000, type=positive_int, metavar="N", help="target tokens of a batch")
+    max_update: int = flag(100_000, type=positive_int, metavar="N", help="updates of the schedule")
+    max_steps: int | None = flag(None, type=positive_int, metavar="N", help="stop after N updates in all")
+    distributed_world_size: int = flag(1, type=positive_int, metavar="N", help="GPUs; batches grow with them")
+    seed: int = flag(1, type=natural, changes_result=False, help="of initialization, order and dropout")
+    cpu: bool = flag(False, changes_result=False, help="train on the CPU where there is a GPU too")
+
+    save_dir: Path | None = flag(
+        None,
+        group="run",
+        type=Path,
+        changes_result=False,
+        help="directory of the run (default: results/<program>/<row or run>/<configuration>)",
+    )
+    generate: bool = flag(
+        False, group="run", changes_result=False, help="then translate the test set as generate.py does by default"
+    )
+    resume: str = flag("auto", group="run", choices=("auto",), changes_result=False, help="an unfinished run is resumed")
+    dry_run: bool = flag(False, group="run", changes_result=False, help="build the model, print it as JSON and stop")
+    row: str | None = flag(None, group="run", changes_result=False, help="name of the table row this run is for")
+    row_config: str | None = flag(None, group="run", changes_result=False, help="identity of the configuration that row has")
+    fairseq: list[str] = derived([])
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def parse(cls, argv: Sequence[str] | None = None) -> Self:
+        parser = cls.parser()
+        words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
+        args, fairseq = parser.parse_known_args(words)
+        check_fairseq(parser, args.data, fairseq, words)
+        return cls.from_flags(parser, {**vars(args), "fairseq": fairseq})
+
+    def resolve(self) -> None:
+        super().resolve()
+        for name, value in ARCHITECTURES[self.arch].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.embed_dim % self.heads:
+            raise ValueError(f"--embed-dim {self.embed_dim} does not split over --heads {self.heads}")
+        if self.spectral and self.init not in (None, "spectral"):
+            raise ValueError(f"--spectral and --init {self.init} exclude each other: give one")
+        self.init, self.spectral = "spectral" if self.spectral else self.init or "regular", False
+        factorized = 0 < self.rank_scale < 1
+        for name, given in (("--wd2fd", self.wd2fd), (f"--init {self.init}", self.init != "regular")):
+            if given and not factorized:
+                raise ValueError(
+                    f"{name} needs factorized layers: give --rank-scale above 0 and below 1, got {self.rank_scale:g}"
+                )
+        self._resolve_decay()
+        self._resolve_training()
+
+    def _resolve_decay(self) -> None:
+        decayed = self.wd2fd or self.wd2fd_quekey or self.wd2fd_outval
+        if self.frobenius_decay and not decayed:
+            raise ValueError("--frobenius-decay needs --wd2fd, --wd2fd-quekey or --wd2fd-outval: they say what it decays")
+        if decayed and self.frobenius_decay is None:
+            self.frobenius_decay = self.weight_decay or DEFAULT_DECAY
+            reason = "that of --weight-decay" if self.weight_decay else "for lack of --weight-decay"
+            self.warnings.append(f"--frobenius-decay is not given: it is {self.frobenius_decay:g}, {reason}")
+        self.frobenius_decay = self.frobenius_decay if decayed else 0.0
+
+    def _resolve_training(self) -> None:
+        if self.lr is None and self.optimizer != "nag":
+            raise ValueError(f"--optimizer {self.optimizer} needs --lr: the default, {_NAG['lr']}, is for nag")
+        if self.lr is None:
+            self.lr = _NAG["lr"]
+        if self.lr_scheduler != "inverse_sqrt":
+            self.warmup_init_lr = self.warmup_updates = None
+        elif self.warmup_init_lr is None:
+            self.warmup_init_lr = _NAG["warmup_init_lr"] if self.optimizer == "nag" else 0.0
+        if self.criterion == "cross_entropy":
+            self.label_smoothing = 0.0
+        if self.seed >= 2**32 - self.max_update:
+            raise ValueError(f"--seed must be below 2^32 less --max-update, got {self.seed}")
+
+    def record(self) -> dict[str, Any]:
+        """As of any configuration; of fairseq's flags, those that change the result, in alphabetical order."""
+        plain = {("--ddp-backend", name) for name in _PLAIN_DDP}
+        kept = [group for group in _groups(self.fairseq) if group[0] not in _HARMLESS and group not in plain]
+        return {**super().record(), "fairseq": [" ".join(group) for group in sorted(kept)]}
+
+    def fairseq_words(self, save_dir: Path) -> list[str]:
+        """The command line for fairseq that the configuration amounts to."""
+        values = {name: getattr(self, name) for name in _PASSED}
+        values["max_update"] = min(self.max_update, self.max_steps or self.max_update)
+        values["criterion"] = CRITERIONS[self.criterion]
+        if self.criterion == "label_smoothed_cross_entropy":
+            values["label_smoothing"] = self.label_smoothing
+        if self.lr_scheduler == "inverse_sqrt":
+            values |= {"warmup_init_lr": self.warmup_init_lr, "warmup_updates": self.warmup_updates}
+        words = [str(self.data), "--user-dir", str(PLUGIN), "--task", TASK, "--save-dir", str(save_dir)]
+        for name, value in values.items():
+            words += ["--" + name.replace("_", "-"), str(value)]
+        words += ["--" + name.replace("_", "-") for name in _SWITCHES if getattr(self, name)]
+        if "--fp16" in self.fairseq and self.weight_decay and (self.wd2fd or self.wd2fd_quekey or self.wd2fd_outval):
+            words.append("--fp16-no-flatten-grads")  # flat gradients cannot tell what takes no weight decay
+        return [*words, *WHOLE, *self.fairseq]
+
+
+def _dashed(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def _groups(words: Sequence[str]) -> list[tuple[str, ...]]:
+    """Flags with their values, in whichever of the two forms, ``--flag value`` or ``--flag=value``."""
+    groups: list[list[str]] = []
+    for word in words:
+        if word.startswith("--"):
+            groups.append(word.split("=", 1))
+        elif groups:
+            groups[-1].append(word)
+    return [tuple(group) for group in groups]
+
+
+def check_fairseq(parser: FlagParser, data: Path, fairseq: Sequence[str], words: Sequence[str]) -> None:
+    """Refuse flags of fairseq that this program sets, and DATA after a flag of fairseq's, whose value would be taken for it."""
+    given = next(index for index, word in enumerate(words) if not word.startswith("-") and Path(word) == data)
+    first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
+    if fairseq and given > first:
+        parser.error(f"DATA must come before the flags, got {words[given]} after {words[first]}")
+    if fairseq and not fairseq[0].startswith("-"):
+        parser.error(f"unrecognized arguments: {fairseq[0]}")
+    for name, *_ in _groups(fairseq):
+        if name in _OWN:
+            parser.error(f"{name} is not passed on to fairseq: this program relies on its own value of it")
+
+
+def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parsed and checked flags of prepare.py."""
+    parser = FlagParser(prog=f"{ModelConfig.program}/prepare.py", description="Prepare sentence pairs for train.py.")
+    parser.add_argument(
+        "--corpus",
+        choices=("iwslt14", "numbers"),
+        help="IWSLT'14 German-English (the default), or German and English number words, which need no download",
+    )
+    for split in ("train", "valid", "test"):
+        parser.add_argument(f"--{split}-prefix", type=Path, help=f"{split} pairs of one's own: PREFIX.de and PREFIX.en, or .gz")
+    parser.add_argument("-s", "--source-lang", default="de")
+    parser.add_argument("-t", "--target-lang", default="en")
+    parser.add_argument("--bpe", type=positive_int, metavar="N", help="merges (default: 25000; numbers: 300)")
+    parser.add_argument("--keep-case", action="store_true", help="do not put everything in lower case")
+    parser.add_argument(
+        "--data-dir", type=Path, default=ROOT / "data" / "iwslt14", help="where de-en.tgz is, or is downloaded to"
+    )
+    parser.add_argument("--sha256", help="what de-en.tgz must have; what it has is printed and kept")
+    parser.add_argument("--seed", type=natural, default=0, help="of the numbers that are drawn")
+    parser.add_argument("--size", type=positive_int, default=20_000, metavar="N", help="training pairs of numbers")
+    parser.add_argument(
+        "--dest", type=Path, help="folder to write (default: data-bin/iwslt14.tokenized.de-en, or data-bin/<corpus>)"
+    )
+    args = parser.parse_args(argv)
+    prefixes = [args.train_prefix, args.valid_prefix, args.test_prefix]
+    if any(prefixes) and not all(prefixes):
+        parser.error("--train-prefix, --valid-prefix and --test-prefix go together: give all three")
+    if any(prefixes) and args.corpus:
+        parser.error(f"--corpus {args.corpus} and --train-prefix exclude each other: give one")
+    if args.source_lang == args.target_lang:
+        parser.error(f"--source-lang and --target-lang are both {args.source_lang}")
+    if any(prefixes) and args.dest is None:
+        parser.error("--train-prefix needs --dest: the folder to write")
+    args.corpus = args.corpus or (None if any(prefixes) else "iwslt14")
+    if args.corpus and (args.source_lang, args.target_lang) != ("de", "en"):
+        parser.error(f"--corpus {args.corpus} is from de to en, got {args.source_lang} to {args.target_lang}")
+    if args.corpus == "numbers" and args.size > 50_000:
+        parser.error(f"--size of numbers must be at most 50000, got {args.size}")
+    args.bpe = args.bpe or (300 if args.corpus == "numbers" else 25_000)
+    names = {"iwslt14": "iwslt14.tokenized.de-en", "numbers": "numbers"}
+    args.dest = args.dest or ROOT / "data-bin" / names[args.corpus]
+    return args
+
+
+BEAM, LENPEN = 5, 1.0
+
+
+def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parsed and checked flags of generate.py; what is fairseq's is in ``fairseq``."""
+    parser = FlagParser(
+        prog=f"{ModelConfig.program}/generate.py",
+        description="Translate a split with a checkpoint and score it. Other flags of fairseq-generate are passed on to it.",
+    )
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder that prepare.py wrote, before any flag")
+    parser.add_argument("--path", type=Path, required=True, help="checkpoint; the model is rebuilt from it alone")
+    parser.add_argument("--gen-subset", default="test", choices=("train", "valid", "test"), help="split to translate")
+    parser.add_argument(
+        "--batch-size", "--max-sentences", type=positive_int, default=128, metavar="N", help="sentences of a batch"
+    )
+    parser.add_argument("--beam", type=positive_int, default=BEAM)
+    parser.add_argument("--lenpen", type=float, default=LENPEN, help="power of the length that scores are divided by")
+    parser.add_argument("--remove-bpe", nargs="?", const="subword_nmt", help="accepted; subwords are always joined")
+    parser.add_argument("--quiet", action="store_true", help="do not print the translations")
+    parser.add_argument("--dump", type=Path, metavar="FILE", help="also write the scores here")
+    parser.add_argument("--rank-scale", type=rank_scale, help="checked against the checkpoint, which knows it")
+    parser.add_argument("--results-path", type=Path, help="folder for scores and translations (default: by the checkpoint)")
+    parser.add_argument("--cpu", action="store_true", help="translate on the CPU where there is a GPU too")
+    words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
+    args, args.fairseq = parser.parse_known_args(words)
+    check_fairseq(parser, args.data, args.fairseq, words)
+    if not math.isfinite(args.lenpen):
+        parser.error(f"--lenpen must be finite, got {args.lenpen}")
+    return args
+
+
+def parse_translate(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parsed and checked flags of translate.py."""
+    parser = FlagParser(
+        prog=f"{ModelConfig.program}/translate.py", description="Translate lines from standard input to standard output."
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint of a run of train.py")
+    parser.add_argument("--vocabulary", type=Path, help="folder of dictionaries and codes (default: the run's)")
+    parser.add_argument("--beam", type=positive_int, default=BEAM)
+    parser.add_argument("--lenpen", type=float, default=LENPEN, help="power of the length that scores are divided by")
+    parser.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="sentences of a batch")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, or the number of a GPU")
+    args = parser.parse_args(argv)
+    if not math.isfinite(args.lenpen):
+        parser.error(f"--lenpen must be finite, got {args.lenpen}")
+    return args
