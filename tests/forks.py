@@ -16,7 +16,9 @@ import sys
 import time
 import traceback
 
+import sklearn.datasets  # noqa: F401 (this and the next: what programs load late, and forks then share)
 import torch
+import torch._dynamo
 
 
 def kill_at(write):
@@ -73,6 +75,8 @@ def serve():
     for line in sys.stdin:
         order = json.loads(line)
         importlib.import_module(order["program"])
+        if order["program"].startswith("transformer_iwslt"):
+            importlib.import_module("transformer_iwslt.engine").load()
         started = time.perf_counter()
         pid = os.fork()
         if pid == 0:
