@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -147,3 +148,23 @@ def test_the_program_runs_as_a_script(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["config"]["weight_decay"] == 1e-4
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "program",
+    [f"{name}/train.py" for name in ("resnet_cifar", "compression_baselines", "tensor_wrn", "transformer_iwslt")]
+    + ["compression_baselines/prune.py", "compression_baselines/sparse.py"],
+)
+def test_help_and_wrong_flags_do_not_wait_for_torch(program):
+    """Half a second, of which most is Python itself; torch alone takes longer to load than the limit here."""
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end: sys.exit('torch is loaded' if 'torch' in sys.modules else end.code)"
+    )
+    for flag, status, says in (("--help", 0, "--save-dir"), ("--nonsense", 2, "error: ")):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code, ROOT / program, flag], capture_output=True, text=True)
+        assert (done.returncode, says in done.stdout + done.stderr) == (status, True), done.stderr
+        assert time.perf_counter() - started < 2
