@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from common.experiments.config import REQUIRED, changed, flag, natural, non_negative, positive_int
+from common.experiments.config import REQUIRED, flag, natural, non_negative, override, positive_int
 from common.vision.config import DataConfig, LowRankTrainingConfig, RunConfig, TrainingConfig
 
 VGG_DEPTHS = (11, 13, 16, 19)
 PRUNERS = ("c-obd", "c-obs", "kron-obd", "kron-obs", "eigendamage", "eigendamage-separable")
-SPARSE = ("magnitude", "lottery", "snip", "grasp", "synflow", "set", "deepr", "dsr", "rigl")
-
 # What a sparse method does where no flag tells otherwise. update_every None: every epoch. Flags that a method lacks it refuses.
 SPARSE_DEFAULTS: dict[str, dict[str, object]] = {
     "magnitude": {"distribution": "uniform", "update_every": 100, "update_until": 0.75},
@@ -26,6 +24,7 @@ SPARSE_DEFAULTS: dict[str, dict[str, object]] = {
     "dsr": {"distribution": "uniform", "update_every": None, "update_until": 0.75, "drop_fraction": 0.1},
     "rigl": {"distribution": "erk", "update_every": 100, "update_until": 0.75, "drop_fraction": 0.3},
 }
+SPARSE = tuple(SPARSE_DEFAULTS)
 _SPARSE_FLAGS = sorted({name for defaults in SPARSE_DEFAULTS.values() for name in defaults})
 
 
@@ -45,8 +44,8 @@ class CompressionConfig(RunConfig):
     network: str = flag("vgg", choices=("resnet", "vgg"), help="network")
     depth: int = flag(None, type=int, help="6n + 2 for resnet (default: 32); 11, 13, 16 or 19 for vgg (default: 19)")
     width: int | None = flag(None, type=int, choices=(64, 32), help="channels of ResNet's first stage (default: 64)")
-    data: str = changed(DataConfig, "data", choices=("cifar10", "cifar100", "tiny_imagenet", "digits", "imagefolder"))
-    weight_decay: float = changed(TrainingConfig, "weight_decay", None)
+    data: str = override(DataConfig, "data", choices=("cifar10", "cifar100", "tiny_imagenet", "digits", "imagefolder"))
+    weight_decay: float = override(TrainingConfig, "weight_decay", None)
     auto_resume: bool = flag(False, changes_result=False, help="short for --resume auto")
     kaiming: bool = flag(False, help="VGG: Kaiming initialization of classifier and of each factor")
     measure: bool = flag(
@@ -98,8 +97,8 @@ class PruningConfig(CompressionConfig):
     description: ClassVar[str] = "Prune the channels of a trained network, then fine-tune it."
     group: ClassVar[str | None] = "pruning"
 
-    epochs: int = changed(TrainingConfig, "epochs", 150)
-    lr: float = changed(TrainingConfig, "lr", 1e-3)  # as EigenDamage fine-tunes
+    epochs: int = override(TrainingConfig, "epochs", 150)
+    lr: float = override(TrainingConfig, "lr", 1e-3)  # as EigenDamage fine-tunes
     method: str = flag(REQUIRED, choices=PRUNERS, help="what is pruned, and by which score")
     pretrained: Path | None = flag(
         None, type=Path, metavar="FILE", input_file=True, help="checkpoint of the trained dense network"

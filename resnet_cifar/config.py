@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from common.experiments.config import changed, flag, non_negative
+from common.experiments.config import flag, non_negative, override
 from common.vision.config import DataConfig, FactorizationConfig, LowRankTrainingConfig
 
 DEPTHS = {f"resnet{depth}": depth for depth in (20, 32, 44, 56, 110, 1202)}
@@ -24,8 +24,8 @@ class ResNetConfig(LowRankTrainingConfig):
     )
 
     arch: str = flag("resnet32", "-a", "--arch", choices=list(DEPTHS), help="network")
-    data: str = changed(DataConfig, "data", choices=("digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder"))
-    no_frob: bool = flag(False, group=FactorizationConfig.group, help="no decay at all on the factors")
+    data: str = override(DataConfig, "data", choices=("digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder"))
+    no_frob: bool = flag(False, group=FactorizationConfig.group, help="no decay at all on the factors, whatever --wd2fd says")
     square: bool = flag(False, group=FactorizationConfig.group, help="three factors U M V^T (deep) instead of two")
     residual: float = flag(
         0.0, group=FactorizationConfig.group, type=non_negative, metavar="STD", help="noise added to the initial M"

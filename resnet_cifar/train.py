@@ -54,6 +54,7 @@ class ResNetExperiment(LowRankExperiment[ResNetConfig]):
             return model, FactorizationReport.dense(model)
         depth = 3 if config.square else 2
         scale = config.rank_scale or rank_scale_for_ratio(model, config.target_ratio, filter_fn=is_factorized, depth=depth)
+        # init "spectral" takes the factors from the truncated SVD of each layer's weight (common/linalg.py: spectral_init).
         low_rank = LowRankConfig(scale, init=config.init, depth=depth, residual=config.residual)
         return model, factorize_(model, low_rank, filter_fn=is_factorized)
 
@@ -62,7 +63,8 @@ class ResNetExperiment(LowRankExperiment[ResNetConfig]):
         model, self.report = self.make_model()
         model.to(self.processes.device)
 
-        # What Frobenius decay covers gets no weight decay; with --no-frob the factors get neither.
+        # The trainer adds Frobenius decay to the gradients after each backward pass. What it covers gets no weight decay; with
+        # --no-frob the factors get neither.
         decay = FrobeniusDecay(model, config.weight_decay) if config.wd2fd and not config.no_frob else None
         undecayed = 0.0 if config.no_frob else None
         groups = param_groups(model, weight_decay=config.weight_decay, decay=decay, factor_weight_decay=undecayed)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from common.experiments.config import REQUIRED, changed, derived, flag, natural, non_negative
+from common.experiments.config import REQUIRED, derived, flag, natural, non_negative, override
 from common.vision.config import DataConfig, FactorizationConfig, RunConfig, TrainingConfig
 
 DATASETS = ("cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder")
@@ -45,9 +45,9 @@ class WideResNetConfig(FactorizationConfig):
     )
     wrn_depth: int = flag(40, type=int, help="6n + 4")
     wrn_width: float = flag(2, type=float, help="channels, as a multiple of 16, 32 and 64")
-    data: str = changed(DataConfig, "data", None, choices=DATASETS)
-    weight_decay: float = changed(TrainingConfig, "weight_decay", 5e-4)
-    device: str = changed(RunConfig, "device", names=("--device", "--GPU"))
+    data: str = override(DataConfig, "data", None, choices=DATASETS)
+    weight_decay: float = override(TrainingConfig, "weight_decay", 5e-4)
+    device: str = override(RunConfig, "device", names=("--device", "--GPU"))
     epoch_step: list[int] = flag([60, 120, 160], type=_milestones, metavar="LIST", help="where the rate drops")
     lr_decay_ratio: float = flag(0.2, type=non_negative, help="by what factor it drops")
     cutout: int | None = flag(None, type=natural, metavar="PIXELS", help="side of the cutout (default: half the image)")
@@ -79,16 +79,16 @@ class WideResNetConfig(FactorizationConfig):
         help="Conv, TensorTrain_R, Tucker_R or TuckerTT_R with rank scale R in (0, 1]",
     )
     form: str = derived(REQUIRED)
-    rank_scale: float = changed(
+    rank_scale: float = override(
         FactorizationConfig, "rank_scale", help="the same as R; of Conv: rank as a share of out_channels * kernel"
     )
-    init: Any = changed(
+    init: Any = override(
         FactorizationConfig,
         "init",
         choices=("regular", "spectral", "norm-matched", "released"),
         help="initialization (default: regular); released: of tensors, what the released code calls regular",
     )
-    wd2fd: bool = changed(FactorizationConfig, "wd2fd", changes_result=False)
+    wd2fd: bool = override(FactorizationConfig, "wd2fd", changes_result=False)
     nocrswd: bool = flag(
         False,
         group=FactorizationConfig.group,

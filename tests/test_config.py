@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from common.experiments.config import REQUIRED, Config, changed, completed, config_hash, derived, flag, identity, positive_int
+from common.experiments.config import REQUIRED, Config, completed, config_hash, derived, flag, identity, override, positive_int
 from common.experiments.files import read_json
 from common.experiments.runs import Run, run_directory
 from common.tables.rows import programs
@@ -84,7 +84,7 @@ def test_a_positional_and_a_required_flag_must_be_given(refuses):
 def test_changed_fields_keep_what_is_not_changed():
     @dataclass(kw_only=True)
     class Other(Base):
-        steps: int = changed(Base, "steps", 20)
+        steps: int = override(Base, "steps", 20)
 
     assert (Other.parse([]).steps, Other.parse(["-s", "5"]).steps) == (20, 5)
     assert identity(Other, Other.parse([]).record()) == {"program": "p", "speed": "low"}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from common.experiments.config import REQUIRED, Config, FlagParser, changed, derived, flag, natural, non_negative, positive_int
+from common.experiments.config import REQUIRED, Config, FlagParser, derived, flag, natural, non_negative, override, positive_int
 from common.experiments.files import ROOT
 
 PLUGIN = Path(__file__).resolve().parent / "plugin"
@@ -127,7 +127,7 @@ class TranslationConfig(ModelConfig):
         choices=list(ARCHITECTURES),
         help="sizes of the Transformer",
     )
-    dropout: float = changed(ModelConfig, "dropout", 0.2)
+    dropout: float = override(ModelConfig, "dropout", 0.2)
     optimizer: str = flag("nag", help="one of fairseq's")
     lr: float = flag(None, "--lr", "--learning-rate", type=non_negative, help="(default: 0.25 with nag)")
     lr_scheduler: str = flag("inverse_sqrt", help="one of fairseq's")

@@ -128,7 +128,7 @@ def _field(default: Any, metadata: Mapping[str, Any]) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def changed(kind: type[Config], name: str, default: Any = MISSING, **options: Any) -> Any:
+def override(kind: type[Config], name: str, default: Any = MISSING, **options: Any) -> Any:
     """The field of this name of a base class, with another default or other options of :func:`flag`.
 
     ``before`` is the new default unless it is given: the class is one that had it from the start.
@@ -146,7 +146,7 @@ class Config:
     Fields whose default depends on others are None until :meth:`resolve` sets them; their types are those they then have.
 
     program, script, description:  of the program, such as "resnet_cifar", "train.py" and a sentence for --help.
-    group:                         title under which --help lists the fields of this class.
+    group:                         title under which --help lists the fields of this class; subclasses do not inherit it.
     """
 
     program: ClassVar[str] = ""
@@ -175,7 +175,7 @@ class Config:
                 continue
             title = field.metadata["group"]
             if title is None:
-                title = homes[field.name].group or ""
+                title = vars(homes[field.name]).get("group") or ""
             title = title.format(cls=cls) or None
             if title not in groups:
                 groups[title] = parser.add_argument_group(title)
@@ -219,6 +219,11 @@ class Config:
         """What each recorded field was before it existed; fields that must be given are left out."""
         fields = [field for field in dataclasses.fields(cls) if field.metadata.get("changes_result")]
         return {field.name: field.metadata["before"] for field in fields if field.metadata["before"] is not MISSING}
+
+    @classmethod
+    def recorded(cls) -> set[str]:
+        """Names of the fields that change the result."""
+        return {field.name for field in dataclasses.fields(cls) if field.metadata.get("changes_result")}
 
     def record(self) -> dict[str, Any]:
         """Every field that changes the result, and the program: what a run stores as its configuration."""

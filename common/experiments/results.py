@@ -69,8 +69,13 @@ class RunResult:
             raise ValueError(f"{path} is not a result of this version")
         if content.get("status") != "finished":
             raise ValueError(f"{path} is not finished: its status is {content.get('status')!r}")
+        known = {f.name: content[f.name] for f in fields(cls) if f.name in content and f.name != "path"}
+        missing = [
+            name for name in ("row", "config", "config_hash", "seed", "metrics", "parameters", "seconds") if name not in known
+        ]
+        if missing:
+            raise ValueError(f"{path} lacks or garbles a field: there is no {', '.join(missing)}")
         try:
-            known = {f.name: content[f.name] for f in fields(cls) if f.name in content and f.name != "path"}
             result = cls(**known, path=path)
             finite = math.isfinite(result.final) and math.isfinite(result.best)
             int(result.parameters["compressed"]), float(result.parameters["ratio"]), float(result.seconds)
@@ -95,5 +100,8 @@ class RunResult:
         if kind is None:
             name = f"{self.config.get('program')}/{self.script}"
             raise ValueError(f"{self.path} is a result of {name}, which is no program of this version")
+        unknown = sorted(self.config.keys() - kind.recorded() - {"program"})
+        if unknown:
+            raise ValueError(f"{self.path} is of a version with fields that this one does not know: {', '.join(unknown)}")
         if config_hash(identity(kind, self.config)) != self.config_hash:
             raise ValueError(f"{self.path} has a configuration that is not the one its hash was made of")

@@ -135,7 +135,10 @@ class Run:
         if differing and not (self.resume and list(differing) == ["max_steps"]):
             changes = ", ".join(differing.values())
             raise ValueError(f"{self.path} holds a run of another configuration ({changes}): choose another --save-dir")
-        result = read_json(result_path) if result_path.exists() else {}
+        try:
+            result = read_json(result_path) if result_path.exists() else {}
+        except ValueError as error:
+            raise ValueError(f"{error}: remove it, and the run resumes from its checkpoint") from error
         if result.get("status") == "finished" and result.get("seed") == self.seed:
             self.finished = identity(self.kind, result.get("config", {})) == identity(self.kind, self.config)
         if self.finished:

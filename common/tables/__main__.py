@@ -66,6 +66,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if flags and args.command not in ("run", "submit"):
         parser.error(f"flags after -- are for run and submit, got {shlex.join(flags)}")
     args.flags = flags
+    given = {word.partition("=")[0].replace("_", "-") for word in flags}
+    for own in ("--seed", "--row", "--row-config"):
+        if own in given:
+            parser.error(f"{own} cannot be given to the program: {args.command} sets it (run takes --seeds, before the --)")
     if args.command == "run" and args.given and (len(args.rows) != 1 or not args.seeds):
         parser.error("--command is for one TABLE/ROW, which it names, and needs --seeds")
     if args.command in ("collect", "plot") and args.evidence and args.row and args.out is None:
@@ -169,13 +173,13 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
     stopped: list[str] = []
     for program in chosen:
         for table in program.tables:
-            summaries = summarize(program, table, results)
-            if not any(each.n for each in summaries) and args.table is None:
-                continue
             for result in results.outdated(program, table):
                 print(
                     f"not counted in {table.id}: {result.path} is of row {result.row} in another configuration", file=sys.stderr
                 )
+            summaries = summarize(program, table, results)
+            if not any(each.n for each in summaries) and args.table is None:
+                continue
             try:
                 results.check(program, table)
             except ValueError as error:
@@ -194,7 +198,8 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
                 print(*figures, sep="\n")
             begun.append((program, table, figures))
     if not begun and not stopped:
-        raise ValueError(f"no row has a finished result in {args.results}")
+        others = f"; {len(found)} finished runs there are of no row: common.tables compare shows them" if found else ""
+        raise ValueError(f"no row has a finished result in {args.results}{others}")
     if html:
         from . import page
 

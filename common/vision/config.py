@@ -185,8 +185,12 @@ class FactorizationConfig(RunConfig):
 
 @dataclass(kw_only=True)
 class LowRankTrainingConfig(FactorizationConfig):
-    """Factorization of a dense network, which may be trained already, and folding it back."""
+    """Factorization of a dense network, which may be trained already, and folding it back.
 
+    A program with these flags derives from :class:`common.vision.experiment.LowRankExperiment`.
+    """
+
+    group: ClassVar[str | None] = FactorizationConfig.group
     pretrained: Path | None = flag(
         None, type=Path, metavar="FILE", input_file=True, help="dense checkpoint to load before factorizing"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -49,12 +49,14 @@ class Experiment(Generic[C]):
     trainer: Trainer
 
     def __init__(self, config: C) -> None:
+        if isinstance(config, LowRankTrainingConfig) and not isinstance(self, LowRankExperiment):
+            raise TypeError(f"{type(self).__name__} would ignore --pretrained and --densify: derive it from LowRankExperiment")
         self.config = config
         self.architecture = self.make_architecture()
         self.checkpoint: dict[str, Any] | None = None
         self.report: FactorizationReport | None = None
 
-    # What a program says of itself.
+    # Methods that a program overrides.
 
     def make_architecture(self) -> dict[str, Any]:
         """What rebuilds the dense network; its ``num_classes`` is set once the data is loaded."""
@@ -85,14 +87,15 @@ class Experiment(Generic[C]):
 
     def count(self) -> dict[str, Any]:
         """Parameters for the result: original, compressed and ratio."""
-        assert self.report is not None
+        if self.report is None:
+            raise TypeError(f"{type(self).__name__}.make_trainer must set self.report, or count() be overridden")
         return self.report.to_dict()["parameters"]
 
     def outputs(self) -> list[str]:
         """Names of the files that a finished run has beside its result."""
         return []
 
-    # What all programs do.
+    # What all programs share.
 
     @classmethod
     def main(cls, argv: Sequence[str] | None = None) -> None:
@@ -116,6 +119,7 @@ class Experiment(Generic[C]):
             trainer = experiment.make_trainer()
             if experiment.checkpoint is not None:
                 trainer.load_state_dict(experiment.checkpoint)
+            experiment.count()  # what a program forgot to set is missed now, and not after the training
             experiment.run.begin()
         experiment.announce()
         with clean_errors(config.prog(), FAILURES), experiment.run.recorded():
@@ -178,14 +182,16 @@ class Experiment(Generic[C]):
             raise ValueError(f"{config.data} in {config.data_dir} has {data.classes} classes, expected {config.num_classes}")
         return data
 
-    def new_trainer(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> Trainer:
-        """A :class:`Trainer` of this run, with options of its own."""
-        options = {"config": self.config, "architecture": self.architecture, **options}
+    def new_trainer(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, schedule: Callable[[int], float], **options: Any
+    ) -> Trainer:
+        """A :class:`Trainer` of this run; ``schedule`` gives the learning rate of an epoch, ``options`` are its others."""
+        options = {"config": self.config, "architecture": self.architecture, "schedule": schedule, **options}
         self.trainer = Trainer(model, self.data, self.run, processes=self.processes, optimizer=optimizer, **options)
         return self.trainer
 
     def rebuild(self, state: Mapping[str, Any], path: Path) -> nn.Module:
-        """The model of a checkpoint from it alone, or of this architecture where it is another code's and tells none."""
+        """The model of a checkpoint. A checkpoint that records no architecture, as of other code, has this experiment's."""
         return rebuild(state, path, self.architecture, self.build)
 
     def evaluate_checkpoint(self) -> None:
@@ -286,7 +292,7 @@ def find_checkpoint(resume: str | None, directory: Path) -> dict[str, Any] | Non
 
 
 def rebuild(state: Mapping[str, Any], path: Path, architecture: Mapping[str, Any], build: Any) -> nn.Module:
-    """The model of a checkpoint from it alone, or of ``architecture`` where it is another code's and tells none.
+    """The model of a checkpoint. ``architecture`` is used where the checkpoint, being of other code, records none.
 
     ``build`` makes the dense network of an architecture. Raises ValueError where the checkpoint is of another program.
     """

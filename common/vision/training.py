@@ -89,7 +89,8 @@ class Trainer:
     hook:          acts after every step and, where it is one, as :class:`EpochHook` and :class:`UpdateHook` say; where it
                    is :class:`Stateful`, checkpoints keep its state.
     loss:          from the network and a batch, the loss to minimize and the logits (default: their cross-entropy).
-    best_from:     first epoch whose accuracy counts as a best one: before it the model is not yet what it is to be.
+    best_from:     first epoch whose accuracy may be the best one; earlier ones do not count, for instance while masks are
+                   still above the budget.
     epoch_metrics: called with the learning rate before training and after each epoch; its numbers join the metrics.
     first_step:    steps made before, by the trainer of an earlier round, and the ``seconds`` that they took.
 
