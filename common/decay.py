@@ -106,12 +106,6 @@ class FrobeniusDecay:
         self._layers = [module for module in model.modules() if isinstance(module, Factorized)]
         if not self._layers and not self.pairs:
             raise ValueError(f"nothing to decay: {type(model).__name__} has no factorized layer and no factor pair was given")
-        alike: dict[Any, list[Factorized]] = {}  # layers whose chains have equal shapes
-        for layer in self._layers:
-            if chain := layer.chain():
-                alike.setdefault((chain[0].device, *(factor.shape for factor in chain)), []).append(layer)
-        self._alike = list(alike.values())
-        self._others = [layer for layer in self._layers if not layer.chain()]
 
     def parameters(self) -> list[nn.Parameter]:
         """The covered Parameters, each once."""
@@ -121,7 +115,8 @@ class FrobeniusDecay:
 
     def penalty(self) -> Tensor:
         """coef/2 times the sum of ||W||_F^2: a scalar, differentiable once, for a loss or a log."""
-        products = [*self.pairs, *map(_Stack, self._alike), *self._others]
+        alike, others = self._grouped()
+        products = [*self.pairs, *map(_Stack, alike), *others]
         return self.coef / 2 * torch.stack([product.squared_norm() for product in products]).sum()
 
     @torch.no_grad()
@@ -142,12 +137,24 @@ class FrobeniusDecay:
                     updates.add(target, gradient)  # of W = U V^T: coef U V^T V to the gradient of U, coef V U^T U to that of V
         updates.apply()
 
+    def _grouped(self) -> tuple[list[list[Factorized]], list[Factorized]]:
+        """Groups of layers whose chains have equal shapes, and the layers without a chain, as the factors are now."""
+        alike: dict[Any, list[Factorized]] = {}
+        others = []
+        for layer in self._layers:
+            if chain := layer.chain():
+                alike.setdefault((chain[0].device, *(factor.shape for factor in chain)), []).append(layer)
+            else:
+                others.append(layer)
+        return list(alike.values()), others
+
     def _products(self, *, alone: bool) -> Iterator[Factorized | _Stack | FactorPair]:
         """What decays: layers of equal shapes as one batch or, in full precision and if ``alone``, one at a time."""
-        for layers in self._alike:
+        alike, others = self._grouped()
+        for layers in alike:
             full = layers[0].chain()[0].dtype in (torch.float32, torch.float64)
             yield from layers if alone and full else [_Stack(layers)]
-        yield from self._others
+        yield from others
         yield from self.pairs
 
     def _target(self, parameter: nn.Parameter) -> Tensor:

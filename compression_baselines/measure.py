@@ -22,13 +22,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from common.budget import count_parameters
 from common.experiments import checkpoints
 from common.experiments.config import FlagParser, positive_int
 from common.experiments.distributed import find_device
 from common.experiments.files import write_json
 from common.experiments.runs import clean_errors, environment
 from common.layers import Factorized
-from common.surgery import count_parameters, densify_
+from common.surgery import densify_
 from common.vision.experiment import rebuild
 from compression_baselines.structure import ARCHITECTURE, build
 

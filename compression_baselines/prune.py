@@ -24,9 +24,9 @@ import torch
 from torch import nn
 
 from common import FactorizationReport, load_factorized_, param_groups
+from common.budget import count_parameters
 from common.experiments import checkpoints
 from common.experiments.runs import clean_errors
-from common.surgery import count_parameters
 from common.vision.data import Data
 from common.vision.training import Trainer, evaluate
 from compression_baselines.experiment import CompressionExperiment, learning_rate

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from common import FactorizationReport, param_groups
+from common.budget import count_parameters
 from common.experiments import checkpoints
-from common.surgery import count_parameters
 from common.vision.data import Batch, Data
 from common.vision.training import Trainer
 from compression_baselines.experiment import CompressionExperiment, learning_rate

@@ -10,10 +10,10 @@ from PIL import Image
 from torch import nn
 
 from common import LowRankConfig, factorize_, rank_scale_for_ratio
+from common.budget import count_parameters
 from common.experiments import checkpoints
 from common.experiments.files import read_json
 from common.linalg import fan_out_init
-from common.surgery import count_parameters
 from common.vision import tiny_imagenet
 from common.vision.data import load
 from compression_baselines import measure

@@ -90,6 +90,19 @@ def test_changed_fields_keep_what_is_not_changed():
     assert identity(Other, Other.parse([]).record()) == {"program": "p", "speed": "low"}
 
 
+def test_overridden_fields_keep_what_was_before_unless_their_default_changes():
+    @dataclass(kw_only=True)
+    class Kept(Behaving):
+        bias: str = override(Behaving, "bias", help="another text")
+
+    @dataclass(kw_only=True)
+    class Own(Behaving):
+        bias: str = override(Behaving, "bias", "default")
+
+    assert (Kept.before()["bias"], Own.before()["bias"]) == ("default", "default")
+    assert Kept.parse([]).config_hash() == Behaving.parse([]).config_hash()
+
+
 def test_what_changes_the_result_is_recorded_and_files_by_their_digest(tmp_path):
     (tmp_path / "w.pt").write_bytes(b"weights")
     made = Base.parse(["--device", "cpu", "--weights", str(tmp_path / "w.pt")])
@@ -128,6 +141,13 @@ def test_runs_of_an_earlier_version_are_resumed_and_known_to_be_finished(tmp_pat
     assert Run(tmp_path / "r", Inert.parse([]).record(), 1, kind=Inert).finished
 
 
+def test_the_row_of_a_script_of_an_earlier_version_is_kept(tmp_path):
+    """It gives the hash of format 1, of the whole record."""
+    record = Base.parse([]).record()
+    for row_config, row in ((config_hash(record), "t/r"), (Base.parse([]).config_hash(), "t/r"), ("another", None)):
+        assert Run(tmp_path, record, 1, kind=Base, row="t/r", row_config=row_config).row == row
+
+
 def test_a_run_is_found_where_an_earlier_version_put_it(tmp_path):
     record = Base.parse([]).record()
     named = run_directory(tmp_path, Base, record, 1)
@@ -135,6 +155,9 @@ def test_a_run_is_found_where_an_earlier_version_put_it(tmp_path):
     begun(tmp_path / "old-name" / "seed1", Base.parse([]))
     begun(tmp_path / "another" / "seed1", Base.parse(["--steps", "5"]))
     assert run_directory(tmp_path, Inert, Inert.parse([]).record(), 1) == tmp_path / "old-name" / "seed1"
+    begun(tmp_path / "zz" / "seed1", Base.parse([]))
+    (tmp_path / "zz" / "seed1" / "result.json").write_text("{}")  # of two, the one with a result
+    assert run_directory(tmp_path, Inert, Inert.parse([]).record(), 1) == tmp_path / "zz" / "seed1"
     assert run_directory(tmp_path, Base, record, 2) == tmp_path / Base.parse([]).config_hash() / "seed2"
     assert run_directory(tmp_path, Behaving, Behaving.parse([]).record(), 1).parent.name == Behaving.parse([]).config_hash()
 

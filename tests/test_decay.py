@@ -238,3 +238,22 @@ def test_convolution_decay_is_that_of_the_kernel():
     kernel = roll(layer.u @ layer.vt, (3, 2))
     penalty = FrobeniusDecay(nn.Sequential(layer), 1.0).penalty()
     torch.testing.assert_close(penalty, kernel.square().sum() / 2)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_factors_that_change_their_rank_are_decayed_as_they_are(decoupled):
+    """Layers of equal shapes share a batch; it is made of the factors that the layers have at each step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(FactorizedLinear(5, 5, 3, dtype=torch.float64) for _ in range(2)))
+    decay = FrobeniusDecay(model, 0.3, decoupled=decoupled)
+    for layer in model:
+        layer.bias = None
+    model[0].u, model[0].vt = (nn.Parameter(torch.randn(size, dtype=torch.float64)) for size in ((5, 1), (1, 5)))
+    penalty = 0.15 * sum(layer.to_dense().square().sum() for layer in model)
+    torch.testing.assert_close(decay.penalty(), penalty)
+    expected = torch.autograd.grad(penalty, list(model.parameters()))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    decay.step(*([0.1] if decoupled else []))
+    for parameter, grad, value in zip(model.parameters(), expected, before, strict=True):
+        found = (value - parameter.detach()) / 0.1 if decoupled else parameter.grad
+        torch.testing.assert_close(found, grad)

@@ -88,6 +88,17 @@ def test_identities_of_rows_stay():
     )
 
 
+def test_what_runs_did_before_their_fields_existed_stays():
+    """Rows do not show it: where a default changes without ``before``, those that leave the flag out keep their identity."""
+    for name, pinned in read_json(ROOT / "tests" / "before.json").items():
+        before = kinds(programs())[tuple(name.split("/"))].before()
+        changed = {field: before.get(field) for field, value in pinned.items() if before.get(field, ...) != value}
+        assert not changed, (
+            f"{name}: results that people have would be read with other values of {changed}. "
+            "Where a default changes, give the old one as before: flag(NEW, ..., before=OLD)"
+        )
+
+
 def test_every_committed_result_counts():
     """For one row of the table that it names, through the configuration that it stores. Some rows have another name now."""
     known, rows = kinds(programs()), every_row(programs("evidence"))
@@ -167,10 +178,29 @@ def test_the_hash_of_format_2_is_that_of_the_identity(tmp_path):
     content = json.loads(path.read_text())
     write_json(path, {**content, "config": {**content["config"], "lr": 0.5}})
     (problem,) = read(tmp_path, known)[1]
-    assert problem == f"{path} has a configuration that is not the one its hash was made of"
+    assert problem.startswith(f"{path} has a configuration that is not the one its hash was made of: the file was changed")
+    write_json(path, {**content, "config": {**content["config"], "new": True, "other": 1}})
+    (problem,) = read(tmp_path, known)[1]
+    assert problem == f"{path} is of a version with fields that this one does not know: new, other"
     write_json(path, {**content, "script": "prune.py"})
     (problem,) = read(tmp_path, known)[1]
     assert problem == f"{path} is a result of resnet_cifar/prune.py, which is no program of this version"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"script": ["x"]}, {"config": {"program": ["x"]}}, {"config": []}, {"inputs": None}, {"metrics": None},
+        {"metrics": {"final": 10**400, "best": 1}}, {"parameters": {"compressed": float("inf"), "ratio": 1}}, {"seed": "1"},
+    ],
+)  # fmt: skip
+def test_garbled_results_are_problems_and_no_more(tmp_path, change):
+    path = result_of_format_2(tmp_path / "a" / "result.json")
+    result_of_format_2(tmp_path / "b" / "result.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    found, (problem,) = read(tmp_path, kinds(programs()))
+    assert len(found) == 1
+    assert problem.startswith(str(path))
 
 
 @pytest.mark.parametrize(("script", "count"), [("prune.py", 2), ("sparse.py", 8)])

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from common.budget import count_parameters
 from common.experiments import checkpoints
 from common.experiments.files import read_json
-from common.surgery import count_parameters
 from common.vision.data import Data
 from compression_baselines import prune, train
 from compression_baselines.config import PRUNERS, PruningConfig

@@ -47,7 +47,7 @@ def task_of(name, directory, seed=1, runs=RUNS):
     lines = runs[name]
     folders = [directory / name / str(number) for number in range(len(lines))]
     commands = [(*line.split(), "--save-dir", str(folder)) for line, folder in zip(lines, folders, strict=True)]
-    return run.given_task(f"test/{name}", commands, seed, []), folders[-1]
+    return run.task_of_commands(f"test/{name}", commands, seed, []), folders[-1]
 
 
 def weights(folder):
@@ -128,6 +128,15 @@ def test_rows_are_named_by_table_and_pattern():
         ("run a/b --command resnet_cifar/train.py", "--command is for one TABLE/ROW, which it names, and needs --seeds"),
         ("run a/b --seeds 1 --command nothing.py", "a command begins with a program, got 'nothing.py': there are "),
         ("run a/b --seeds 1 --command ''", "a command begins with a program, got"),
+        (
+            "run a/../b --seeds 1 --command resnet_cifar/train.py",
+            "--command is for a row such as quickstart/full, got 'a/../b'",
+        ),
+        ("run a/b --seeds 1 --command {after}/train.py", "{after} in the first --command stands for nothing"),
+        ("run quickstart/full --launcher nowhere", "starts with 'nowhere', which is no program on PATH: give its path"),
+        ("run quickstart/full --launcher 'x", "cannot be split into words: No closing quotation"),
+        ("run quickstart/full --seeds 1 2 -- --seed 3", "--seed cannot be given to the program: run sets it"),
+        ("run quickstart/full --seeds 1 2 -- --save-dir x", "--save-dir names the directory of one run, and these are 2"),
         ("list -- --epochs 1", "flags after -- are for run and submit, got --epochs 1"),
     ],
 )
@@ -143,7 +152,7 @@ def stand_in(path, code):
 
 
 def quick_tasks(*seeds):
-    return [run.given_task("t/r", [tuple(RESNET.split())], seed, []) for seed in seeds]
+    return [run.task_of_commands("t/r", [tuple(RESNET.split())], seed, []) for seed in seeds]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -160,6 +169,15 @@ def test_a_run_that_fails_leaves_the_others_alone(tmp_path, monkeypatch, capsys,
         assert "no such luck" in log.read_text()
 
 
+def test_a_log_that_cannot_be_written_fails_its_own_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
+    (tmp_path / "logs" / "t" / "r-seed2.txt").mkdir(parents=True)
+    assert run.run(quick_tasks(1, 2, 3, 4), 2, stand_in(tmp_path / "x", 'echo "/$seed/result.json"')) == 1
+    output = capsys.readouterr()
+    assert sorted(output.out.splitlines()) == ["/1/result.json", "/3/result.json", "/4/result.json"]
+    assert "failed: t/r seed 2: failed with status 1" in output.err
+
+
 def test_failures_of_several_kinds_end_with_status_1(tmp_path, capsys):
     assert run.run(quick_tasks(2, 3), 1, stand_in(tmp_path / "x", "exit $seed")) == 1
     assert capsys.readouterr().out == ""
@@ -168,7 +186,7 @@ def test_failures_of_several_kinds_end_with_status_1(tmp_path, capsys):
 def test_a_worker_that_dies_takes_only_its_own_run_along(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
     launcher = stand_in(tmp_path / "x", '[[ $seed != 2 ]] || kill -9 $PPID; sleep 0.2; echo "/$seed/result.json"')
-    assert run.run(quick_tasks(1, 2, 3, 4), 2, launcher) == run.DIED
+    assert run.run(quick_tasks(1, 2, 3, 4), 2, launcher) == run.KILLED
     output = capsys.readouterr()
     assert sorted(output.out.splitlines()) == [f"/{seed}/result.json" for seed in (1, 3, 4)]
     (failed,) = [line for line in output.err.splitlines() if line.startswith("failed: ")]

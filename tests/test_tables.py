@@ -326,7 +326,7 @@ HOSTILE = st.text(st.characters(codec="utf-8", exclude_characters="\0", exclude_
 def test_any_words_survive_the_shell(words):
     code = f'words={quote(words)}; printf %s "$words"'
     printed = subprocess.run(["bash", "-c", code], capture_output=True, check=True).stdout.decode()
-    assert parse_tables(["run", "t/r", "--seeds", "1", f"--command={printed}"]).given == [tuple(words)]
+    assert parse_tables(["run", "t/r", "--seeds", "1", f"--command={printed}"]).commands == [tuple(words)]
 
 
 def test_labels_cannot_leave_their_comment(tmp_path):

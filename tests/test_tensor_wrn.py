@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import FrobeniusDecay, densify_, param_groups
+from common.budget import count_parameters
 from common.experiments import checkpoints
 from common.experiments.files import read_json
 from common.linalg import fan_out_init
-from common.surgery import count_parameters
 from common.vision.data import Batch, Data
 from tensor_wrn.config import WideResNetConfig
 from tensor_wrn.distillation import attention, distillation_loss

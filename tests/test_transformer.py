@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from common import FactorizedEmbedding, FactorizedLinear
+from common.budget import count_parameters
 from common.linalg import balance, compose, spectral_init
-from common.surgery import count_parameters
 from transformer_iwslt import corpora, prepare
 from transformer_iwslt.attention import MultiheadAttention, balance_
 from transformer_iwslt.beam import search

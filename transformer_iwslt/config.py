@@ -159,7 +159,12 @@ class TranslationConfig(ModelConfig):
     resume: str = flag("auto", group="run", choices=("auto",), changes_result=False, help="an unfinished run is resumed")
     dry_run: bool = flag(False, group="run", changes_result=False, help="build the model, print it as JSON and stop")
     row: str | None = flag(None, group="run", changes_result=False, help="name of the table row this run is for")
-    row_config: str | None = flag(None, group="run", changes_result=False, help="identity of the configuration that row has")
+    row_config: str | None = flag(
+        None,
+        group="run",
+        changes_result=False,
+        help="hash that the row's configuration has; with another the result is of no row",
+    )
     fairseq: list[str] = derived([])
     warnings: list[str] = dataclasses.field(default_factory=list)
 

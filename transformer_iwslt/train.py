@@ -126,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run.main and config.generate:
             with clean_errors(config.prog()):
                 print(generate.write_result(path, config.data, cpu=config.cpu))
+        elif run.main:
+            print(f"trained; transformer_iwslt/generate.py --path {path}/checkpoint_best.pt makes the result", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,14 @@
 """Configurations: dataclasses whose fields are the flags of a program, and the identity of the runs that they describe.
 
 A field says in one place what its flag is called, its help and default, whether it changes the result of a run, whether it
-names an input file, and which value runs had before the field existed. Command line, stored configuration and identity all
-follow from that. This module loads without torch, so that scripts are written and errors shown at once.
+names an input file, and which value runs had before the field existed. From that follow
+
+- the command line;
+- the record: all fields that change the result, which a run stores;
+- the identity: what is left of a record without the fields that equal the value from before they existed;
+- the hash: the SHA-256 of the identity, which names directories.
+
+This module loads without torch, so that scripts are written and errors shown at once.
 """
 
 from __future__ import annotations
@@ -97,8 +103,8 @@ def flag(
                      are short for another field.
     input_file:      whether the value is the path of a file that the run reads. Recorded is whether it was given, and the
                      digest of the file.
-    before:          the value that runs had before this field existed, where that is not the default. A run that has it is
-                     the same run as one that was recorded without the field.
+    before:          what runs did before this field existed, or before its default changed, where that is not the default.
+                     Results stored without the field are read as having this value.
     """
     options = {"type": type, "choices": choices, "metavar": metavar, "help": help}
     metadata = {
@@ -136,6 +142,8 @@ def override(kind: type[Config], name: str, default: Any = MISSING, **options: A
     field = kind.__dataclass_fields__[name]
     kept = {**field.metadata["options"], **{key: field.metadata[key] for key in ("group", "changes_result", "input_file")}}
     names = options.pop("names", field.metadata["names"])
+    if default is MISSING and field.metadata["before"] != field.default:
+        options.setdefault("before", field.metadata["before"])
     return flag(field.default if default is MISSING else default, *names, **(kept | options))
 
 
@@ -201,7 +209,7 @@ class Config:
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None = None) -> Self:
-        """The configuration of a command line; ends in one line on stderr and exit status 2 where it is wrong."""
+        """The configuration of a command line. A wrong one ends the process: one line on stderr, exit status 2."""
         parser = cls.parser()
         return cls.from_flags(parser, vars(parser.parse_args(argv)))
 

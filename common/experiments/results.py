@@ -81,9 +81,15 @@ class RunResult:
             int(result.parameters["compressed"]), float(result.parameters["ratio"]), float(result.seconds)
             if not isinstance(result.row, str | None) or not isinstance(result.seed, int):
                 raise ValueError(f"row {result.row!r}, seed {result.seed!r}")
-        except (KeyError, TypeError, ValueError) as error:
+            if not isinstance(result.script, str) or not isinstance(result.inputs, dict):
+                raise ValueError(f"script {result.script!r}, inputs {result.inputs!r}")
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{path} lacks or garbles a field: {error}") from error
-        if not isinstance(result.config, dict) or (result.format == 1 and config_hash(result.config) != result.config_hash):
+        if (
+            not isinstance(result.config, dict)
+            or not isinstance(result.config.get("program"), str)
+            or (result.format == 1 and config_hash(result.config) != result.config_hash)
+        ):
             raise ValueError(f"{path} has a configuration that is not the one its hash was made of")
         if not finite:
             raise ValueError(f"{path} has a final or best value that is not finite")
@@ -104,4 +110,7 @@ class RunResult:
         if unknown:
             raise ValueError(f"{self.path} is of a version with fields that this one does not know: {', '.join(unknown)}")
         if config_hash(identity(kind, self.config)) != self.config_hash:
-            raise ValueError(f"{self.path} has a configuration that is not the one its hash was made of")
+            raise ValueError(
+                f"{self.path} has a configuration that is not the one its hash was made of: the file was changed, or what the "
+                "program takes for the value from before a field existed"
+            )

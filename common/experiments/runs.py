@@ -115,7 +115,7 @@ class Run:
         self.path, self.config, self.seed, self.resume, self.main = path, dict(config), seed, resume, main
         self.kind, self.inputs = kind, dict(inputs or {})
         self.hash = config_hash(identity(kind, self.config))
-        self.row = row if row_config in (None, self.hash) else None
+        self.row = row if row_config in (None, self.hash, config_hash(self.config)) else None  # the last: of format 1
         self.finished = False
         self._lock: IO[str] | None = None
         self._last_beat = 0.0
@@ -131,6 +131,8 @@ class Run:
                 raise ValueError(f"{self.path} holds {foreign[0]} but no config.json: choose another --save-dir")
             return
         held = read_json(config_path)
+        if not isinstance(held, dict):
+            raise ValueError(f"{config_path} is no configuration of a run: choose another --save-dir")
         differing = self.differing_values(held, self._record())
         if differing and not (self.resume and list(differing) == ["max_steps"]):
             changes = ", ".join(differing.values())
@@ -139,6 +141,8 @@ class Run:
             result = read_json(result_path) if result_path.exists() else {}
         except ValueError as error:
             raise ValueError(f"{error}: remove it, and the run resumes from its checkpoint") from error
+        if not isinstance(result, dict) or not isinstance(result.get("config", {}), dict):
+            raise ValueError(f"{result_path} is damaged: remove it, and the run resumes from its checkpoint")
         if result.get("status") == "finished" and result.get("seed") == self.seed:
             self.finished = identity(self.kind, result.get("config", {})) == identity(self.kind, self.config)
         if self.finished:
@@ -236,10 +240,11 @@ def run_directory(parent: Path, kind: type[Config], config: Mapping[str, Any], s
 
     The former matters for runs that an earlier version began under another name.
     """
-    wanted = identity(kind, config)
+    wanted, found = identity(kind, config), []
     for path in sorted(parent.glob(f"*/seed{seed}/config.json")):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # of other programs, or damaged
             held = {key: value for key, value in read_json(path).items() if key not in ("seed", "inputs")}
             if identity(kind, held) == wanted:
-                return path.parent
-    return parent / config_hash(wanted) / f"seed{seed}"
+                found.append(path.parent)
+    finished = [path for path in found if (path / RESULT).exists()]
+    return next(iter(finished or found), parent / config_hash(wanted) / f"seed{seed}")

@@ -53,10 +53,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made["collect"].add_argument("--html", action="store_true", help="also make one page of tables and figures, index.html")
     made["compare"].add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
     job = made["submit"]
-    job.add_argument("--parallel", type=int, default=32, metavar="N", help="jobs at a time")
-    job.add_argument("--gpus", type=int, default=1, help="GPUs of a job")
-    job.add_argument("--cpus", type=int, default=4, help="processors of a job")
-    job.add_argument("--minutes", type=int, default=24 * 60, help="time limit of a job, after which it is queued again")
+    job.add_argument("--parallel", type=positive_int, default=32, metavar="N", help="jobs at a time")
+    job.add_argument("--gpus", type=natural, default=1, help="GPUs of a job")
+    job.add_argument("--cpus", type=positive_int, default=4, help="processors of a job")
+    job.add_argument(
+        "--minutes", type=positive_int, default=24 * 60, help="time limit of a job, after which it is queued again"
+    )
     job.add_argument("--partition")
     job.add_argument("--logs", type=Path, default=ROOT / "results" / "slurm", help="where logs go")
     _add_run_flags(made["run"])
@@ -70,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for own in ("--seed", "--row", "--row-config"):
         if own in given:
             parser.error(f"{own} cannot be given to the program: {args.command} sets it (run takes --seeds, before the --)")
-    if args.command == "run" and args.given and (len(args.rows) != 1 or not args.seeds):
+    if args.command == "run" and args.commands and (len(args.rows) != 1 or not args.seeds):
         parser.error("--command is for one TABLE/ROW, which it names, and needs --seeds")
     if args.command in ("collect", "plot") and args.evidence and args.row and args.out is None:
         parser.error(f"--row {args.row} would write parts of tables over those of evidence/: give --out too")
@@ -81,7 +83,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _words(text: str) -> tuple[str, ...]:
     """Words as a shell would split them."""
-    return tuple(shlex.split(text))
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"cannot be split into words: {error}, got {text!r}") from error
 
 
 def _add_run_flags(command: argparse.ArgumentParser) -> None:
@@ -99,7 +104,7 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--command",
-        dest="given",
+        dest="commands",
         action="append",
         type=_words,
         metavar="WORDS",
@@ -141,10 +146,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_rows(args: argparse.Namespace) -> None:
     """Run rows and end with their exit status, where it is not 0."""
-    if args.given:
-        tasks = [run.given_task(args.rows[0], args.given, seed, args.flags) for seed in args.seeds]
+    if args.commands:
+        tasks = [run.task_of_commands(args.rows[0], args.commands, seed, args.flags) for seed in args.seeds]
     else:
         tasks = run.tasks_of([*programs(), *programs("evidence")], args.rows, args.seeds, args.flags)
+    named = {word.partition("=")[0].replace("_", "-") for word in args.flags} & {"--save-dir", "--log-dir"}
+    runs = sum(len(task.commands) for task in tasks)
+    if named and runs > 1:
+        raise ValueError(f"{named.pop()} names the directory of one run, and these are {runs}: leave it out")
     ended = run.run(tasks, args.jobs, args.launcher)
     if ended:
         raise SystemExit(ended)

@@ -13,7 +13,7 @@ from typing import Any
 from ..experiments.config import Config, config_hash, identity
 from ..experiments.files import ROOT
 
-_SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+=_-]*")
+SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+=_-]*")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Row:
     place: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
-        if not _SAFE.fullmatch(self.id):
+        if not SAFE.fullmatch(self.id):
             raise ValueError(f"row id {self.id!r} is not a safe file name: use letters, digits and . + = _ -")
 
 
@@ -103,7 +103,7 @@ class Table:
     contrasts: tuple[Contrast, ...] = ()
 
     def __post_init__(self) -> None:
-        if not _SAFE.fullmatch(self.id):
+        if not SAFE.fullmatch(self.id):
             raise ValueError(f"table id {self.id!r} is not a safe file name: use letters, digits and . + = _ -")
         ids = [row.id for row in self.rows]
         for row in self.rows:
@@ -194,6 +194,8 @@ def keys(record: Mapping[str, Any], known: Kinds, script: str = "") -> list[Key]
 def programs(module: str = "rows") -> list[Program]:
     """The program of every subproject that has the module, ``rows`` of the paper or ``evidence``: PROGRAM there."""
     found = [import_module(f"{path.parent.name}.{module}").PROGRAM for path in sorted(ROOT.glob(f"*/{module}.py"))]
+    if not found:
+        raise ValueError(f"there are no programs in {ROOT}: tables need a clone of the project, python -m common.tables in it")
     tables = [table.id for program in found for table in program.tables]
     twice = next((id for id in tables if tables.count(id) > 1), None)
     if twice is not None:

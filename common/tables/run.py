@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,10 +24,10 @@ from tqdm import tqdm
 from ..experiments.files import ROOT
 from ..experiments.runs import REQUEUE
 from .commands import CommandError, RowRun, Words, commands_of, configuration, no_interrupts
-from .rows import Program, select
+from .rows import SAFE, Program, select
 
 LOGS = ROOT / "results" / "logs"
-DIED = 137  # status of a process that was killed
+KILLED = 128 + signal.SIGKILL  # status of a process that was killed, as shells report it
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,12 @@ class Outcome:
     printed: str = ""
     seconds: float = 0.0
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         if self.status == 0:
             return f"finished in {self.seconds:.0f} s"
         if self.status == REQUEUE:
             return "stopped; run it again to resume"
-        return "its process died: killed, or out of memory" if self.status == DIED else f"failed with status {self.status}"
+        return "its process died: killed, or out of memory" if self.status == KILLED else f"failed with status {self.status}"
 
 
 def tasks_of(programs: Sequence[Program], rows: Sequence[str], seeds: Sequence[int] | None, flags: Sequence[str]) -> list[Task]:
@@ -81,8 +82,12 @@ def tasks_of(programs: Sequence[Program], rows: Sequence[str], seeds: Sequence[i
     return list(found.values())
 
 
-def given_task(row: str, commands: Sequence[Words], seed: int, flags: Sequence[str]) -> Task:
+def task_of_commands(row: str, commands: Sequence[Words], seed: int, flags: Sequence[str]) -> Task:
     """The run of exactly these commands, as a generated script gives them, for a seed."""
+    if not all(SAFE.fullmatch(part) for part in row.split("/")) or row.count("/") != 1:
+        raise ValueError(f"--command is for a row such as quickstart/full, got {row!r}")
+    if any("{after}" in word for word in commands[0]):
+        raise ValueError("{after} in the first --command stands for nothing: it is the folder of the result of the one before")
     return Task(row, seed, tuple((*words, "--seed", str(seed), *flags) for words in commands))
 
 
@@ -92,6 +97,8 @@ def run(tasks: Sequence[Task], jobs: int = 1, launcher: Sequence[str] = ()) -> i
     A run that fails does not keep the others from running. The status is then its own, or 1 where others failed differently;
     it is 75 as soon as a run was told to stop. Flags are checked before any run starts: wrong ones end the process.
     """
+    if launcher and shutil.which(launcher[0]) is None:
+        raise ValueError(f"LAUNCHER, or --launcher, starts with {launcher[0]!r}, which is no program on PATH: give its path")
     for task in tasks:
         for command in task.commands:
             configuration(command)
@@ -106,12 +113,12 @@ def run(tasks: Sequence[Task], jobs: int = 1, launcher: Sequence[str] = ()) -> i
                 tqdm.write(outcome.printed.rstrip("\n"), file=sys.stdout)
                 sys.stdout.flush()
             if len(tasks) > 1:
-                tqdm.write(f"[{number}/{len(tasks)}] {task.name}: {outcome.words}", file=sys.stderr)
+                tqdm.write(f"[{number}/{len(tasks)}] {task.name}: {outcome.describe()}", file=sys.stderr)
             stopped = stopped or outcome.status == REQUEUE
             if outcome.status not in (0, REQUEUE):
                 failed.append((task, outcome))
     for task, outcome in failed if len(tasks) > 1 else ():
-        print(f"failed: {task.name}: {outcome.words}{f'; see {log_of(task)}' if jobs > 1 else ''}", file=sys.stderr)
+        print(f"failed: {task.name}: {outcome.describe()}{f'; see {log_of(task)}' if jobs > 1 else ''}", file=sys.stderr)
     if stopped:
         return REQUEUE
     if not failed:
@@ -130,6 +137,9 @@ def _execute(task: Task, launcher: Sequence[str]) -> Outcome:
         status, printed = error.status, ""
     except SystemExit as end:
         status, printed = end.code if isinstance(end.code, int) else 1, ""
+    except Exception:  # of the run or of the disk that its lock is on
+        traceback.print_exc()
+        status, printed = 1, ""
     return Outcome(status, printed, time.monotonic() - started)
 
 
@@ -141,46 +151,77 @@ def _here(tasks: Sequence[Task], launcher: Sequence[str]) -> Generator[tuple[Tas
             return
 
 
+class _Worker:
+    """A process that runs one task after another: a pool of its own, so that one that dies takes no other along."""
+
+    def __init__(self, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with no_interrupts():
+            self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_worker, initargs=(threads,))
+            self.process = self.pool.submit(os.getpid).result()
+
+    def start(self, task: Task, launcher: Sequence[str]) -> Future[Outcome]:
+        return self.pool.submit(_execute_in_worker, task, launcher, log_of(task))
+
+    def stop_task(self) -> None:
+        """Tell the program that runs to save a checkpoint and end."""
+        with suppress(ProcessLookupError):
+            os.kill(self.process, signal.SIGTERM)
+
+
 def _in_workers(tasks: Sequence[Task], jobs: int, launcher: Sequence[str]) -> Generator[tuple[Task, Outcome]]:
-    """Run tasks in ``jobs`` processes. Each is a pool of its own, so that one that dies takes no other run along."""
-    waiting, idle = deque(tasks), list[ProcessPoolExecutor]()
-    running: dict[Future[Outcome], tuple[Task, ProcessPoolExecutor]] = {}
+    """Run tasks in ``jobs`` processes."""
+    waiting, idle = deque(tasks), list[_Worker]()
+    running: dict[Future[Outcome], tuple[Task, _Worker]] = {}
     threads = max(1, _cores() // jobs)
-    with _stop_requests() as stop:
+
+    def stop_all() -> None:
+        for _, worker in list(running.values()):
+            worker.stop_task()
+
+    with _stop_requests(stop_all) as stop:
         try:
             while running or (waiting and not stop.is_set()):
                 while waiting and len(running) < jobs and not stop.is_set():
-                    pool = idle.pop() if idle else _worker(threads)
+                    worker = idle.pop() if idle else _Worker(threads)
                     task = waiting.popleft()
-                    with no_interrupts():
-                        running[pool.submit(_execute_in_worker, task, launcher, log_of(task))] = task, pool
+                    running[worker.start(task, launcher)] = task, worker
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    task, pool = running.pop(future)
-                    try:
-                        outcome = future.result()
-                        idle.append(pool)
-                    except BrokenProcessPool:
-                        outcome = Outcome(REQUEUE if stop.is_set() else DIED)
-                        pool.shutdown()
-                    if outcome.status == REQUEUE:
+                    task, worker = running.pop(future)
+                    outcome = _outcome(future, task, stopped=stop.is_set())
+                    if outcome.status == KILLED or (stop.is_set() and outcome.status == REQUEUE):
+                        worker.pool.shutdown()
+                    else:
+                        idle.append(worker)
+                    if outcome.status == REQUEUE and not stop.is_set():  # somebody stopped one of them: all are to stop
                         stop.set()
-                        _stop_workers()
+                        stop_all()
                     yield task, outcome
         finally:
-            for pool in (*idle, *(pool for _, pool in running.values())):
-                pool.shutdown()
+            for worker in (*idle, *(worker for _, worker in running.values())):
+                worker.pool.shutdown()
+
+
+def _outcome(future: Future[Outcome], task: Task, *, stopped: bool) -> Outcome:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return Outcome(REQUEUE if stopped else KILLED)
+    except OSError as error:  # its log cannot be written
+        print(f"{task.name}: {error}", file=sys.stderr)
+        return Outcome(1)
 
 
 @contextmanager
-def _stop_requests() -> Generator[threading.Event]:
-    """An event that SIGTERM, SIGUSR2 and SIGINT set; the workers are told, too. A second SIGINT raises KeyboardInterrupt."""
+def _stop_requests(stop_all: Callable[[], None]) -> Generator[threading.Event]:
+    """An event that SIGTERM, SIGUSR2 and SIGINT set, after ``stop_all``. A second SIGINT raises KeyboardInterrupt."""
     requested = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         requested.set()
-        _stop_workers()
+        stop_all()
 
     numbers = [signal.SIGTERM, signal.SIGUSR2]
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -193,19 +234,9 @@ def _stop_requests() -> Generator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _stop_workers() -> None:
-    for child in multiprocessing.active_children():
-        child.terminate()
-
-
 def _cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _worker(threads: int) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_worker, initargs=(threads,))
 
 
 def _prepare_worker(threads: int) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..experiments.files import ROOT
 from ..experiments.runs import REQUEUE
-from .commands import CommandError, RowRun, commands_of
+from .commands import CommandError, RowRun, commands_of, configuration
 from .rows import Program, Row, Table
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def submit(
         options["partition"] = partition
     executor.update_parameters(time=minutes, array_parallelism=parallel, cpus_per_task=cpus, **options)
     jobs = [job(p, t, row, seed, flags) for p in programs for t in p.tables for row in t.own_runs() for seed in row.seeds]
+    for command in (command for each in jobs for command in each.commands):
+        configuration(command)  # wrong flags are refused now, and not by every job
     try:
         return executor.submit_array(jobs)
     except FailedJobError as error:

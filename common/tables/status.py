@@ -30,7 +30,11 @@ class RunState:
 
 def _state(directory: Path, found: Sequence[Key], seed: int, known: Kinds, now: float) -> RunState:
     if (directory / NAME).exists():
-        result = RunResult.load(directory / NAME)
+        try:
+            result = RunResult.load(directory / NAME)
+            result.check(known)
+        except ValueError as error:
+            return RunState("failed", 0.0, f"{error}; remove it, and the run resumes from its checkpoint")
         if result.seed == seed and not set(found).isdisjoint(keys(result.config, known, result.script)):
             return RunState("finished", 1.0)
     status: dict[str, Any] = read_json(directory / "status.json") if (directory / "status.json").exists() else {}

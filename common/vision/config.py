@@ -127,7 +127,9 @@ class RunConfig(TrainingConfig):
         help="steps between progress updates",
     )
     row: str | None = flag(None, changes_result=False, help="name of the table row this run is for")
-    row_config: str | None = flag(None, changes_result=False, help="identity of the configuration that row has")
+    row_config: str | None = flag(
+        None, changes_result=False, help="hash that the row's configuration has; with another the result is of no row"
+    )
 
     def resolve(self) -> None:
         super().resolve()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common.surgery import count_parameters
+from common.budget import count_parameters
 from compression_baselines.pruners import fisher, scores
 from compression_baselines.pruners.select import Ranking
 from compression_baselines.structure import Kept, convolutions, keep_channels_

@@ -13,7 +13,7 @@ from tensorly.decomposition import parafac
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from common.surgery import count_parameters
+from common.budget import count_parameters
 from compression_baselines.pruners import fisher, scores
 from compression_baselines.pruners.select import Ranking
 from compression_baselines.structure import Bottleneck, Sizes, bottleneck, bottleneck_, convolutions
