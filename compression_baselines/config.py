@@ -82,7 +82,27 @@ class CompressionConfig(RunConfig):
 
 
 @dataclass(kw_only=True)
-class LowRankBudgetConfig(CompressionConfig, LowRankTrainingConfig):
+class FreshNetworkConfig(CompressionConfig):
+    """How a network that is not loaded starts."""
+
+    classifier_bias: str = flag(
+        None,
+        choices=("zero", "default"),
+        before="default",
+        help="start of the bias of resnet's classifier, and of vgg's with --kaiming: zero, as in the released code, or as "
+        "torch draws it (default: zero); other vgg starts at zero anyway",
+    )
+
+    def resolve(self) -> None:
+        super().resolve()
+        drawn = self.network == "resnet" or self.kaiming
+        if not drawn and self.classifier_bias == "zero":
+            raise ValueError("--classifier-bias is for resnet, and for vgg with --kaiming: other vgg starts at zero anyway")
+        self.classifier_bias = self.classifier_bias or ("zero" if drawn else "default")
+
+
+@dataclass(kw_only=True)
+class LowRankBudgetConfig(FreshNetworkConfig, LowRankTrainingConfig):
     """A run of compression_baselines/train.py."""
 
     description: ClassVar[str] = "Train ResNet32 or VGG19 at a budget of parameters."
@@ -132,7 +152,7 @@ class PruningConfig(CompressionConfig):
 
 
 @dataclass(kw_only=True)
-class SparseConfig(CompressionConfig):
+class SparseConfig(FreshNetworkConfig):
     """A run of compression_baselines/sparse.py."""
 
     script: ClassVar[str] = "sparse.py"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from common.vision.data import CIFAR10, CIFAR100
 from common.vision.experiment import Experiment
 from compression_baselines import measure, structure
-from compression_baselines.config import CompressionConfig
+from compression_baselines.config import CompressionConfig, FreshNetworkConfig
 
 C = TypeVar("C", bound=CompressionConfig)
 
@@ -43,6 +44,14 @@ class CompressionExperiment(Experiment[C]):
         """Where --measure asks for it, write what a trained model costs; the model may be changed."""
         if self.config.measure and self.processes.main:
             measure.write(self.run.path, model, self.architecture, self.data.image_size)
+
+
+@torch.no_grad()
+def start_classifier_(model: nn.Module, config: FreshNetworkConfig) -> None:
+    """Set the classifier's bias to what --classifier-bias says, before any weights are loaded. No random number is drawn."""
+    if config.classifier_bias == "zero":
+        classifier = model.get_submodule("linear" if config.network == "resnet" else "classifier")
+        nn.init.zeros_(cast(nn.Linear, classifier).bias)
 
 
 def learning_rate(config: CompressionConfig, epoch: int) -> float:

@@ -29,7 +29,7 @@ from common.budget import count_parameters
 from common.experiments import checkpoints
 from common.vision.data import Batch, Data
 from common.vision.training import Trainer
-from compression_baselines.experiment import CompressionExperiment, learning_rate
+from compression_baselines.experiment import CompressionExperiment, learning_rate, start_classifier_
 from compression_baselines.masks import METHODS
 from compression_baselines.masks.base import Masks, Settings, weights_of
 
@@ -42,6 +42,7 @@ class SparseExperiment(CompressionExperiment[SparseConfig]):
     def make_model(self) -> tuple[nn.Module, FactorizationReport]:
         """The network before it is masked; raises ValueError where the budget cannot be reached."""
         model = self.build(self.architecture)
+        start_classifier_(model, self.config)
         budget(model, cast(float, self.config.target_ratio))
         return model, FactorizationReport.dense(model)
 

@@ -26,7 +26,7 @@ from common.linalg import fan_out_init
 from common.norms import norm_metrics
 from common.vision.experiment import LowRankExperiment
 from common.vision.training import Trainer
-from compression_baselines.experiment import CompressionExperiment, learning_rate
+from compression_baselines.experiment import CompressionExperiment, learning_rate, start_classifier_
 from compression_baselines.models import is_factorized
 
 
@@ -34,6 +34,11 @@ class BudgetExperiment(CompressionExperiment[LowRankBudgetConfig], LowRankExperi
     """One run: the steps that :class:`common.vision.experiment.Experiment` leaves to a program."""
 
     config_class = LowRankBudgetConfig
+
+    def build_fresh(self) -> nn.Module:
+        model = super().build_fresh()
+        start_classifier_(model, self.config)
+        return model
 
     def make_model(self) -> tuple[nn.Module, FactorizationReport]:
         """The network, its layers factorized from a spectral, regular or norm-matched initialization."""

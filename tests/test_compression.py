@@ -1,6 +1,7 @@
 """Compression baselines: models at a budget, TinyImageNet, measured cost, and the program end to end."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,12 @@ from common.linalg import fan_out_init
 from common.vision import tiny_imagenet
 from common.vision.data import load
 from compression_baselines import measure
-from compression_baselines.config import LowRankBudgetConfig
+from compression_baselines.config import LowRankBudgetConfig, PruningConfig
 from compression_baselines.experiment import learning_rate
 from compression_baselines.models import is_factorized
 from compression_baselines.rows import PARAMETERS
 from compression_baselines.structure import build
-from compression_baselines.train import main
+from compression_baselines.train import BudgetExperiment, main
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200}
 
@@ -65,6 +66,35 @@ def test_networks_see_their_images():
     assert dense("resnet", 7, 32).eval()(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
     with pytest.raises(ValueError, match="needs 32 pixels, got 16"):
         dense("vgg", 7)(torch.zeros(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("flags", "bias", "starts_at_zero"),
+    [
+        ("--network resnet --depth 8", "zero", True),
+        ("--network resnet --depth 8 --classifier-bias default", "default", False),
+        ("--network vgg --depth 11 --kaiming", "zero", True),
+        ("--network vgg --depth 11 --kaiming --classifier-bias default", "default", False),
+        ("--network vgg --depth 11", "default", True),  # it always did
+    ],
+)
+def test_the_classifiers_bias_starts_where_its_flag_says_and_nothing_else_changes(flags, bias, starts_at_zero):
+    config = LowRankBudgetConfig.parse([*flags.split(), "--data", "digits", "--target-ratio", "0.5"])
+    assert config.classifier_bias == bias
+    starts = []
+    for name in (bias, "default"):
+        torch.manual_seed(0)
+        model, _ = BudgetExperiment(replace(config, classifier_bias=name)).make_model()
+        starts.append(model.state_dict())
+    (classifier,) = [name for name in starts[0] if name in ("linear.bias", "classifier.bias")]
+    assert (starts[0][classifier] == 0).all().item() == starts_at_zero
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0] if name != classifier)
+
+
+def test_a_classifiers_bias_that_is_zero_anyway_has_no_flag(refuses):
+    refuses(main, "--network vgg --classifier-bias zero", "--classifier-bias is for resnet, and for vgg with --kaiming")
+    assert LowRankBudgetConfig.parse(["--network", "vgg"]).config_hash() == LowRankBudgetConfig.parse([]).config_hash()
+    assert "classifier_bias" not in PruningConfig.parse(["--method", "c-obd", "--ratio", "0.1", "--pretrained", "x"]).record()
 
 
 def test_the_initialization_of_vgg_and_its_factors():

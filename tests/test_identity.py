@@ -22,11 +22,11 @@ PINNED = {
     "overcomplete/resnet56-cifar10-deep-frobenius": "7658c1b48ee6",
     "normalization/resnet20-cifar10-0.111-spectral-normalized": "05e4121932f5",
     "quickstart/norm-matched": "3ac9b4ecb51f",
-    "table1/resnet32x64-cifar10-full": "0c51607ec946",
+    "table1/resnet32x64-cifar10-full": "9a3a010dbfd0",
     "table1/vgg19-tiny_imagenet-0.05-spectral": "52332625ac83",
     "table1/resnet32x64-cifar10-0.1-eigendamage": "7ddf3a53d1c8",
     "table1/vgg19-cifar100-0.02-rigl": "846ac59088ae",
-    "table1-width32/resnet32x32-cifar10-0.1-lottery": "e133fced50b4",
+    "table1-width32/resnet32x32-cifar10-0.1-lottery": "7792802c029a",
     "table2/full": "0abce5e6d3e6",
     "table2/Tucker-0.06667-spectral-frobenius": "a5f9856bf72f",
     "table2-controls/TensorTrain-0.234-released-none": "15c65c3894a7",
@@ -54,6 +54,8 @@ COUNTED = {
     "evidence-table2-weaker": 4,
     "evidence-table2-released": 21,
     "evidence-multi30k": 18,
+    "evidence-paper-schedule": 0,  # for a GPU
+    "evidence-paper-table1": 0,
 }
 
 
@@ -113,7 +115,7 @@ def test_every_committed_result_counts():
     assert counted(programs("evidence"), known) == COUNTED
     files = Counter(path.relative_to(EVIDENCE).parts[1] for path in EVIDENCE.rglob("result.json"))
     shared = {"evidence-decay": 1, "evidence-rank": 2, "evidence-table2-weaker": 2, "evidence-table2-released": 12}
-    assert {id: n - shared.get(id, 0) for id, n in COUNTED.items()} == files
+    assert {id: n - shared.get(id, 0) for id, n in COUNTED.items() if n} == files
 
 
 def test_a_field_that_changes_nothing_by_default_changes_no_identity():

@@ -248,9 +248,13 @@ class LowRankExperiment(Experiment[L]):
     def outputs(self) -> list[str]:
         return [FOLDED] * self.config.densify
 
+    def build_fresh(self) -> nn.Module:
+        """The dense network as it starts without --pretrained."""
+        return self.build(self.architecture)
+
     def build_dense(self) -> nn.Module:
         """The dense network, with the weights of --pretrained where they are given; raises ValueError where they do not fit."""
-        model = self.build(self.architecture)
+        model = self.build_fresh()
         if self.pretrained is not None and load_factorized_(model, self.pretrained).layers:
             path = self.config.pretrained
             raise ValueError(f"--pretrained {path} is factorized already: give a dense checkpoint, or --resume this one")
