@@ -568,6 +568,23 @@ def test_real_sentences(tmp_path, capsys):
     assert 0 <= metrics["bleu"] < 100
 
 
+def test_bf16_trains_and_resumes_where_fairseq_wants_a_tpu(data, tmp_path, monkeypatch):
+    """On a CPU that passes for a GPU: fairseq moves to a GPU what this leaves, as it does under --fp16."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    flags = f"{TINY.replace('--cpu', '')} {HALF} --weight-decay 1e-4 --bf16 --num-workers 0 --max-update 24"
+    words = [str(data), *flags.split(), "--save-dir"]
+    train.main([*words, str(tmp_path / "whole")])
+    whole = engine.load_checkpoint(tmp_path / "whole" / "checkpoint_last.pt")
+    assert all(torch.equal(value, value.bfloat16().float()) for value in whole["model"].values())
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    train.main([*words, str(tmp_path / "parts"), "--max-steps", "10"])
+    train.main([*words, str(tmp_path / "parts")])
+    parts = engine.load_checkpoint(tmp_path / "parts" / "checkpoint_last.pt")
+    for name, value in whole["model"].items():  # near, not equal: fairseq keeps no float32 weights in its checkpoints
+        torch.testing.assert_close(parts["model"][name], value, rtol=0.02, atol=0.02)
+
+
 # ---- flags and rows
 
 README = (

@@ -238,7 +238,8 @@ class TranslationConfig(ModelConfig):
         for name, value in values.items():
             words += ["--" + name.replace("_", "-"), str(value)]
         words += ["--" + name.replace("_", "-") for name in _SWITCHES if getattr(self, name)]
-        if "--fp16" in self.fairseq and self.weight_decay and (self.wd2fd or self.wd2fd_quekey or self.wd2fd_outval):
+        half = {"--fp16", "--bf16"} & {*self.fairseq}
+        if half and self.weight_decay and (self.wd2fd or self.wd2fd_quekey or self.wd2fd_outval):
             words.append("--fp16-no-flatten-grads")  # flat gradients cannot tell what takes no weight decay
         return [*words, *WHOLE, *self.fairseq]
 

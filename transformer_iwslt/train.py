@@ -67,6 +67,7 @@ def read_fairseq(config: TranslationConfig, path: Path) -> Any:
     for precision in ("fp16", "bf16"):
         if cfg.common[precision] and gpus == 0:
             raise ValueError(f"--{precision} needs a GPU")
+    cfg.common.tpu = False  # what fairseq takes --bf16 for
     return cfg
 
 
