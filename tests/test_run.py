@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from common.experiments import checkpoints
+from common.experiments import checkpoints, runs
 from common.experiments.files import ROOT, read_json
 from common.experiments.runs import REQUEUE
 from common.tables import run
@@ -246,3 +247,73 @@ def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path):
     process.kill()
     wait_for(lambda: all((tmp_path / f"saved{seed}").exists() for seed in (1, 2)))
     process.communicate()
+
+
+SHORT = "quickstart/regular quickstart/spectral --seeds 1"
+FLAGS = "-- --epochs 6 --device cpu"
+
+
+def test_runs_that_a_time_limit_stops_are_taken_up_elsewhere_from_the_archive(tmp_path, monkeypatch, capsys):
+    """Two allocations on machines that share nothing but the archive; the end is that of runs that nobody stopped."""
+
+    def allocation(name, words):
+        monkeypatch.setattr(runs, "RESULTS", tmp_path / name)
+        try:
+            main(f"run {SHORT} {words} {FLAGS}".split())
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    assert allocation("whole", "") == 0
+    archive = tmp_path / "out" / "runs.tar"
+    status, number = REQUEUE, 0
+    while status == REQUEUE:
+        taken_up = f"--from {archive}" if number else ""
+        status = allocation(f"machine{number}", f"--minutes 0.05 --out {archive.parent} {taken_up}")
+        number += 1
+        assert number < 60, "no allocation got any further"
+    assert (status, number > 1) == (0, True)
+    whole, parts = (sorted((tmp_path / name).rglob("result.json")) for name in ("whole", f"machine{number - 1}"))
+    assert len(whole) == len(parts) == 2
+    for one, other in zip(whole, parts, strict=True):
+        assert one.relative_to(tmp_path / "whole") == other.relative_to(tmp_path / f"machine{number - 1}")
+        assert read_json(one)["metrics"] == read_json(other)["metrics"]
+        first, second = weights(one.parent), weights(other.parent)
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+    with tarfile.open(archive) as packed:
+        assert not [name for name in packed.getnames() if name.endswith((".lock", "checkpoint-previous.pt"))]
+    capsys.readouterr()
+    assert allocation(f"machine{number - 1}", f"--from {archive}") == 0  # what is as far there stays as it is
+    assert capsys.readouterr().err.count("and left as it is") == 2
+    assert allocation("machine0", f"--from {archive}") == 0  # and what is behind gives way: nothing is trained again
+    output = capsys.readouterr()
+    assert output.err.count("holds a finished run of this configuration and seed: nothing to do") == 2
+
+
+@pytest.mark.parametrize("content", ["nothing", "junk", "outside", "link"])
+def test_an_archive_that_is_missing_damaged_or_hostile_changes_nothing(tmp_path, monkeypatch, refuses, content):
+    monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+    archive = tmp_path / "runs.tar"
+    if content == "junk":
+        archive.write_bytes(b"no archive")
+    elif content != "nothing":
+        with tarfile.open(archive, "w") as packed:
+            member = tarfile.TarInfo("../escaped.json" if content == "outside" else "link")
+            if content == "link":
+                member.type, member.linkname = tarfile.SYMTYPE, "/etc"
+            packed.addfile(member)
+    refuses(main, f"run quickstart/full --from {archive}", f"--from {archive} ")
+    assert list((tmp_path / "results").iterdir()) == []
+    assert not (tmp_path / "escaped.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--minutes 0", "must be above 0 and below a million, got 0"),
+        ("--minutes nan", "must be above 0 and below a million, got nan"),
+        ("--seeds 1 --out x -- --save-dir y", "leave it out, also with --out"),
+    ],
+)
+def test_limits_that_are_none_are_one_line(refuses, words, message):
+    refuses(main, f"run quickstart/full {words}", message)

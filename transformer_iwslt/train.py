@@ -20,8 +20,8 @@ if __name__ == "__main__":
 import torch
 
 from common.experiments.config import completed
-from common.experiments.files import ROOT, read_json, write_json
-from common.experiments.runs import Run, clean_errors, run_directory
+from common.experiments.files import read_json, write_json
+from common.experiments.runs import Run, clean_errors, directory_of
 from transformer_iwslt import engine, generate
 from transformer_iwslt.model import Transformer, TransformerConfig, frobenius_decay
 from transformer_iwslt.text import Vocabulary, find_data, find_vocabularies, inputs, keep_vocabulary
@@ -98,8 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(json.dumps({"config": {**record, "seed": config.seed}, **description}))
             return
         engine.load()
-        parent = ROOT / "results" / config.program / (config.row or "run")
-        path = config.save_dir or run_directory(parent, TranslationConfig, record, config.seed)
+        path = directory_of(config)
         cfg = read_fairseq(config, path)
         run_of: dict[str, Any] = {"path": path, "config": record, "seed": config.seed, "inputs": inputs(config.data)}
         run_of |= {"kind": TranslationConfig, "resume": True, "row": config.row, "row_config": config.row_config}

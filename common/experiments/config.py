@@ -168,6 +168,10 @@ class Config:
     def resolve(self) -> None:
         """Complete the fields and check them against each other; raises ValueError. A second call changes nothing."""
 
+    def run_name(self) -> str:
+        """What the run's directory is called where neither --save-dir nor --row name it."""
+        return "run"
+
     @classmethod
     def prog(cls) -> str:
         """The program as its messages name it."""

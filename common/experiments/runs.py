@@ -25,6 +25,7 @@ from .files import ROOT, finite, read_json, write_atomic, write_json
 from .results import NAME as RESULT
 from .results import RunResult
 
+RESULTS = ROOT / "results"
 REQUEUE = 75  # exit status (EX_TEMPFAIL) of a run that was told to stop, saved a checkpoint and can be resumed
 FAILURES = (OSError, FloatingPointError)  # what may end a training that began well: the disk, or the numbers
 
@@ -233,6 +234,12 @@ class Run:
             ).save(path)
             self.heartbeat({}, status="finished", force=True)
         return path
+
+
+def directory_of(config: Any) -> Path:
+    """Directory of a run: --save-dir, or results/<program>/<row, or what run_name() says>/<hash>/seed<seed>."""
+    parent = RESULTS / config.program / (config.row or config.run_name())
+    return config.save_dir or run_directory(parent, type(config), config.record(), config.seed)
 
 
 def run_directory(parent: Path, kind: type[Config], config: Mapping[str, Any], seed: int) -> Path:

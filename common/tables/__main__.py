@@ -13,8 +13,9 @@ from tabulate import tabulate
 
 from ..experiments.config import FlagParser, natural, positive_int
 from ..experiments.files import ROOT, write_atomic
-from ..experiments.runs import clean_errors
-from . import compare, emit, reading, rendering, run, slurm, status
+from ..experiments.runs import clean_errors, directory_of
+from . import archive, compare, emit, reading, rendering, run, slurm, status
+from .commands import configuration
 from .rows import Program, Table, kinds, programs, select
 from .summaries import contrast_results, summarize
 
@@ -89,6 +90,13 @@ def _words(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(f"cannot be split into words: {error}, got {text!r}") from error
 
 
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be above 0 and below a million, got {text}")
+    return value
+
+
 def _add_run_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("rows", nargs="+", metavar="TABLE[/ROW]", help="rows; ROW may be a pattern, such as 'spectral*'")
     command.add_argument("--seeds", type=natural, nargs="+", metavar="SEED", help="(default: each row's own)")
@@ -101,6 +109,15 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
         default=os.environ.get("LAUNCHER", ""),
         metavar="WORDS",
         help="what to start programs with, such as 'torchrun --nproc-per-node 4' (default: $LAUNCHER)",
+    )
+    command.add_argument(
+        "--minutes", type=_minutes, metavar="M", help="stop all runs after so long; each saves a checkpoint to resume from"
+    )
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"in the end, put results and checkpoints of these runs in DIR/{archive.NAME}"
+    )
+    command.add_argument(
+        "--from", dest="archive", type=Path, metavar="ARCHIVE", help="first, take up the runs in an archive that --out wrote"
     )
     command.add_argument(
         "--command",
@@ -152,9 +169,18 @@ def run_rows(args: argparse.Namespace) -> None:
         tasks = run.tasks_of([*programs(), *programs("evidence")], args.rows, args.seeds, args.flags)
     named = {word.partition("=")[0].replace("_", "-") for word in args.flags} & {"--save-dir", "--log-dir"}
     runs = sum(len(task.commands) for task in tasks)
-    if named and runs > 1:
-        raise ValueError(f"{named.pop()} names the directory of one run, and these are {runs}: leave it out")
-    ended = run.run(tasks, args.jobs, args.launcher)
+    if named and (runs > 1 or args.out is not None):
+        raise ValueError(f"{named.pop()} names the directory of one run, and these are {runs}: leave it out, also with --out")
+    if args.archive is not None:
+        print(f"{archive.unpack(args.archive)} runs are in {args.archive}", file=sys.stderr)
+    try:
+        ended = run.run(tasks, args.jobs, args.launcher, args.minutes)
+    finally:
+        if args.out is not None:
+            directories = [directory_of(configuration(words)) for task in tasks for words in task.commands]
+            print(
+                f"{archive.pack(directories, args.out / archive.NAME)} runs put in {args.out / archive.NAME}", file=sys.stderr
+            )
     if ended:
         raise SystemExit(ended)
 

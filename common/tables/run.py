@@ -91,11 +91,12 @@ def task_of_commands(row: str, commands: Sequence[Words], seed: int, flags: Sequ
     return Task(row, seed, tuple((*words, "--seed", str(seed), *flags) for words in commands))
 
 
-def run(tasks: Sequence[Task], jobs: int = 1, launcher: Sequence[str] = ()) -> int:
+def run(tasks: Sequence[Task], jobs: int = 1, launcher: Sequence[str] = (), minutes: float | None = None) -> int:
     """Run the tasks, ``jobs`` at a time, and print the paths of their results; returns the exit status.
 
-    A run that fails does not keep the others from running. The status is then its own, or 1 where others failed differently;
-    it is 75 as soon as a run was told to stop. Flags are checked before any run starts: wrong ones end the process.
+    After ``minutes`` all runs are told to save a checkpoint and stop. A run that fails does not keep the others from running.
+    The status is then its own, or 1 where others failed differently; it is 75 where runs were stopped. Flags are checked before
+    any run starts: wrong ones end the process.
     """
     if launcher and shutil.which(launcher[0]) is None:
         raise ValueError(f"LAUNCHER, or --launcher, starts with {launcher[0]!r}, which is no program on PATH: give its path")
@@ -105,8 +106,8 @@ def run(tasks: Sequence[Task], jobs: int = 1, launcher: Sequence[str] = ()) -> i
     jobs = min(jobs, len(tasks))
     failed: list[tuple[Task, Outcome]] = []
     outcomes = _in_workers(tasks, jobs, launcher) if jobs > 1 else _here(tasks, launcher)
-    stopped = False
-    with tqdm(total=len(tasks), desc="runs", unit="run", disable=None if jobs > 1 else True) as bar:
+    stopped, number = False, 0
+    with _time_limit(minutes), tqdm(total=len(tasks), desc="runs", unit="run", disable=None if jobs > 1 else True) as bar:
         for number, (task, outcome) in enumerate(outcomes, 1):
             bar.update()
             if outcome.printed:
@@ -119,7 +120,7 @@ def run(tasks: Sequence[Task], jobs: int = 1, launcher: Sequence[str] = ()) -> i
                 failed.append((task, outcome))
     for task, outcome in failed if len(tasks) > 1 else ():
         print(f"failed: {task.name}: {outcome.describe()}{f'; see {log_of(task)}' if jobs > 1 else ''}", file=sys.stderr)
-    if stopped:
+    if stopped or number < len(tasks):
         return REQUEUE
     if not failed:
         return 0
@@ -144,11 +145,29 @@ def _execute(task: Task, launcher: Sequence[str]) -> Outcome:
 
 
 def _here(tasks: Sequence[Task], launcher: Sequence[str]) -> Generator[tuple[Task, Outcome]]:
-    for task in tasks:
-        outcome = _execute(task, launcher)
-        yield task, outcome
-        if outcome.status == REQUEUE:
-            return
+    with _stop_requests(lambda: None) as stop:  # between two runs; within one it is the program that is told
+        for task in tasks:
+            if stop.is_set():
+                return
+            outcome = _execute(task, launcher)
+            yield task, outcome
+            if outcome.status == REQUEUE:
+                return
+
+
+@contextmanager
+def _time_limit(minutes: float | None) -> Generator[None]:
+    """Send this process SIGTERM, which stops its runs, once the minutes are over."""
+    if minutes is None:
+        yield
+        return
+    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _Worker:

@@ -141,7 +141,6 @@ class RunConfig(TrainingConfig):
             raise ValueError("--dry-run with --data imagefolder needs --num-classes")
 
     def run_name(self) -> str:
-        """What the run's directory is called where neither --save-dir nor --row name it."""
         return f"{self.program}-{self.data}"
 
 

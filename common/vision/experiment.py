@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from ..experiments import checkpoints, distributed
 from ..experiments.distributed import Processes
-from ..experiments.files import ROOT
-from ..experiments.runs import FAILURES, Run, clean_errors, environment, run_directory, seed_everything
+from ..experiments.runs import FAILURES, Run, clean_errors, directory_of, environment, seed_everything
 from ..surgery import FactorizationReport, densify_, load_factorized_
 from .config import LowRankTrainingConfig, RunConfig
 from .data import Data, load
@@ -140,8 +139,7 @@ class Experiment(Generic[C]):
         Raises ValueError where the directory is another run's, or is finished without one of its :meth:`outputs`.
         """
         config, record = self.config, self.config.record()
-        parent = ROOT / "results" / config.program / (config.row or config.run_name())
-        directory = config.save_dir or run_directory(parent, type(config), record, config.seed)
+        directory = directory_of(config)
         self.checkpoint = find_checkpoint(config.resume, directory)
         self.read_inputs()
         self.run = Run(
