@@ -487,6 +487,14 @@ def with_curves(path, values):
     path.with_name("metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def test_results_that_were_kept_without_their_metrics_have_tables_and_no_curves(tmp_path, capsys):
+    write_result(tmp_path, "spectral")
+    main(["plot", "--results", str(tmp_path)])
+    main(["collect", "--html", "--results", str(tmp_path)])
+    assert "90.00" in capsys.readouterr().out
+    assert list((tmp_path / "quickstart").glob("*.png")) == []
+
+
 def test_collect_prints_and_writes_tables_and_figures(tmp_path, capsys):
     for seed in (1, 2):
         with_curves(write_result(tmp_path, "spectral", seed=seed), [10, 50, 90 + seed])

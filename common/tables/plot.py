@@ -81,7 +81,7 @@ def _mean_curve(runs: Sequence[list[dict[str, Any]]], metric: str) -> tuple[list
 def curves(figure: CurveFigure, program: Program, table: Table, results: Results) -> Figure | None:
     """Metrics against the epoch: a panel each, a line per row, a band of one standard deviation over its seeds."""
     runs = {row.id: [epochs_of(result) for result in results.of(program, row)] for row in table.rows}
-    runs = {id: records for id, records in runs.items() if records}
+    runs = {id: records for id, records in runs.items() if any(records)}  # results may be kept without their metrics
     if not runs:
         return None
     # What all names begin with is left out of the legend. By character is meant: names are no paths.
@@ -101,7 +101,7 @@ def curves(figure: CurveFigure, program: Program, table: Table, results: Results
                 epochs, means, _ = _mean_curve(records, bound)
                 axes.plot(epochs, means, color=color, linestyle=":", linewidth=1)
         values = [value for line in axes.lines for value in line.get_ydata()]
-        if min(values) > 0 and max(values) > 30 * min(values):
+        if values and min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

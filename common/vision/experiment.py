@@ -157,7 +157,7 @@ class Experiment(Generic[C]):
             return True
         for name in self.outputs():
             if not (directory / name).exists():
-                raise ValueError(f"{directory} holds a finished run without {name}: choose another --save-dir")
+                raise ValueError(f"{directory} holds a finished run without {name}: remove it, or choose another --save-dir")
         if self.processes.main:
             print(f"{directory} holds a finished run of this configuration and seed: nothing to do", file=sys.stderr)
             print(directory / "result.json")
