@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from ..experiments.files import ROOT
 from ..experiments.runs import REQUEUE
 from .commands import CommandError, RowRun, Words, commands_of, configuration, no_interrupts
+from .mps import shared_gpus
 from .rows import SAFE, Program, select
 
 LOGS = ROOT / "results" / "logs"
@@ -100,14 +101,17 @@ def run(tasks: Sequence[Task], jobs: int = 1, launcher: Sequence[str] = (), minu
     """
     if launcher and shutil.which(launcher[0]) is None:
         raise ValueError(f"LAUNCHER, or --launcher, starts with {launcher[0]!r}, which is no program on PATH: give its path")
-    for task in tasks:
-        for command in task.commands:
-            configuration(command)
+    configs = [configuration(command) for task in tasks for command in task.commands]
     jobs = min(jobs, len(tasks))
     failed: list[tuple[Task, Outcome]] = []
     outcomes = _in_workers(tasks, jobs, launcher) if jobs > 1 else _here(tasks, launcher)
     stopped, number = False, 0
-    with _time_limit(minutes), tqdm(total=len(tasks), desc="runs", unit="run", disable=None if jobs > 1 else True) as bar:
+    on_gpu = jobs > 1 and not all(getattr(config, "device", "") == "cpu" or getattr(config, "cpu", False) for config in configs)
+    with (
+        shared_gpus() if on_gpu else nullcontext(),
+        _time_limit(minutes),
+        tqdm(total=len(tasks), desc="runs", unit="run", disable=None if jobs > 1 else True) as bar,
+    ):
         for number, (task, outcome) in enumerate(outcomes, 1):
             bar.update()
             if outcome.printed:

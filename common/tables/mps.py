@@ -1,0 +1,65 @@
+"""NVIDIA's multi-process service (MPS): with it several runs compute on one GPU at once, without it they take turns."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+
+CONTROL = "nvidia-cuda-mps-control"
+_FOLDERS = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")
+
+
+@contextmanager
+def shared_gpus() -> Generator[None]:
+    """Within the block, processes that this one starts share its GPUs through the service, if there are GPUs.
+
+    A service that runs already is used and left running; one that is started here is stopped in the end. Where the service is
+    missing or does not start, one line on stderr says so, and runs take turns.
+    """
+    if not _has_gpu() or any(name in os.environ for name in _FOLDERS):
+        yield
+        return
+    if shutil.which(CONTROL) is None:
+        print(f"runs take turns on the GPU: {CONTROL} is not on PATH, by which they would share it", file=sys.stderr)
+        yield
+        return
+    if _call("get_server_list\n").returncode == 0:  # somebody has started it for this user
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="mps-") as folder:
+        os.environ |= dict.fromkeys(_FOLDERS, folder)
+        try:
+            started = _call(None, "-d")
+            if started.returncode:
+                reason = " ".join((started.stderr or started.stdout).split()) or f"status {started.returncode}"
+                print(f"runs take turns on the GPU: {CONTROL} did not start: {reason}", file=sys.stderr)
+                _forget()
+                yield
+                return
+            try:
+                yield
+            finally:
+                _call("quit\n")
+        finally:
+            _forget()
+
+
+def _forget() -> None:
+    for name in _FOLDERS:
+        os.environ.pop(name, None)
+
+
+def _call(order: str | None, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([CONTROL, *words], input=order, capture_output=True, text=True, timeout=60)
+
+
+def _has_gpu() -> bool:
+    """Whether there is a GPU of NVIDIA's that processes may see. Asked of its driver: torch takes seconds to load."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or shutil.which("nvidia-smi") is None:
+        return False
+    return "GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
