@@ -98,18 +98,23 @@ def table1() -> Table:
     )
 
 
+def scheme_contrasts(prefix: str) -> tuple[Contrast, ...]:
+    """What low-rank rows answer of both schemes; ``prefix`` is that of their ids."""
+    regular, spectral, frobenius, both = (f"{prefix}{method}" for method in METHODS)
+    return (
+        Contrast("spectral initialization, under weight decay", spectral, regular),
+        Contrast("Frobenius decay, from a regular start", frobenius, regular),
+        Contrast("Frobenius decay, from a spectral start", both, spectral),
+        Contrast("both schemes", both, regular),
+    )
+
+
 def weaker() -> Table:
     """Low-rank rows at a tenth of the decay, for the one that suits the full network may suit no other."""
     rows = []
     for method, (flags, words) in METHODS.items():
         rows.append(make_row(f"0.1-{method}", words, *flags, ratio="0.1", parameters=_COUNTS["0.1"], decay=WEAKER))
-    both = "0.1-spectral+frobenius"
-    contrasts = (
-        Contrast("spectral initialization, under weight decay", "0.1-spectral", "0.1-regular"),
-        Contrast("Frobenius decay, from a regular start", "0.1-frobenius", "0.1-regular"),
-        Contrast("Frobenius decay, from a spectral start", both, "0.1-spectral"),
-        Contrast("both schemes", both, "0.1-regular"),
-    )
+    contrasts = scheme_contrasts("0.1-")
     title = f"Low-rank training at 10 %, at a decay of {WEAKER}"
     return Table("evidence-table1-weaker", title, tuple(rows), (ContrastFigure(),), contrasts=contrasts)
 
@@ -130,13 +135,7 @@ def paper() -> Table:
         )
         for method, (flags, words) in kinds.items()
     )
-    contrasts = (
-        Contrast("spectral initialization, under weight decay", "spectral", "regular"),
-        Contrast("Frobenius decay, from a regular start", "frobenius", "regular"),
-        Contrast("Frobenius decay, from a spectral start", "spectral+frobenius", "spectral"),
-        Contrast("both schemes", "spectral+frobenius", "regular"),
-        Contrast("both schemes against the full network", "spectral+frobenius", "full"),
-    )
+    contrasts = (*scheme_contrasts(""), Contrast("both schemes against the full network", "spectral+frobenius", "full"))
     title = "Low-rank training at 10 %, the paper's length: ResNet32 [64, 128, 256], 200 epochs"
     return Table("evidence-paper-table1", title, rows, (ContrastFigure(), CurveFigure("curves")), contrasts=contrasts)
 

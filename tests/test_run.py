@@ -317,3 +317,17 @@ def test_an_archive_that_is_missing_damaged_or_hostile_changes_nothing(tmp_path,
 )
 def test_limits_that_are_none_are_one_line(refuses, words, message):
     refuses(main, f"run quickstart/full {words}", message)
+
+
+def test_a_stop_that_comes_while_a_worker_starts_reaches_its_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
+    make = run._Worker.__init__
+
+    def make_and_stop(self, threads):
+        make(self, threads)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(run._Worker, "__init__", make_and_stop)
+    code = f'trap "exit 75" TERM; for i in {{1..100}}; do sleep 0.1; done; touch {tmp_path}/ended$seed'
+    assert run.run(quick_tasks(1, 2), 2, stand_in(tmp_path / "x", code)) == REQUEUE
+    assert list(tmp_path.glob("ended*")) == []

@@ -1,0 +1,1 @@
+"""Machinery of all programs: configurations, run directories, results, checkpoints, processes, downloads."""

@@ -237,7 +237,7 @@ class Run:
 
 
 def directory_of(config: Any) -> Path:
-    """Directory of a run: --save-dir, or results/<program>/<row, or what run_name() says>/<hash>/seed<seed>."""
+    """Directory of a run: --save-dir or, by default, results/<program>/<row or run_name()>/<hash>/seed<seed>."""
     parent = RESULTS / config.program / (config.row or config.run_name())
     return config.save_dir or run_directory(parent, type(config), config.record(), config.seed)
 

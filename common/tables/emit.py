@@ -1,4 +1,4 @@
-"""Rows to shell scripts."""
+"""Write one shell script per row."""
 
 from __future__ import annotations
 

@@ -55,7 +55,12 @@ def _forget() -> None:
 
 
 def _call(order: str | None, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([CONTROL, *words], input=order, capture_output=True, text=True, timeout=60)
+    """Call the service's program; one that does not answer counts as one that failed."""
+    command = [CONTROL, *words]
+    try:
+        return subprocess.run(command, input=order, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, 1, "", str(error))
 
 
 def _has_gpu() -> bool:

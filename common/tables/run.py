@@ -209,6 +209,8 @@ def _in_workers(tasks: Sequence[Task], jobs: int, launcher: Sequence[str]) -> Ge
                     worker = idle.pop() if idle else _Worker(threads)
                     task = waiting.popleft()
                     running[worker.start(task, launcher)] = task, worker
+                    if stop.is_set():  # which came while the worker started, and did not reach it
+                        worker.stop_task()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     task, worker = running.pop(future)
                     outcome = _outcome(future, task, stopped=stop.is_set())

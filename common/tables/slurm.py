@@ -1,4 +1,4 @@
-"""Rows as a Slurm array: one job a row and seed, preempted, queued again and gone on with exactly where it was."""
+"""Rows as a Slurm array: one job per row and seed, which is requeued after preemption and resumed from its checkpoint."""
 
 from __future__ import annotations
 
