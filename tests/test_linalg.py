@@ -95,7 +95,8 @@ MATRICES = [torch.zeros(5, 4), torch.ones(5, 4), torch.diag(torch.tensor([3.0, 1
 @pytest.mark.parametrize("matrix", [*MATRICES, torch.zeros(300, 260), torch.ones(300, 260)])
 def test_columns_beyond_the_rank_of_the_matrix_are_not_dead(matrix):
     u, vt = linalg.spectral_init(matrix, 4)
-    torch.testing.assert_close(u @ vt, matrix, rtol=2e-4, atol=1e-5)  # LAPACK's float32 errors grow with the sides
+    large = {"rtol": 2e-4, "atol": 1e-5} if max(matrix.shape) >= 256 else {}  # LAPACK's float32 errors grow with the sides
+    torch.testing.assert_close(u @ vt, matrix, **large)
     rank = int(torch.linalg.matrix_rank(matrix))
     assert (u[:, rank:] == 0).all()
     assert (vt[rank:].norm(dim=1) > 0.01).all()
