@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,7 @@ class FrobeniusDecay:
 
     def penalty(self) -> Tensor:
         """coef/2 times the sum of ||W||_F^2: a scalar, differentiable once, for a loss or a log."""
-        alike, others = self._grouped()
+        alike, others = _grouped(self._layers)
         products = [*self.pairs, *map(_Stack, alike), *others]
         return self.coef / 2 * torch.stack([product.squared_norm() for product in products]).sum()
 
@@ -126,34 +126,36 @@ class FrobeniusDecay:
             raise ValueError(
                 "decoupled decay needs step(lr)" if self.decoupled else "lr is for decoupled decay, which this is not"
             )
-        if self.coef == 0:
+        self._step(self._layers, lr)
+
+    @torch.no_grad()
+    def step_without(self, layers: Iterable[Factorized]) -> None:
+        """Add the decay to the gradients, but for layers that were decayed in another way (:class:`Composition`)."""
+        done = set(layers)
+        self._step([layer for layer in self._layers if layer not in done], None)
+
+    def covers(self, layer: Factorized) -> bool:
+        """Whether the layer is one of those that decay."""
+        return any(layer is covered for covered in self._layers)
+
+    def _step(self, layers: Sequence[Factorized], lr: float | None) -> None:
+        if self.coef == 0 or not (layers or self.pairs):
             return
         device_type = self.parameters()[0].device.type
         in_place = device_type == "cpu" and not self.decoupled
         updates = _Updates(self.coef if lr is None else -lr * self.coef, in_place=in_place)
         with torch.autocast(device_type, enabled=False):
-            for product in self._products(alone=in_place):
+            for product in self._products(layers, alone=in_place):
                 for target, gradient in zip(product.map_factors(self._target), product.frobenius_grad_products(), strict=True):
                     updates.add(target, gradient)  # of W = U V^T: coef U V^T V to the gradient of U, coef V U^T U to that of V
         updates.apply()
 
-    def _grouped(self) -> tuple[list[list[Factorized]], list[Factorized]]:
-        """Groups of layers whose chains have equal shapes, and the layers without a chain, as the factors are now."""
-        alike: dict[Any, list[Factorized]] = {}
-        others = []
-        for layer in self._layers:
-            if chain := layer.chain():
-                alike.setdefault((chain[0].device, *(factor.shape for factor in chain)), []).append(layer)
-            else:
-                others.append(layer)
-        return list(alike.values()), others
-
-    def _products(self, *, alone: bool) -> Iterator[Factorized | _Stack | FactorPair]:
+    def _products(self, layers: Sequence[Factorized], *, alone: bool) -> Iterator[Factorized | _Stack | FactorPair]:
         """What decays: layers of equal shapes as one batch or, in full precision and if ``alone``, one at a time."""
-        alike, others = self._grouped()
-        for layers in alike:
-            full = layers[0].chain()[0].dtype in (torch.float32, torch.float64)
-            yield from layers if alone and full else [_Stack(layers)]
+        alike, others = _grouped(layers)
+        for group in alike:
+            full = group[0].chain()[0].dtype in (torch.float32, torch.float64)
+            yield from group if alone and full else [_Stack(group)]
         yield from others
         yield from self.pairs
 
@@ -166,6 +168,18 @@ class FrobeniusDecay:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         return parameter.grad
+
+
+def _grouped(layers: Iterable[Factorized]) -> tuple[list[list[Factorized]], list[Factorized]]:
+    """Groups of layers whose chains have equal shapes, and the layers without a chain, as the factors are now."""
+    alike: dict[Any, list[Factorized]] = {}
+    others = []
+    for layer in layers:
+        if chain := layer.chain():
+            alike.setdefault((chain[0].device, *(factor.shape for factor in chain)), []).append(layer)
+        else:
+            others.append(layer)
+    return list(alike.values()), others
 
 
 class _Updates:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,14 @@ class Factorized(nn.Module):
     from these, and a subclass that knows a cheaper way overrides it.
 
     ``.weight`` reads as the dense weight, because torch's own fast paths look for it, and cannot be assigned.
+
+    A subclass whose forward pass multiplies by :meth:`weight_in_use` and whose weight :meth:`compose` makes says so by
+    ``contraction = "composed"``: :class:`common.composition.Composition` then makes the weights of many layers at once.
     """
+
+    contraction: str = "thin"  # how forward uses the factors: "thin" one after the other, "composed" as one weight
+    contraction_is_automatic = False  # whether it was left to the layer, so that measuring may change it
+    _composed: Tensor | None = None  # the weight that a Composition made, while it is active
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         """The Parameters whose product is the weight, left to right."""
@@ -35,6 +42,17 @@ class Factorized(nn.Module):
     def to_layer(self) -> nn.Module:
         """An ordinary layer with the same function, on the same device, dtype and mode."""
         raise NotImplementedError
+
+    def compose(self, factors: Sequence[Tensor]) -> Tensor:
+        """The weight that given factors make, in the shape that the ordinary layer stores; differentiable.
+
+        Leading dimensions of the factors, equal in all of them, lead the weight: those of several layers of equal shapes.
+        """
+        raise NotImplementedError
+
+    def weight_in_use(self) -> Tensor:
+        """The weight for this forward pass: the one that a Composition made, or else :meth:`to_dense`."""
+        return self.to_dense() if self._composed is None else self._composed
 
     def chain(self) -> tuple[nn.Parameter, ...]:
         """The factors, where their matrix product is the unrolled weight; none where the weight is made in another way.
@@ -139,8 +157,14 @@ class FactorizedMatrix(Factorized):
             for parameter, value in zip(own, factors, strict=True):
                 parameter.copy_(value)
 
+    def compose(self, factors: Sequence[Tensor]) -> Tensor:
+        return linalg.compose(factors)
+
     def to_dense(self) -> Tensor:
-        return linalg.compose(self.factors())
+        return self.compose(self.factors())
+
+    def weight_in_use(self) -> Tensor:
+        return self.compose(self._two_factors()) if self._composed is None else self._composed
 
     def frobenius_grads(self) -> list[Tensor]:
         return linalg.frobenius_grads(self.factors())
@@ -203,12 +227,13 @@ class FactorizedLinear(FactorizedMatrix):
         self.in_features, self.out_features = in_features, out_features
         thin = rank * (in_features + out_features)
         self.contraction = _resolve_contraction(contraction, thin, in_features * out_features)
+        self.contraction_is_automatic = contraction == "auto"
         self._create(out_features, in_features, rank, depth, out_features if bias else None, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        u, vt = self._two_factors()
         if self.contraction == "composed":
-            return F.linear(input, u @ vt, self.bias)
+            return F.linear(input, self.weight_in_use(), self.bias)
+        u, vt = self._two_factors()
         return F.linear(F.linear(input, vt), u, self.bias)
 
     def to_layer(self) -> nn.Module:
@@ -224,6 +249,8 @@ class FactorizedLinear(FactorizedMatrix):
 class FactorizedEmbedding(FactorizedMatrix):
     """Embedding with table (num_embeddings, embedding_dim) = U V^T or U M V^T; the padding row is always zero.
 
+    ``contraction`` is how rows are looked up: "thin", which "auto" takes, in U, multiplied by V^T; "composed" in the table.
+
     Shapes: input (...) of integers, output (..., embedding_dim).
     """
 
@@ -235,6 +262,7 @@ class FactorizedEmbedding(FactorizedMatrix):
         padding_idx: int | None = None,
         *,
         depth: int = 2,
+        contraction: Contraction = "auto",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -243,6 +271,8 @@ class FactorizedEmbedding(FactorizedMatrix):
             raise ValueError(f"padding_idx must be a row of {num_embeddings}, got {padding_idx}")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = padding_idx if padding_idx is None else padding_idx % num_embeddings
+        self.contraction = _resolve_contraction(contraction, 0, 1)
+        self.contraction_is_automatic = contraction == "auto"
         self._create(num_embeddings, embedding_dim, rank, depth, None, device, dtype)
 
     def reset_factors(self) -> None:
@@ -260,6 +290,8 @@ class FactorizedEmbedding(FactorizedMatrix):
                 self.u[self.padding_idx].zero_()
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.contraction == "composed":
+            return F.embedding(input, self.weight_in_use(), self.padding_idx)
         u, vt = self._two_factors()
         return F.embedding(input, u, self.padding_idx) @ vt
 
@@ -268,7 +300,8 @@ class FactorizedEmbedding(FactorizedMatrix):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}, depth={self.depth}, padding_idx={self.padding_idx}"
+            f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}, depth={self.depth}, "
+            f"padding_idx={self.padding_idx}, contraction={self.contraction}"
         )
 
 
@@ -320,6 +353,7 @@ class FactorizedConv2d(FactorizedMatrix):
         rows = self.stride[0] // self._slices[0]
         thin = rank * (in_channels * kw * rows + out_channels * kh)
         self.contraction = _resolve_contraction(contraction, thin, in_channels * out_channels * kh * kw)
+        self.contraction_is_automatic = contraction == "auto"
         self._create(out_channels * kh, in_channels * kw, rank, depth, out_channels if bias else None, device, dtype)
 
     def _split_padding(self) -> list[tuple[int, int]]:
@@ -340,21 +374,21 @@ class FactorizedConv2d(FactorizedMatrix):
         elif top != bottom or left != right:  # 'same' with an even kernel
             input = F.pad(input, (left, right, top, bottom))
             pad_h = pad_w = 0
-        u, vt = self._two_factors()
         (kh, kw), (stride_h, stride_w), (dilation_h, dilation_w) = self.kernel_size, self.stride, self.dilation
         slice_h, slice_w = self._slices
         input = input[..., ::slice_h, ::slice_w]
         stride_h, stride_w = stride_h // slice_h, stride_w // slice_w
         if self.contraction == "composed":
-            kernel = linalg.roll(u @ vt, self.kernel_size)
+            kernel = self.weight_in_use()
             return F.conv2d(input, kernel, self.bias, (stride_h, stride_w), (pad_h, pad_w), self.dilation)
+        u, vt = self._two_factors()
         across = vt.view(self.rank, self.in_channels, 1, kw)
         down = u.view(self.out_channels, kh, self.rank).transpose(1, 2).unsqueeze(-1)
         hidden = F.conv2d(input, across, None, (1, stride_w), (0, pad_w), (1, dilation_w))
         return F.conv2d(hidden, down, self.bias, (stride_h, 1), (pad_h, 0), (dilation_h, 1))
 
-    def to_dense(self) -> Tensor:
-        return linalg.roll(linalg.compose(self.factors()), self.kernel_size)
+    def compose(self, factors: Sequence[Tensor]) -> Tensor:
+        return linalg.roll(linalg.compose(factors), self.kernel_size)
 
     def to_layer(self) -> nn.Module:
         return self._dense_layer(

@@ -38,10 +38,10 @@ def unroll(kernel: Tensor) -> Tensor:
 
 
 def roll(matrix: Tensor, kernel_size: tuple[int, int]) -> Tensor:
-    """Inverse of :func:`unroll`: (out * kh, in * kw) -> (out, in, kh, kw)."""
+    """Inverse of :func:`unroll`: (..., out * kh, in * kw) -> (..., out, in, kh, kw)."""
     kh, kw = kernel_size
-    rows, columns = matrix.shape
-    return matrix.reshape(rows // kh, kh, columns // kw, kw).permute(0, 2, 1, 3)
+    *batch, rows, columns = matrix.shape
+    return matrix.reshape(*batch, rows // kh, kh, columns // kw, kw).transpose(-3, -2)
 
 
 def as_matrix(weight: Tensor) -> Tensor:

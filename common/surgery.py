@@ -218,7 +218,7 @@ def _skeleton(donor: Donor, rank: int, depth: int, contraction: Contraction) -> 
         layer = nn.utils.skip_init(FactorizedLinear, *args, contraction=contraction, **common)
     else:
         args = (donor.num_embeddings, donor.embedding_dim, rank, donor.padding_idx)
-        layer = nn.utils.skip_init(FactorizedEmbedding, *args, **common)
+        layer = nn.utils.skip_init(FactorizedEmbedding, *args, contraction=contraction, **common)
     for factor in layer.factors():
         factor.requires_grad_(donor.weight.requires_grad)
     if layer.bias is not None:

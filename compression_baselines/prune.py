@@ -28,7 +28,7 @@ from common.budget import count_parameters
 from common.experiments import checkpoints
 from common.experiments.runs import clean_errors
 from common.vision.data import Data
-from common.vision.training import Trainer, evaluate
+from common.vision.training import Trainer, evaluate, sgd
 from compression_baselines.experiment import CompressionExperiment, learning_rate
 from compression_baselines.pruners import channels, eigenbasis, fisher
 from compression_baselines.pruners.select import Ranking, removed_for_budget
@@ -98,7 +98,7 @@ class PruningExperiment(CompressionExperiment[PruningConfig]):
         groups = param_groups(model, weight_decay=config.weight_decay)
         return self.new_trainer(
             model,
-            torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum),
+            sgd(groups, config, self.processes.device),
             config=replace(config, epochs=number * config.epochs, seed=config.seed + TUNING_SEED),
             schedule=partial(learning_rate, config),
             **options,

@@ -21,14 +21,13 @@ from compression_baselines.config import SparseConfig
 if __name__ == "__main__":
     SparseConfig.parse()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
 
-import torch
 from torch import nn
 
 from common import FactorizationReport, param_groups
 from common.budget import count_parameters
 from common.experiments import checkpoints
 from common.vision.data import Batch, Data
-from common.vision.training import Trainer
+from common.vision.training import Trainer, sgd
 from compression_baselines.experiment import CompressionExperiment, learning_rate, start_classifier_
 from compression_baselines.masks import METHODS
 from compression_baselines.masks.base import Masks, Settings, weights_of
@@ -60,7 +59,7 @@ class SparseExperiment(CompressionExperiment[SparseConfig]):
         self.masks = Masks(model)
         method = METHODS[config.method](self.masks, settings)
         groups = param_groups(model, weight_decay=config.weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        optimizer = sgd(groups, config, self.processes.device)
         self.masks.optimizer = optimizer
 
         trainer = self.new_trainer(

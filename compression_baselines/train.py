@@ -18,14 +18,13 @@ from compression_baselines.config import LowRankBudgetConfig
 if __name__ == "__main__":
     LowRankBudgetConfig.parse()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
 
-import torch
 from torch import nn
 
 from common import FactorizationReport, FrobeniusDecay, LowRankConfig, factorize_, param_groups, rank_scale_for_ratio
 from common.linalg import fan_out_init
 from common.norms import norm_metrics
 from common.vision.experiment import LowRankExperiment
-from common.vision.training import Trainer
+from common.vision.training import Trainer, sgd
 from compression_baselines.experiment import CompressionExperiment, learning_rate, start_classifier_
 from compression_baselines.models import is_factorized
 
@@ -61,7 +60,7 @@ class BudgetExperiment(CompressionExperiment[LowRankBudgetConfig], LowRankExperi
         # What Frobenius decay covers gets no weight decay.
         decay = FrobeniusDecay(model, config.weight_decay) if config.wd2fd else None
         groups = param_groups(model, weight_decay=config.weight_decay, decay=decay)
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        optimizer = sgd(groups, config, self.processes.device)
 
         layers = {layer.name: model.get_submodule(layer.name) for layer in self.report.layers}
         schedule, metrics = partial(learning_rate, config), partial(norm_metrics, layers)

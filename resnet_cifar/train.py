@@ -18,14 +18,13 @@ from resnet_cifar.config import DEPTHS, ResNetConfig
 if __name__ == "__main__":
     ResNetConfig.parse()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
 
-import torch
 from torch import nn
 
 from common import FactorizationReport, FrobeniusDecay, LowRankConfig, factorize_, param_groups, rank_scale_for_ratio
 from common.experiments import checkpoints
 from common.norms import NormRecorder, NormReplay, load_record, norm_metrics
 from common.vision.experiment import LowRankExperiment
-from common.vision.training import Trainer
+from common.vision.training import Trainer, sgd
 from resnet_cifar.models import build, is_factorized
 
 NORMS = "frobnorms.tensor"  # written by --dump-frobnorms
@@ -68,7 +67,7 @@ class ResNetExperiment(LowRankExperiment[ResNetConfig]):
         decay = FrobeniusDecay(model, config.weight_decay) if config.wd2fd and not config.no_frob else None
         undecayed = 0.0 if config.no_frob else None
         groups = param_groups(model, weight_decay=config.weight_decay, decay=decay, factor_weight_decay=undecayed)
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        optimizer = sgd(groups, config, self.processes.device)
 
         layers = {name: module for name, module in model.named_modules() if is_factorized(module, name)}
         return self.new_trainer(

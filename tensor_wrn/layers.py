@@ -7,7 +7,7 @@ factorized, initialized and decayed. Decompositions are tensorly's, truncated on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import tensorly
 import torch
@@ -71,6 +71,8 @@ class TensorPointwise(Factorized):
     Shapes: input (N, in_channels, H, W), output (N, out_channels, H, W).
     """
 
+    contraction = "composed"
+
     def __init__(self, in_channels: int, out_channels: int, rank_scale: float) -> None:
         super().__init__()
         if not 0 < rank_scale <= 1:
@@ -95,8 +97,8 @@ class TensorPointwise(Factorized):
         """Number of products of core entries that add up to an entry of the tensor."""
         raise NotImplementedError
 
-    def tensor(self) -> Tensor:
-        """The 3-way tensor that the cores make."""
+    def tensor(self, cores: Sequence[Tensor]) -> Tensor:
+        """The 3-way tensor that cores make; leading dimensions of the cores, equal in all of them, lead the tensor."""
         raise NotImplementedError
 
     def squared_norm(self) -> Tensor:
@@ -144,8 +146,11 @@ class TensorPointwise(Factorized):
     def factors(self) -> tuple[nn.Parameter, ...]:
         return tuple(self.cores)
 
+    def compose(self, factors: Sequence[Tensor]) -> Tensor:
+        return self.tensor(factors).flatten(-3).unflatten(-1, (self.out_channels, self.in_channels, 1, 1))
+
     def to_dense(self) -> Tensor:
-        return self.tensor().reshape(self.out_channels, self.in_channels, 1, 1)
+        return self.compose(self.factors())
 
     def to_layer(self) -> nn.Conv2d:
         weight = self.to_dense().detach()
@@ -155,7 +160,7 @@ class TensorPointwise(Factorized):
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):  # rounded once, as an ordinary weight is
-            weight = self.to_dense()
+            weight = self.weight_in_use()
         return F.conv2d(input, weight)
 
     def extra_repr(self) -> str:
@@ -179,9 +184,8 @@ class TensorTrainPointwise(TensorPointwise):
     def _paths(self) -> int:
         return math.prod(self.ranks())
 
-    def tensor(self) -> Tensor:
-        first, middle, last = self.cores
-        return torch.tensordot(torch.tensordot(first, middle, 1), last, 1)
+    def tensor(self, cores: Sequence[Tensor]) -> Tensor:
+        return _train(*cores)
 
     def squared_norm(self) -> Tensor:
         first, middle, last = at_least_float32(self.cores)
@@ -207,8 +211,8 @@ class TuckerPointwise(TensorPointwise):
     def _paths(self) -> int:
         return math.prod(self.ranks())
 
-    def tensor(self) -> Tensor:
-        core, *factors = self.cores
+    def tensor(self, cores: Sequence[Tensor]) -> Tensor:
+        core, *factors = cores
         return _multiply(core, *factors)
 
     def squared_norm(self) -> Tensor:
@@ -244,24 +248,27 @@ class TuckerTrainPointwise(TuckerPointwise):
     def _paths(self) -> int:
         return self._bond() * self.ranks()[2] * super()._paths()
 
-    @staticmethod
-    def _core(first: Tensor, middle: Tensor, last: Tensor) -> Tensor:
-        return torch.tensordot(torch.tensordot(first, middle, 1), last, 1)
-
-    def tensor(self) -> Tensor:
-        first, middle, last, *factors = self.cores
-        return _multiply(self._core(first, middle, last), *factors)
+    def tensor(self, cores: Sequence[Tensor]) -> Tensor:
+        first, middle, last, *factors = cores
+        return _multiply(_train(first, middle, last), *factors)
 
     def squared_norm(self) -> Tensor:
         first, middle, last, *factors = at_least_float32(self.cores)
-        core = self._core(first, middle, last)
+        core = _train(first, middle, last)
         return (core * _multiply(core, *(factor.mT @ factor for factor in factors))).sum()
 
 
+def _train(first: Tensor, middle: Tensor, last: Tensor) -> Tensor:
+    """The tensor (..., a, b, c) of a train with cores (..., a, r), (..., r, b, s) and (..., s, c)."""
+    joined = (first @ middle.flatten(-2)).unflatten(-1, middle.shape[-2:])  # (..., a, b, s)
+    return (joined.flatten(-3, -2) @ last).unflatten(-2, joined.shape[-3:-1])
+
+
 def _multiply(core: Tensor, u0: Tensor, u1: Tensor, u2: Tensor) -> Tensor:
-    """The core multiplied along each of its modes by a matrix of as many columns."""
+    """The core (..., a, b, c) multiplied along each of its modes by a matrix (..., d, a), and so on, of as many columns."""
     for matrix in (u0, u1, u2):  # each product moves its mode to the end, so that three restore the order
-        core = torch.tensordot(core, matrix, ([0], [1]))
+        rest = core.movedim(-3, -1)  # (..., b, c, a)
+        core = (rest.flatten(-3, -2) @ matrix.mT).unflatten(-2, rest.shape[-3:-1])
     return core
 
 

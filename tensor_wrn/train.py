@@ -26,7 +26,7 @@ from common.experiments import checkpoints
 from common.norms import norm_metrics
 from common.vision.data import CIFAR10, CIFAR100, Batch
 from common.vision.experiment import Experiment, rebuild
-from common.vision.training import Trainer
+from common.vision.training import Trainer, sgd
 from tensor_wrn.distillation import distillation_loss
 from tensor_wrn.factorize import factorized_layers, make_model
 from tensor_wrn.models import BasicBlock, build
@@ -67,7 +67,7 @@ class WideResNetExperiment(Experiment[WideResNetConfig]):
         decay = FrobeniusDecay(model, config.weight_decay) if kind in ("frobenius", "none") else None
         scaled = config.weight_decay * self.report.ratio if kind == "crs" else None
         groups = param_groups(model, weight_decay=config.weight_decay, decay=decay, factor_weight_decay=scaled)
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+        optimizer = sgd(groups, config, self.processes.device)
         if kind == "none":
             decay = None
         elif shortcuts:

@@ -116,6 +116,11 @@ class RunConfig(TrainingConfig):
         False, "-e", "--evaluate", changes_result=False, help="only evaluate the checkpoint that --resume names"
     )
     dry_run: bool = flag(False, changes_result=False, help="build the model, print it as JSON and stop; needs no data")
+    eager: bool = flag(
+        False,
+        changes_result=False,
+        help="on a GPU, launch the kernels of a training step one by one, instead of recording them once as a CUDA graph",
+    )
     tensorboard: bool = flag(False, changes_result=False, help="also write TensorBoard events to the save-dir")
     print_freq: int = flag(
         50,

@@ -103,7 +103,10 @@ class Data:
         order, augmentation = self._plan(seed, epoch)
         index = order[step * batch_size : (step + 1) * batch_size]
         share = len(index) // world_size
-        index = index[rank * share : (rank + 1) * share]
+        return self.batch(index[rank * share : (rank + 1) * share], augmentation)
+
+    def batch(self, index: Tensor, augmentation: Tensor) -> Batch:
+        """The training samples of an index (B), augmented as their rows of ``augmentation`` (N, 5) say."""
         top, left, flip, *hole = augmentation[index].unbind(1)
         rows = top[:, None] + self._pixels
         columns = left[:, None] + torch.where(flip[:, None] == 1, self._pixels.flip(0), self._pixels)
@@ -113,6 +116,10 @@ class Data:
             outside = [self._outside(center) for center in hole]
             images *= (outside[0][:, :, None] | outside[1][:, None, :])[:, None]
         return Batch(images, self.train_labels[index])
+
+    def feed(self, batch_size: int) -> Feed:
+        """Batches from tensors that stay where they are."""
+        return Feed(self, batch_size)
 
     def _outside(self, center: Tensor) -> Tensor:
         """Which pixels (B, size) along one side are outside of each image's cutout."""
@@ -128,6 +135,33 @@ class Data:
 
     def _normalize(self, pixels: Tensor) -> Tensor:
         return pixels.float().mul_(self._scale).add_(self._shift).permute(0, 3, 1, 2)
+
+
+class Feed:
+    """Whole batches of one epoch after another, whose order, augmentation and place are tensors that stay where they are.
+
+    :meth:`next` gives the batches of :meth:`Data.train_batch`, and can be part of a CUDA graph.
+    """
+
+    def __init__(self, data: Data, batch_size: int) -> None:
+        self.data, self.batch_size = data, batch_size
+        self.order = torch.empty(len(data), dtype=torch.int64, device=data.device)
+        self.augmentation = torch.empty(len(data), 5, dtype=torch.int64, device=data.device)
+        self.place = torch.zeros((), dtype=torch.int64, device=data.device)  # of the next batch's first sample in the order
+        self._within = torch.arange(batch_size, device=data.device)
+
+    def start(self, seed: int, epoch: int, step: int) -> None:
+        """Go to a step of an epoch."""
+        order, augmentation = self.data._plan(seed, epoch)
+        self.order.copy_(order)
+        self.augmentation.copy_(augmentation)
+        self.place.fill_(step * self.batch_size)
+
+    def next(self) -> Batch:
+        """The next batch."""
+        index = self.order[self.place + self._within]
+        self.place += self.batch_size
+        return self.data.batch(index, self.augmentation)
 
 
 def load(

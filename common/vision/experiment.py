@@ -227,8 +227,12 @@ class Experiment(Generic[C]):
             parameters=self.count(),
             decays=decays(self.trainer),
             seconds=seconds,
-            environment=environment(self.processes.device, self.processes.world_size),
+            environment=environment(self.processes.device, self.processes.world_size) | self.contractions(),
         )
+
+    def contractions(self) -> dict[str, Any]:
+        """How the factorized layers were contracted, where that was measured, for the result's environment."""
+        return {} if self.trainer.contractions is None else {"contractions": self.trainer.contractions}
 
 
 class LowRankExperiment(Experiment[L]):

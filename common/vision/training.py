@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -14,13 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..composition import Composition
+from ..contraction import automatic_layers, measure_contractions, set_contractions_
 from ..decay import FrobeniusDecay
 from ..experiments import checkpoints
 from ..experiments.config import differing_values
 from ..experiments.distributed import Processes
 from ..experiments.runs import REQUEUE, Run
-from .config import RunConfig
+from .config import RunConfig, TrainingConfig
 from .data import Batch, Data
+from .graph import NotRecorded, Step, StepGraph, record
 
 _EVALUATION_BATCH = 1000
 _CHECK_EVERY = 50  # steps between looking whether a loss or a weight is not finite: looking waits for the device
@@ -79,6 +82,13 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+def sgd(groups: Sequence[dict[str, Any]], config: TrainingConfig, device: torch.device) -> torch.optim.SGD:
+    """SGD with momentum. On a GPU it is fused and its learning rate a tensor there, as a recorded step needs it."""
+    if device.type != "cuda":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return torch.optim.SGD(groups, lr=torch.tensor(config.lr, device=device), momentum=config.momentum, fused=True)
+
+
 class Trainer:
     """Trains a model for ``config.epochs`` epochs and leaves checkpoints and metrics in the run's directory.
 
@@ -93,6 +103,13 @@ class Trainer:
                    still above the budget.
     epoch_metrics: called with the learning rate before training and after each epoch; its numbers join the metrics.
     first_step:    steps made before, by the trainer of an earlier round, and the ``seconds`` that they took.
+    record:        how a step is recorded, to be replayed (default: as a CUDA graph, on one GPU and without --eager).
+
+    On one GPU, before the first step, the faster contraction of each factorized layer is measured; weights are then composed
+    in groups (:class:`Composition`), and a step is one CUDA graph, but for an epoch's smaller last batch. Hooks act between
+    two replays. A step runs kernel by kernel, and that is said once, where its hook is an :class:`UpdateHook`, which acts
+    within a step; where the learning rate is a number, which a graph would never see change (see :func:`sgd`); and where
+    recording fails.
 
     A stopped run resumes exactly where it was: batches are functions of seed, epoch and step, and a checkpoint holds the
     rest. SIGTERM and SIGUSR2 save a checkpoint after the current step and exit with status 75, to be queued again. A loss
@@ -117,6 +134,7 @@ class Trainer:
         best_from: int = 0,
         first_step: int = 0,
         seconds: float = 0.0,
+        record: Callable[[Step], Step] | None = None,
     ) -> None:
         self.model, self.data, self.run, self.config, self.processes = model, data, run, config, processes
         self.architecture, self.optimizer, self.schedule = dict(architecture), optimizer, schedule
@@ -124,8 +142,16 @@ class Trainer:
         self.loss = loss or _cross_entropy
         self.steps_per_epoch = data.steps_per_epoch(config.batch_size, processes.world_size)
         self.last_step = min(config.epochs * self.steps_per_epoch, config.max_steps or sys.maxsize)
-        alone = processes.device.type == "cuda" and processes.world_size == 1
-        mode = "reduce-overhead" if alone else None  # CUDA graphs: one launch for all kernels
+        self._on_one_gpu = processes.device.type == "cuda" and processes.world_size == 1
+        if self._on_one_gpu:
+            model.to(memory_format=torch.channels_last)  # as the images are
+        self._record = record or self._default_record()
+        self._eager_because = self._why_eager() if self._record is not None else None
+        self._graph: StepGraph | None = None  # made by prepare()
+        self.composition: Composition | None = None
+        self.contractions: dict[str, str] | None = None  # as measured, by layer
+        recorded = self._record is not None and self._eager_because is None
+        mode = "reduce-overhead" if self._on_one_gpu and not recorded else None  # CUDA graphs of torch.compile's own
         self.network = processes.parallel(cast(nn.Module, torch.compile(model, mode=mode)) if config.compile else model)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.amp == "fp16")
         self.step = first_step  # optimizer steps made so far
@@ -136,6 +162,8 @@ class Trainer:
         self._started = time.monotonic()
         self._saved: int | None = None  # step of the last checkpoint
         self._bad = torch.full((), -1, device=processes.device)  # first step whose loss was not finite
+        self._number = torch.zeros((), dtype=torch.int64, device=processes.device)  # of a recorded step, counted from 1
+        self._one = torch.ones((), device=processes.device)
         self._told_to_stop = False
         self._agree_every = 1 if processes.world_size == 1 else _AGREE_EVERY
 
@@ -147,7 +175,8 @@ class Trainer:
             "inputs": self.run.inputs,
             "architecture": self.architecture,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
+            "contractions": self.contractions,
             "scaler": self.scaler.state_dict(),
             "hook": self.hook.state_dict() if isinstance(self.hook, Stateful) else None,
             "step": self.step,
@@ -179,14 +208,15 @@ class Trainer:
                 "the checkpoint to resume from lacks what acts after each step: it was made without --dump-frobnorms"
             )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer_state(state["optimizer"])
+        self.contractions = state.get("contractions")
         self.scaler.load_state_dict(state["scaler"])
         if isinstance(self.hook, Stateful):
             self.hook.load_state_dict(state["hook"])
         self.step, self.best, self.final = state["step"], state["best"], dict(state["final"])
         self._saved = self.step
         if self.processes.main:  # the sum over all processes, which is taken again at the end of the epoch
-            self.totals = state["totals"].to(self.processes.device)
+            self.totals.copy_(state["totals"])
         self.seconds = state["seconds"]
         checkpoints.set_random_state(state["random"])
 
@@ -197,6 +227,7 @@ class Trainer:
         self._started = time.monotonic()
         self.run.truncate_log(self.step // self.steps_per_epoch if self.step else -1)
         try:
+            self.prepare()
             if self.step == 0:
                 self._log({"epoch": 0, "step": 0, **self._epoch_metrics(0)}, writer)
             while self.step < self.last_step:
@@ -222,8 +253,6 @@ class Trainer:
         epoch, first = divmod(self.step, self.steps_per_epoch)
         last = min(self.steps_per_epoch, first + self.last_step - self.step)
         lr = self.schedule(epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         started, before = time.monotonic(), self.processes.sum(self.totals.clone())[2].item()  # samples before a resume
         progress = tqdm(
             total=self.steps_per_epoch,
@@ -232,19 +261,9 @@ class Trainer:
             leave=False,
             disable=None if self.processes.main else True,
         )
-        self.model.train()
-        if first == 0 and isinstance(self.hook, EpochHook):
-            self.hook.before_epoch(epoch)
+        self.begin_epoch()
         for step in range(first, last):
-            batch = self.data.train_batch(
-                self.config.seed,
-                epoch,
-                step,
-                self.config.batch_size,
-                rank=self.processes.rank,
-                world_size=self.processes.world_size,
-            )
-            self.train_step(batch)
+            self.next_step()
             if self.step % _CHECK_EVERY == 0:
                 self._check_numbers()
             progress.update()
@@ -287,15 +306,81 @@ class Trainer:
         if self.step < self.last_step:
             self._stop_if_told()
 
+    def prepare(self) -> None:
+        """Before the first step, on one GPU: choose contractions, group the layers that compose, and have steps recorded."""
+        if self.composition is not None or (self._record is None and not self._on_one_gpu):
+            return
+        if self._on_one_gpu:
+            self._choose_contractions()
+        self.composition = Composition(self.model, self.decay)
+        if self._eager_because is not None:
+            self._say_eager()
+        elif self._record is not None:
+            self._feed = self.data.feed(self.config.batch_size)
+            self._graph = StepGraph(self._recorded_step, self._memory(), record=self._record)
+
+    def begin_epoch(self) -> None:
+        """Get ready for the next step, in its epoch: learning rate, order of the samples, hook."""
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        lr = self.schedule(epoch)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        if self._graph is not None:
+            self._feed.start(self.config.seed, epoch, first)
+            self._number.fill_(self.step)
+        self.model.train()
+        if first == 0 and isinstance(self.hook, EpochHook):
+            self.hook.before_epoch(epoch)
+
+    def next_step(self) -> None:
+        """Make the next optimizer step of the epoch: by replaying it where it is recorded and its batch is a whole one."""
+        epoch, step = divmod(self.step, self.steps_per_epoch)
+        size = self.config.batch_size
+        if self._graph is not None and (step + 1) * size <= len(self.data):
+            try:
+                self._graph()
+            except NotRecorded as error:
+                self._graph, self._eager_because = None, str(error)
+                self._say_eager()
+            else:
+                self._finish_step()
+                return
+        processes = self.processes
+        batch = self.data.train_batch(self.config.seed, epoch, step, size, rank=processes.rank, world_size=processes.world_size)
+        # A smaller batch would be compiled again, for one step an epoch.
+        self._update(batch, self.step + 1, self.network if self._graph is None else self.model)
+        self._finish_step()
+
     def train_step(self, batch: Batch) -> None:
         """Make one optimizer step. The sums of losses, correct answers and samples join ``totals``, on the device."""
+        self._update(batch, self.step + 1, self.network)
+        self._finish_step()
+
+    def _recorded_step(self) -> None:
+        self._number += 1
+        self._update(self._feed.next(), self._number, self.network)
+
+    def _finish_step(self) -> None:
+        self.step += 1
+        if self.hook is not None:
+            self.hook.after_step(self.step - 1)
+
+    def _update(self, batch: Batch, number: int | Tensor, network: nn.Module) -> None:
+        """Learn from a batch, as step ``number`` counted from 1. Nothing here waits for the device."""
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.amp)
-        with torch.autocast(self.processes.device.type, precision) if precision else nullcontext():
-            loss, logits = self.loss(self.network, batch)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        scale = self.scaler.scale(self._one) if self.scaler.is_enabled() else None
+        with self.composition.active(precision, scale) if self.composition is not None else nullcontext():
+            with torch.autocast(self.processes.device.type, precision) if precision else nullcontext():
+                loss, logits = self.loss(network, batch)
+            self.optimizer.zero_grad()
+            self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        if self.decay is not None:
+        if self.composition is not None:
+            self.composition.decay_rest()
+        elif self.decay is not None:
             self.decay.step()
         if isinstance(self.hook, UpdateHook):
             self.hook.before_update(self.step)
@@ -305,10 +390,67 @@ class Trainer:
             samples = torch.full_like(loss, len(batch.labels))
             sums = torch.stack([loss * samples, (logits.argmax(1) == batch.labels).sum().to(loss.dtype), samples])
         self.totals += sums
-        self.step += 1
-        self._bad = torch.where(sums[0].isfinite() | (self._bad >= 0), self._bad, self.step)
-        if self.hook is not None:
-            self.hook.after_step(self.step - 1)
+        self._bad.copy_(torch.where(sums[0].isfinite() | (self._bad >= 0), self._bad, number))
+
+    def _default_record(self) -> Callable[[Step], Step] | None:
+        return record if self._on_one_gpu and not self.config.eager else None
+
+    def _why_eager(self) -> str | None:
+        """Why a step cannot be recorded, as far as that is known beforehand."""
+        if isinstance(self.hook, UpdateHook):
+            return f"{type(self.hook).__name__} acts between backward and the optimizer's step"
+        if not all(isinstance(group["lr"], Tensor) for group in self.optimizer.param_groups):
+            return "the optimizer's learning rate is a number, which a graph would keep: give a tensor on the GPU"
+        return None
+
+    def _say_eager(self) -> None:
+        print(f"steps are not recorded as a CUDA graph and run kernel by kernel: {self._eager_because}", file=sys.stderr)
+
+    def _choose_contractions(self) -> None:
+        """Take the contractions of the run that is resumed or, at a start, the faster ones by measurement."""
+        if self.contractions is None and automatic_layers(self.model):
+            batch = self.data.train_batch(self.config.seed, 0, 0, self.config.batch_size)
+            precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.amp)
+            try:
+                found = measure_contractions(self.model, batch.images, dtype=precision)
+            except Exception as error:
+                print(f"contractions were not measured, and the rule's are taken: {error}", file=sys.stderr)
+                return
+            self.contractions = {name: each.faster for each in found for name in each.layers}
+            for each in found:
+                print(f"contraction {each}", file=sys.stderr)
+        set_contractions_(self.model, self.contractions or {})
+
+    def _memory(self) -> Callable[[], Iterator[Tensor]]:
+        """What outlives a step and is read or written by it."""
+        own = [holder for module in self.model.modules() for holder in (module._parameters, module._buffers)]
+        places = [(holder, name) for holder in own for name, value in holder.items() if value is not None]
+
+        def memory() -> Iterator[Tensor]:
+            yield from (cast(Tensor, holder[name]) for holder, name in places)
+            for values in self.optimizer.state.values():
+                yield from (value for value in values.values() if isinstance(value, Tensor))
+            yield from (group["lr"] for group in self.optimizer.param_groups)
+
+        return memory
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        state = self.optimizer.state_dict()
+        for group in state["param_groups"]:
+            group["lr"] = float(group["lr"])
+        return state
+
+    def _load_optimizer_state(self, state: Mapping[str, Any]) -> None:
+        """Load momentum, in the memory layout of its Parameters; how the optimizer works on this device stays as it is."""
+        how = ("lr", "fused", "foreach")
+        own = [{key: group[key] for key in how if key in group} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(dict(state))
+        for group, options in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(options)
+        for parameter, values in self.optimizer.state.items():
+            for key, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                    values[key] = torch.empty_like(parameter).copy_(value)
 
     def _epoch_metrics(self, epoch: int) -> dict[str, float]:
         return self.epoch_metrics(self.schedule(epoch)) if self.epoch_metrics is not None else {}

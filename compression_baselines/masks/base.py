@@ -121,9 +121,6 @@ class Method:
     def before_epoch(self, epoch: int) -> None:
         """Called before the first step of each epoch."""
 
-    def before_update(self, step: int) -> None:
-        """Called between backward and the optimizer's step."""
-
     def after_step(self, step: int) -> None:
         """Called after the optimizer's step."""
 

@@ -1,0 +1,142 @@
+"""The weights of many factorized layers, composed at once: one batched product for each group of layers of equal shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import linalg
+from .decay import FrobeniusDecay
+from .layers import Factorized
+
+
+class _Separate(torch.autograd.Function):
+    """Weights (layers, ...) of a group, taken apart for the layers in the precision and memory layout of their use.
+
+    Backward adds ``coef * scale * W`` to the gradient of every W, the Frobenius decay of its factors once the chain rule is
+    applied: for W = U V^T it gives U the gradient ``coef * W V`` and V^T ``coef * U^T W``. The sum is taken in the precision
+    of W, which is at least float32: in bfloat16 it would round away.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, dtype: torch.dtype, group: _Group, scale: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.group, ctx.scale = group, scale
+        ctx.save_for_backward(weights)
+        used = _channels_last(weights)
+        used = torch.empty(used.shape, dtype=dtype, device=used.device).copy_(used)  # casts and lays out in one launch
+        return _channels_first(used).unbind()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weights,) = ctx.saved_tensors
+        group: _Group = ctx.group
+        stacked = _channels_first(torch.stack([_channels_last(grad) for grad in grads]))
+        total = torch.empty_like(weights)
+        if not group.coef:
+            total.copy_(stacked)
+        elif ctx.scale is None:
+            torch.add(stacked, weights, alpha=group.coef, out=total)
+        else:
+            torch.addcmul(stacked, weights, ctx.scale, value=group.coef, out=total)
+        group.decayed = True
+        return total, None, None, None
+
+
+def _channels_last(weights: Tensor) -> Tensor:
+    """A view of convolution kernels (..., out, in, kh, kw) as (..., out, kh, kw, in); other weights as they are."""
+    return weights.movedim(-3, -1) if weights.ndim >= 4 else weights
+
+
+def _channels_first(weights: Tensor) -> Tensor:
+    """Inverse of :func:`_channels_last`."""
+    return weights.movedim(-1, -3) if weights.ndim >= 4 else weights
+
+
+class _Group:
+    """Layers of one kind whose factors have equal shapes.
+
+    coef:     of the Frobenius decay that joins the gradients of their weights; 0 for none.
+    decayed:  whether it has, since the weights were composed.
+    """
+
+    def __init__(self, layers: list[Factorized], coef: float) -> None:
+        self.layers, self.coef, self.decayed = layers, coef, False
+
+    def compose(self, dtype: torch.dtype | None, scale: Tensor | None) -> None:
+        """Give each layer its weight, in ``dtype`` (None: that of its factors)."""
+        columns = list(zip(*(layer.factors() for layer in self.layers), strict=True))
+        own = columns[0][0].dtype
+        if dtype is None or own == torch.float64:  # which autocast leaves as it is
+            dtype = own
+        with torch.autocast(columns[0][0].device.type, enabled=False):
+            stacked = [torch.stack(linalg.at_least_float32(column)) for column in columns]
+            weights = self.layers[0].compose(stacked)
+        self.decayed = False
+        for layer, weight in zip(self.layers, _Separate.apply(weights, dtype, self, scale), strict=True):
+            layer._composed = weight
+
+
+class Composition:
+    """Composes the weights of a model's layers in groups of equal shapes. On a GPU that saves most of their launches.
+
+    It covers the layers whose ``contraction`` is "composed" when it is made, and their forward passes are the same functions
+    with it and without. Frobenius decay of these layers is added to the gradients of their weights, which costs one addition
+    a group where :meth:`FrobeniusDecay.step` takes products of factors; the gradients of the factors are the same. One
+    backward pass must make one optimizer step, and :meth:`decay_rest` must take the place of the decay's ``step``::
+
+        composition = Composition(model, decay)
+        for images, labels in batches:
+            optimizer.zero_grad()
+            with composition.active():
+                loss(model(images), labels).backward()
+            composition.decay_rest()
+            optimizer.step()
+
+    Raises ValueError for decoupled decay, which gradients take no part in.
+    """
+
+    def __init__(self, model: nn.Module, decay: FrobeniusDecay | None = None) -> None:
+        if decay is not None and decay.decoupled:
+            raise ValueError("a composition adds decay to gradients, and this decay is decoupled: call its step(lr) instead")
+        self.decay = decay
+        alike: dict[Any, list[Factorized]] = {}
+        for layer in model.modules():
+            if isinstance(layer, Factorized) and layer.contraction == "composed":
+                alike.setdefault(_kind(layer, decay), []).append(layer)
+        self._groups = [_Group(layers, decay.coef if decay is not None and decay.covers(layers[0]) else 0.0)
+                        for layers in alike.values()]  # fmt: skip
+
+    @contextmanager
+    def active(self, dtype: torch.dtype | None = None, scale: Tensor | None = None) -> Generator[None]:
+        """Compose the weights now, and have forward passes use them until the end of the block: forward and backward.
+
+        dtype:  of the weights, where autocast computes in one (None: that of the factors).
+        scale:  what the loss is multiplied by (a scalar on the device), for the decay to be multiplied alike.
+        """
+        try:
+            for group in self._groups:
+                group.compose(dtype, scale)
+            yield
+        finally:
+            for group in self._groups:
+                for layer in group.layers:
+                    layer._composed = None
+
+    def decay_rest(self) -> None:
+        """Decay what the last backward pass has not: layers that are not composed, or were not used, and factor pairs."""
+        if self.decay is not None:
+            self.decay.step_without(layer for group in self._groups if group.decayed for layer in group.layers)
+
+
+def _kind(layer: Factorized, decay: FrobeniusDecay | None) -> Any:
+    """What layers of one group have in common."""
+    factors = layer.factors()
+    shape = layer.compose([torch.empty(factor.shape, device="meta") for factor in factors]).shape
+    covered = decay is not None and decay.covers(layer)
+    return type(layer), tuple(factor.shape for factor in factors), shape, factors[0].dtype, factors[0].device, covered

@@ -1,0 +1,153 @@
+"""Which contraction of a factorized layer is faster, measured on the GPU where it is to run."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .composition import Composition
+from .layers import Factorized
+
+_REPEATS, _TURNS = 10, 5  # launches timed together, and how often
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a layer's contractions take, forward and backward, in milliseconds, and the names of the layers like it."""
+
+    layers: tuple[str, ...]
+    description: str
+    milliseconds: dict[str, float]
+
+    @property
+    def faster(self) -> str:
+        return min(self.milliseconds, key=self.milliseconds.__getitem__)
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {time:.3f} ms" for name, time in self.milliseconds.items())
+        return f"{self.faster}: {len(self.layers)} x {self.description} ({times})"
+
+
+def automatic_layers(model: nn.Module) -> dict[str, Factorized]:
+    """The layers whose contraction was left to "auto", by name."""
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, Factorized))
+    return {name: layer for name, layer in layers if layer.contraction_is_automatic}
+
+
+def set_contractions_(model: nn.Module, choices: dict[str, str]) -> None:
+    """Give the named layers their contractions; raises ValueError for a name that is no layer of "auto" contraction."""
+    layers = automatic_layers(model)
+    for name, choice in choices.items():
+        if name not in layers or choice not in ("thin", "composed"):
+            raise ValueError(f"contraction {choice!r} of {name!r}: expected thin or composed, of {len(layers)} layers")
+        layers[name].contraction = choice
+
+
+def measure_contractions(
+    model: nn.Module, input: Tensor, *, dtype: torch.dtype | None = None, milliseconds: Callable[..., float] | None = None
+) -> list[Measured]:
+    """Time both contractions of each distinct layer of "auto" contraction, on the inputs that they get from a batch.
+
+    The model is run once, in evaluation mode and without gradients, to see those inputs. Layers of one kind, shape and input
+    are measured once. Nothing in the model changes; :func:`set_contractions_` applies a choice.
+
+    dtype:         what autocast computes in (None: no autocast).
+    milliseconds:  times a function of no arguments; the default records it as a CUDA graph and times replays, because a
+                   training step is replayed, too, and launches would hide what the kernels take.
+    """
+    alike: dict[Any, list[str]] = {}
+    inputs: dict[Any, tuple[Factorized, Tensor]] = {}
+    for name, layer, given in _inputs(model, input, dtype):
+        kind = (type(layer), layer.extra_repr(), tuple(given.shape), given.dtype, given.stride())
+        alike.setdefault(kind, []).append(name)
+        inputs.setdefault(kind, (layer, given))
+    found = []
+    for kind, names in alike.items():
+        layer, given = inputs[kind]
+        before = layer.contraction
+        times = {}
+        try:
+            for choice in ("thin", "composed"):
+                layer.contraction = choice
+                times[choice] = (milliseconds or replay_milliseconds)(_Pass(layer, given, dtype))
+        finally:
+            layer.contraction = before
+        shapes = " ".join("x".join(map(str, factor.shape)) for factor in layer.factors())
+        description = f"{type(layer).__name__} of {shapes} on {'x'.join(map(str, given.shape))}"
+        found.append(Measured(tuple(names), description, times))
+    return found
+
+
+@torch.no_grad()
+def _inputs(model: nn.Module, input: Tensor, dtype: torch.dtype | None) -> Iterator[tuple[str, Factorized, Tensor]]:
+    """Name, layer and first input of each layer to measure, in the order of their use."""
+    seen: dict[str, Tensor] = {}
+    layers = automatic_layers(model)
+
+    def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.setdefault(name, args[0].detach())
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(remember(name)) for name, layer in layers.items()]
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        with torch.autocast(input.device.type, dtype, enabled=dtype is not None):
+            model(input)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    return ((name, layers[name], given) for name, given in seen.items())
+
+
+class _Pass:
+    """Forward and backward of one layer, as a group of its own where it is composed."""
+
+    def __init__(self, layer: Factorized, input: Tensor, dtype: torch.dtype | None) -> None:
+        self.layer, self.dtype, self.device_type = layer, dtype, input.device.type
+        self.input = input.requires_grad_(input.is_floating_point())
+        self.composition = Composition(layer)
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        self.wanted = trained + [self.input] * self.input.requires_grad
+
+    def __call__(self) -> None:
+        with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None), self.composition.active(self.dtype):
+            output = self.layer(self.input)
+            if self.wanted:
+                torch.autograd.grad(output, self.wanted, output.detach())
+
+
+def replay_milliseconds(function: Callable[[], Any]) -> float:
+    """Median milliseconds of a function on the present GPU, recorded as a CUDA graph and replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            function()
+        graph.capture_begin()
+        try:
+            function()
+        finally:
+            graph.capture_end()
+        graph.replay()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(_TURNS + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            for _ in range(_REPEATS):
+                graph.replay()
+            mark.record()
+        stream.synchronize()
+    times = [start.elapsed_time(end) / _REPEATS for start, end in itertools.pairwise(marks)]
+    torch.cuda.current_stream().wait_stream(stream)
+    return statistics.median(times)
