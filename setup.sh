@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Set the project up and run it. Usage: bash setup.sh [install | scripts | quickstart [--translation] | test [--slow]]
+# Set the project up and run it. Usage: bash setup.sh [install | scripts | quickstart [--translation] | test [--slow | --gpu]]
 #   install     (default) a virtual environment in .venv with pinned packages, and the script of every table row
 #   scripts     only write the scripts to generated-scripts/
 #   quickstart  install, train ResNet20 on the embedded digits in six rows of three seeds, print the table;
 #               with --translation a factorized Transformer on embedded number words, print its BLEU
-#   test        install, check style and types, run the tests; with --slow also the slow ones (forty kills a program, a real Slurm)
+#   test        install, check style and types, run the tests; with --slow also the slow ones (forty kills a program, a real Slurm);
+#               with --gpu only those that need a GPU
 # Each step that is done already is skipped. PYTHON names the Python to make .venv with (3.11 or newer).
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
@@ -73,6 +74,12 @@ case ${1:-install} in
   install) install && scripts && say "next: bash setup.sh quickstart, or any script in generated-scripts/" ;;
   scripts) scripts ;;
   quickstart) if [[ ${2:-} == --translation ]]; then install && translation; else install && scripts && quickstart; fi ;;
-  test) if [[ ${2:-} == --slow ]]; then install && tests; else install && tests -m "not slow"; fi ;;
+  test)
+    case ${2:-} in
+      --slow) install && tests ;;
+      --gpu) install && .venv/bin/pytest -m gpu ;;
+      *) install && tests -m "not slow" ;;
+    esac
+    ;;
   *) die "unknown command '$1': install, scripts, quickstart or test" ;;
 esac

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 from torchvision.models import resnet18
@@ -29,19 +30,19 @@ class Network:
     def rank_scale(self, model: nn.Module) -> float:
         return self.scale or rank_scale_for_ratio(model, self.ratio, filter_fn=self.is_factorized)
 
-    def factorized(self) -> nn.Module:
+    def factorized(self, init: Literal["spectral", "regular"] = "spectral") -> nn.Module:
         model = self.dense()
-        factorize_(model, LowRankConfig(self.rank_scale(model)), filter_fn=self.is_factorized)
+        factorize_(model, LowRankConfig(self.rank_scale(model), init=init), filter_fn=self.is_factorized)
         return model
 
 
 class TensorNetwork(Network):
     """WideResNet16-4 of tensor trains."""
 
-    def factorized(self) -> nn.Module:
+    def factorized(self, init: Literal["spectral", "regular"] = "spectral") -> nn.Module:
         architecture = {"depth": 16, "width": 4, "num_classes": 10, "form": "TensorTrain", "rank_scale": 1.0}
         scale = tensors.tensor_scale_for_ratio(architecture, self.ratio)
-        return tensors.make_tensors({**architecture, "rank_scale": scale}, "spectral")[0]
+        return tensors.make_tensors({**architecture, "rank_scale": scale}, init)[0]
 
 
 def cifar_resnet18() -> nn.Module:
