@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from torch import nn
@@ -36,13 +37,19 @@ class Network:
         return model
 
 
+_TENSOR_TRAIN = {"depth": 16, "width": 4, "num_classes": 10, "form": "TensorTrain"}
+
+
 class TensorNetwork(Network):
     """WideResNet16-4 of tensor trains."""
 
     def factorized(self, init: Literal["spectral", "regular"] = "spectral") -> nn.Module:
-        architecture = {"depth": 16, "width": 4, "num_classes": 10, "form": "TensorTrain", "rank_scale": 1.0}
-        scale = tensors.tensor_scale_for_ratio(architecture, self.ratio)
-        return tensors.make_tensors({**architecture, "rank_scale": scale}, init)[0]
+        return tensors.make_tensors({**_TENSOR_TRAIN, "rank_scale": _tensor_scale(self.ratio)}, init)[0]
+
+
+@cache
+def _tensor_scale(ratio: float) -> float:
+    return tensors.tensor_scale_for_ratio({**_TENSOR_TRAIN, "rank_scale": 1.0}, ratio)
 
 
 def cifar_resnet18() -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ _REPEATS, _TURNS = 10, 5  # launches timed together, and how often
 
 @dataclass(frozen=True)
 class Measured:
-    """What a layer's contractions take, forward and backward, in milliseconds, and the names of the layers like it."""
+    """What the contractions of some equal layers take, forward and backward, in milliseconds a layer."""
 
     layers: tuple[str, ...]
     description: str
@@ -55,32 +54,36 @@ def measure_contractions(
     """Time both contractions of each distinct layer of "auto" contraction, on the inputs that they get from a batch.
 
     The model is run once, in evaluation mode and without gradients, to see those inputs. Layers of one kind, shape and input
-    are measured once. Nothing in the model changes; :func:`set_contractions_` applies a choice.
+    are measured together, as they are composed together. Nothing in the model changes; :func:`set_contractions_` applies a
+    choice.
 
     dtype:         what autocast computes in (None: no autocast).
     milliseconds:  times a function of no arguments; the default records it as a CUDA graph and times replays, because a
                    training step is replayed, too, and launches would hide what the kernels take.
     """
-    alike: dict[Any, list[str]] = {}
-    inputs: dict[Any, tuple[Factorized, Tensor]] = {}
+    alike: dict[Any, dict[str, Factorized]] = {}
+    inputs: dict[Any, Tensor] = {}
     for name, layer, given in _inputs(model, input, dtype):
         kind = (type(layer), layer.extra_repr(), tuple(given.shape), given.dtype, given.stride())
-        alike.setdefault(kind, []).append(name)
-        inputs.setdefault(kind, (layer, given))
+        alike.setdefault(kind, {})[name] = layer
+        inputs.setdefault(kind, given)
     found = []
-    for kind, names in alike.items():
-        layer, given = inputs[kind]
-        before = layer.contraction
+    for kind, layers in alike.items():
+        first = next(iter(layers.values()))
+        before = first.contraction
         times = {}
         try:
             for choice in ("thin", "composed"):
-                layer.contraction = choice
-                times[choice] = (milliseconds or replay_milliseconds)(_Pass(layer, given, dtype))
+                for layer in layers.values():
+                    layer.contraction = choice
+                call = _Pass(list(layers.values()), inputs[kind], dtype)
+                times[choice] = (milliseconds or replay_milliseconds)(call) / len(layers)
         finally:
-            layer.contraction = before
-        shapes = " ".join("x".join(map(str, factor.shape)) for factor in layer.factors())
-        description = f"{type(layer).__name__} of {shapes} on {'x'.join(map(str, given.shape))}"
-        found.append(Measured(tuple(names), description, times))
+            for layer in layers.values():
+                layer.contraction = before
+        shapes = " ".join("x".join(map(str, factor.shape)) for factor in first.factors())
+        description = f"{type(first).__name__} of {shapes} on {'x'.join(map(str, inputs[kind].shape))}"
+        found.append(Measured(tuple(layers), description, times))
     return found
 
 
@@ -111,24 +114,28 @@ def _inputs(model: nn.Module, input: Tensor, dtype: torch.dtype | None) -> Itera
 
 
 class _Pass:
-    """Forward and backward of one layer, as a group of its own where it is composed."""
+    """Forward and backward of each of some layers, as one group where they are composed."""
 
-    def __init__(self, layer: Factorized, input: Tensor, dtype: torch.dtype | None) -> None:
-        self.layer, self.dtype, self.device_type = layer, dtype, input.device.type
+    def __init__(self, layers: list[Factorized], input: Tensor, dtype: torch.dtype | None) -> None:
+        self.layers, self.dtype, self.device_type = layers, dtype, input.device.type
         self.input = input.requires_grad_(input.is_floating_point())
-        self.composition = Composition(layer)
-        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        holder = nn.ModuleList(layers)
+        self.composition = Composition(holder)
+        trained = [parameter for parameter in holder.parameters() if parameter.requires_grad]
         self.wanted = trained + [self.input] * self.input.requires_grad
 
     def __call__(self) -> None:
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None), self.composition.active(self.dtype):
-            output = self.layer(self.input)
+            outputs = [layer(self.input) for layer in self.layers]
             if self.wanted:
-                torch.autograd.grad(output, self.wanted, output.detach())
+                torch.autograd.grad(outputs, self.wanted, [output.detach() for output in outputs])
 
 
 def replay_milliseconds(function: Callable[[], Any]) -> float:
-    """Median milliseconds of a function on the present GPU, recorded as a CUDA graph and replayed."""
+    """Milliseconds of a function on the present GPU, recorded as a CUDA graph and replayed: the least of some turns.
+
+    The least, because other runs may share the card.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
@@ -150,4 +157,4 @@ def replay_milliseconds(function: Callable[[], Any]) -> float:
         stream.synchronize()
     times = [start.elapsed_time(end) / _REPEATS for start, end in itertools.pairwise(marks)]
     torch.cuda.current_stream().wait_stream(stream)
-    return statistics.median(times)
+    return min(times)

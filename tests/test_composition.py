@@ -229,7 +229,7 @@ def test_contractions_are_measured_once_for_each_kind_of_layer_and_change_nothin
     def milliseconds(function):
         function()
         timed.append(function)
-        return 2.0 if function.layer.contraction == "thin" else 1.0
+        return 2.0 if function.layers[0].contraction == "thin" else 1.0
 
     images = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
     found = measure_contractions(model, images, milliseconds=milliseconds)

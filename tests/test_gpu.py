@@ -47,7 +47,7 @@ def test_what_moves_is_recorded_anew(data):
     gpu.train(trainer, 8)
     with torch.no_grad():
         trainer.model.linear.weight.data = trainer.model.linear.weight.clone()
-    before = trainer.model.linear.weight.clone()
+        before = trainer.model.linear.weight.clone()
     gpu.train(trainer, 8)
     assert trainer._graph.recordings == 2
     assert not torch.equal(trainer.model.linear.weight, before)

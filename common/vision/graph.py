@@ -58,7 +58,10 @@ class StepGraph:
             try:
                 self._replay = self._record(self._step)
             except Exception as error:  # whatever a step does that a graph cannot hold, CUDA has an error of its own for it
-                raise NotRecorded(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+                cause: BaseException = error
+                while cause.__context__ is not None:  # ending the recording fails, too, and says less
+                    cause = cause.__context__
+                raise NotRecorded(f"{type(cause).__name__}: {str(cause).strip().splitlines()[0]}") from error
             self._addresses = self._present()
             self.recordings += 1
         self._replay()

@@ -334,6 +334,7 @@ class Trainer:
         self.model.train()
         if first == 0 and isinstance(self.hook, EpochHook):
             self.hook.before_epoch(epoch)
+        self._start_momentum()
 
     def next_step(self) -> None:
         """Make the next optimizer step of the epoch: by replaying it where it is recorded and its batch is a whole one."""
@@ -433,6 +434,17 @@ class Trainer:
             yield from (group["lr"] for group in self.optimizer.param_groups)
 
         return memory
+
+    def _start_momentum(self) -> None:
+        """Give momentum that is not there yet the value zero.
+
+        torch's fused SGD leaves it as the memory happens to be where the scaler skips the first step, as it mostly does.
+        """
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if group.get("fused") and group.get("momentum") else ():
+                state = self.optimizer.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
 
     def _optimizer_state(self) -> dict[str, Any]:
         state = self.optimizer.state_dict()
