@@ -116,14 +116,19 @@ class Composition:
     def active(self, dtype: torch.dtype | None = None, scale: Tensor | None = None) -> Generator[None]:
         """Compose the weights now, and have forward passes use them until the end of the block: forward and backward.
 
-        dtype:  of the weights, where autocast computes in one (None: that of the factors).
+        dtype:  of the weights, where autocast computes in one (None: that of the factors). For one of half precision, a GPU
+                takes the products in TF32, whose 10 bits are no fewer than those that the weights are rounded to.
         scale:  what the loss is multiplied by (a scalar on the device), for the decay to be multiplied alike.
         """
+        matmul = torch.backends.cuda.matmul
+        before = matmul.allow_tf32
         try:
+            matmul.allow_tf32 = before or dtype in (torch.float16, torch.bfloat16)
             for group in self._groups:
                 group.compose(dtype, scale)
             yield
         finally:
+            matmul.allow_tf32 = before
             for group in self._groups:
                 for layer in group.layers:
                     layer._composed = None
