@@ -22,6 +22,7 @@ from .layers import (
     FactorizedLinear,
     FactorizedMatrix,
 )
+from .state_dicts import unwrap
 
 FilterFn = Callable[[nn.Module, str], bool]
 Init = Callable[[Tensor, int], Sequence[Tensor]]
@@ -294,9 +295,11 @@ def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Fact
     """Load a state dict, first giving the model the factorized layers that the state dict holds, in place.
 
     ``model`` is the dense architecture; ranks and depth come from the shapes in the state dict, so that a factorized
-    model is rebuilt from its checkpoint alone. A dense state dict is loaded as it is. Raises ValueError, with the
-    model as it was, naming the first mismatch.
+    model is rebuilt from its checkpoint alone. A dense state dict is loaded as it is. What wrappers such as DataParallel add
+    is removed (:func:`common.state_dicts.unwrap`). As in ``load_state_dict``, normalizations may lack the count of batches
+    that torch has had since 0.4.1. Raises ValueError, with the model as it was, naming the first mismatch.
     """
+    state_dict = unwrap(state_dict, model.state_dict())
     original = count_parameters(model)
     layers: dict[str, tuple[Donor, FactorizedMatrix]] = {}
     made: dict[nn.Module, FactorizedMatrix] = {}  # a module that is used twice becomes one layer used twice
@@ -309,6 +312,9 @@ def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Fact
                 layers[name] = (donor, made[donor])
             del expected[f"{name}.weight"]
             expected |= {f"{name}.{key}": value for key, value in made[donor].state_dict().items()}
+    counts = {key: torch.zeros_like(value) for key, value in expected.items() if key.endswith("num_batches_tracked")}
+    if not any(key in state_dict for key in counts):
+        state_dict |= counts
     for key in [*expected, *state_dict]:
         if key not in state_dict or key not in expected:
             side = "the checkpoint lacks" if key in expected else "the model lacks"

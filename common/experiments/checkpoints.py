@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..state_dicts import unwrap
 from .files import write_atomic
 
 FORMAT = 1  # of training checkpoints; what an older one lacks, those who read it add
@@ -65,16 +66,14 @@ def newest(directory: Path) -> dict[str, Any] | None:
 
 
 def model_state(state: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    """The model's state dict in a checkpoint, of this project or of another: under "model", "state_dict", or at the top.
+    """The model's state dict in a checkpoint, of this project or of another: as :func:`common.state_dicts.unwrap` finds it.
 
-    Masks of torch.nn.utils.prune are multiplied into their weights.
+    Masks of torch.nn.utils.prune are multiplied into their weights. Raises ValueError where there is none.
     """
-    for key in ("model", "state_dict"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    tensors = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if not tensors or len(tensors) != len(state):
-        raise ValueError(f"{path} holds no state dict of a model")
+    try:
+        tensors = unwrap(state)
+    except ValueError as error:
+        raise ValueError(f"{path} is no checkpoint of a model: {error}") from error
     for name in [name.removesuffix("_mask") for name in tensors if name.endswith("_mask")]:
         if f"{name}_orig" in tensors:
             tensors[name] = tensors.pop(f"{name}_orig") * tensors.pop(f"{name}_mask")

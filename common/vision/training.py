@@ -112,7 +112,8 @@ class Trainer:
     recording fails.
 
     A stopped run resumes exactly where it was: batches are functions of seed, epoch and step, and a checkpoint holds the
-    rest. SIGTERM and SIGUSR2 save a checkpoint after the current step and exit with status 75, to be queued again. A loss
+    rest. SIGTERM, SIGUSR2 and Ctrl-C save a checkpoint after the current step and exit with status 75, to be queued again;
+    a second Ctrl-C interrupts at once. A loss
     or weight that is not finite ends the run with FloatingPointError, before any checkpoint holds it.
     """
 
@@ -222,7 +223,10 @@ class Trainer:
 
     def fit(self) -> dict[str, float]:
         """Train to the end; returns final and best test accuracy and final test loss, and the seconds it took."""
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR2)}
+        numbers = [signal.SIGTERM, signal.SIGUSR2]
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else who runs this program has a handler
+            numbers.append(signal.SIGINT)
+        handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         writer = self._tensorboard()
         self._started = time.monotonic()
         self.run.truncate_log(self.step // self.steps_per_epoch if self.step else -1)
@@ -495,6 +499,8 @@ class Trainer:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self._told_to_stop = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _stop_if_told(self) -> None:
         """Where a signal told any process to stop, save a checkpoint and exit."""
