@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class FactorPair:
         return self.view(function(self.u), function(self.vt))
 
     def squared_norm(self) -> Tensor:
-        """||U V^T||_F^2, summed over the batch, in at least float32; differentiable once."""
+        """||U V^T||_F^2, summed over the batch, in at least float32; differentiable."""
         return linalg.squared_norm(linalg.at_least_float32(self.factors()))
 
     def frobenius_grad_products(self) -> list[tuple[Tensor, ...]]:
@@ -94,7 +94,12 @@ class FrobeniusDecay:
     Parameter without a gradient receives one, as if the penalty had been part of the loss.
 
     With ``decoupled`` the gradient is not added to ``.grad`` but applied to the weights, times the learning rate given to
-    :meth:`step`, as AdamW does with weight decay.
+    :meth:`step`, as AdamW does with weight decay. Where the gradient of a Parameter of the model is not finite, nothing is
+    applied: that is when a GradScaler skips the optimizer's step.
+
+    Make it when the model has its final Parameters: after ``load_state_dict(..., assign=True)``, ``to_empty`` and
+    ``fully_shard``, and before the optimizer. A step raises RuntimeError once a covered layer or Parameter has been
+    replaced, because neither it nor the optimizer would reach the new one.
 
     Raises ValueError for a coefficient that is negative or not finite, or where there is nothing to decay.
     """
@@ -103,7 +108,9 @@ class FrobeniusDecay:
         if not math.isfinite(coef) or coef < 0:
             raise ValueError(f"the Frobenius decay coefficient must be finite and not negative, got {coef}")
         self.coef, self.decoupled, self.pairs = coef, decoupled, tuple(pairs)
+        self._model = model
         self._layers = [module for module in model.modules() if isinstance(module, Factorized)]
+        self._places = list(_places(model, self._layers, self.parameters()))
         if not self._layers and not self.pairs:
             raise ValueError(f"nothing to decay: {type(model).__name__} has no factorized layer and no factor pair was given")
 
@@ -114,7 +121,8 @@ class FrobeniusDecay:
         return list({id(factor): factor for factor in (*layers, *paired)}.values())
 
     def penalty(self) -> Tensor:
-        """coef/2 times the sum of ||W||_F^2: a scalar, differentiable once, for a loss or a log."""
+        """coef/2 times the sum of ||W||_F^2: a scalar, differentiable, for a loss or a log."""
+        self.check()
         alike, others = _grouped(self._layers)
         products = [*self.pairs, *map(_Stack, alike), *others]
         return self.coef / 2 * torch.stack([product.squared_norm() for product in products]).sum()
@@ -134,11 +142,22 @@ class FrobeniusDecay:
         done = set(layers)
         self._step([layer for layer in self._layers if layer not in done], None)
 
+    def check(self) -> None:
+        """Raise RuntimeError, by name, where a covered layer or Parameter is not in its place any more."""
+        for holder, key, held, name in self._places:
+            if holder.get(key) is not held:
+                raise RuntimeError(
+                    f"{name} was replaced since the Frobenius decay was made, which would miss what is there now: make the "
+                    "decay and the optimizer after what replaced it (load_state_dict with assign, to_empty, fully_shard, "
+                    "parametrizations, pruning, densify_)"
+                )
+
     def covers(self, layer: Factorized) -> bool:
         """Whether the layer is one of those that decay."""
         return any(layer is covered for covered in self._layers)
 
     def _step(self, layers: Sequence[Factorized], lr: float | None) -> None:
+        self.check()
         if self.coef == 0 or not (layers or self.pairs):
             return
         device_type = self.parameters()[0].device.type
@@ -148,7 +167,14 @@ class FrobeniusDecay:
             for product in self._products(layers, alone=in_place):
                 for target, gradient in zip(product.map_factors(self._target), product.frobenius_grad_products(), strict=True):
                     updates.add(target, gradient)  # of W = U V^T: coef U V^T V to the gradient of U, coef V U^T U to that of V
-        updates.apply()
+        updates.apply(self._finite() if self.decoupled else None)
+
+    def _finite(self) -> Tensor:
+        """Whether all gradients of the model are finite; a scalar on their device."""
+        grads = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        if not grads:
+            return torch.ones((), dtype=torch.bool, device=self.parameters()[0].device)
+        return torch.stack(torch._foreach_norm(grads, float("inf"))).isfinite().all()
 
     def _products(self, layers: Sequence[Factorized], *, alone: bool) -> Iterator[Factorized | _Stack | FactorPair]:
         """What decays: layers of equal shapes as one batch or, in full precision and if ``alone``, one at a time."""
@@ -204,9 +230,24 @@ class _Updates:
         self.targets += targets
         self.updates += [part.to(each.dtype) for each, part in zip(targets, parts, strict=True)]
 
-    def apply(self) -> None:
+    def apply(self, wanted: Tensor | None) -> None:
+        """Add what waits; nothing where ``wanted`` is given and false."""
+        if wanted is not None:
+            self.updates = [torch.where(wanted, update, 0) for update in self.updates]
         if self.targets:
             torch._foreach_add_(self.targets, self.updates)
+
+
+def _places(
+    model: nn.Module, layers: Sequence[Factorized], parameters: Sequence[nn.Parameter]
+) -> Iterator[tuple[Mapping[str, Any], str, Any, str]]:
+    """Where the layers and Parameters are in the model: dictionary, key, what is there, and its name."""
+    wanted = {id(each) for each in (*layers, *parameters)}
+    for name, module in model.named_modules():
+        for holder in (module._modules, module._parameters):
+            for key, held in holder.items():
+                if id(held) in wanted:
+                    yield holder, key, held, f"{name}.{key}" if name else key
 
 
 def param_groups(
@@ -222,12 +263,14 @@ def param_groups(
     factors of every :class:`Factorized` layer, which otherwise get ``weight_decay`` like the rest. Groups are disjoint and
     complete, are told apart by module type and never by name, and carry ``name`` ("rest", "factors").
 
-    Raises ValueError for a weight decay that is negative or not finite.
+    Raises ValueError for a weight decay that is negative or not finite, or a Parameter that ``decay`` covers and the model does
+    not have, and RuntimeError where one that it covers was replaced: what the model has now would get neither decay.
     """
     for value in (weight_decay, factor_weight_decay or 0.0):
         if not math.isfinite(value) or value < 0:
             raise ValueError(f"weight decay must be finite and not negative, got {value}")
     if decay is not None:
+        decay.check()
         covered = decay.parameters()
     elif factor_weight_decay is not None:
         covered = [factor for module in model.modules() if isinstance(module, Factorized) for factor in module.factors()]
@@ -235,6 +278,9 @@ def param_groups(
         covered = []
     ids = {id(parameter) for parameter in covered}
     parameters = list(model.parameters())
+    strange = len(ids - {id(parameter) for parameter in parameters})
+    if strange:
+        raise ValueError(f"{strange} of the {len(ids)} Parameters that the decay covers are not of this {type(model).__name__}")
     groups = [
         {"params": [p for p in parameters if id(p) not in ids], "weight_decay": weight_decay, "name": "rest"},
         {"params": [p for p in parameters if id(p) in ids], "weight_decay": factor_weight_decay or 0.0, "name": "factors"},

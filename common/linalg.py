@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def to_float64(tensor: Tensor) -> Tensor:
@@ -208,17 +207,21 @@ class _SquaredNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *factors: Tensor) -> Tensor:
         grads = frobenius_grads(factors)
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*factors, *grads)
         return (factors[0] * grads[0]).sum()  # <U, W V> = <U V^T, W>
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(2 * grad * each for each in ctx.saved_tensors)
+    def backward(ctx: Any, *grads_of_output: Tensor) -> tuple[Tensor, ...]:
+        (grad,) = grads_of_output
+        half = len(ctx.saved_tensors) // 2
+        factors, grads = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
+        if torch.is_grad_enabled():  # the gradients are differentiated, too
+            grads = frobenius_grads(factors)
+        return tuple(2 * grad * each for each in grads)
 
 
 def squared_norm(factors: Sequence[Tensor]) -> Tensor:
-    """||F_1 F_2 ... F_k||_F^2, summed over batch dimensions; differentiable once.
+    """||F_1 F_2 ... F_k||_F^2, summed over batch dimensions; differentiable, also twice.
 
     The gradients of :func:`frobenius_grads` are computed with it, which takes two thirds of what autograd needs.
     """

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
-from common import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, FactorPair, FrobeniusDecay, param_groups
+from common import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, FactorPair, FrobeniusDecay, densify_, param_groups
 from common.layers import Factorized
 from common.linalg import roll
 
@@ -248,7 +249,8 @@ def test_factors_that_change_their_rank_are_decayed_as_they_are(decoupled):
     decay = FrobeniusDecay(model, 0.3, decoupled=decoupled)
     for layer in model:
         layer.bias = None
-    model[0].u, model[0].vt = (nn.Parameter(torch.randn(size, dtype=torch.float64)) for size in ((5, 1), (1, 5)))
+    for factor, size in ((model[0].u, (5, 1)), (model[0].vt, (1, 5))):
+        factor.data = torch.randn(size, dtype=torch.float64)
     penalty = 0.15 * sum(layer.to_dense().square().sum() for layer in model)
     torch.testing.assert_close(decay.penalty(), penalty)
     expected = torch.autograd.grad(penalty, list(model.parameters()))
@@ -257,3 +259,123 @@ def test_factors_that_change_their_rank_are_decayed_as_they_are(decoupled):
     for parameter, grad, value in zip(model.parameters(), expected, before, strict=True):
         found = (value - parameter.detach()) / 0.1 if decoupled else parameter.grad
         torch.testing.assert_close(found, grad)
+
+
+class Wrapper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(FactorizedLinear(4, 4, 2), FactorizedConv2d(3, 4, 3, 2), Chain())
+
+    def layer(self):
+        return self.net[0]
+
+
+def assigned(model):
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+def given_memory(model):
+    model.to_empty(device="cpu")
+
+
+def parametrized(model):
+    parametrize.register_parametrization(model.layer(), "u", nn.Identity())
+
+
+def pruned(model):
+    prune.l1_unstructured(model.layer(), "vt", amount=0.5)
+
+
+def exchanged(model):
+    model.net[0] = nn.Linear(4, 4)
+
+
+def one_of_a_list(model):
+    model.net[2].parts[1] = nn.Parameter(torch.randn(2, 3))
+
+
+REPLACED = {
+    assigned: "net.0.u", parametrized: "net.0.u", pruned: "net.0.vt", exchanged: "net.0", one_of_a_list: "net.2.parts.1",
+    given_memory: "net.0.u",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("replace", REPLACED)
+def test_decay_of_parameters_that_were_replaced_is_an_error_by_name(replace):
+    model = Wrapper().to("meta" if replace is given_memory else "cpu")
+    decay = FrobeniusDecay(model, 0.1)
+    groups = param_groups(model, weight_decay=0.1, decay=decay)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    replace(model)
+    for use in (decay.step, decay.penalty, lambda: param_groups(model, weight_decay=0.1, decay=decay)):
+        with pytest.raises(RuntimeError, match=f"^{REPLACED[replace]} was replaced since the Frobenius decay was made"):
+            use()
+    if replace in (assigned, given_memory):
+        FrobeniusDecay(model, 0.1).step()
+
+
+def test_decay_after_folding_is_an_error():
+    model = nn.Sequential(FactorizedLinear(4, 4, 2), nn.Linear(4, 4))
+    decay = FrobeniusDecay(model, 0.1)
+    densify_(model)
+    with pytest.raises(RuntimeError, match=r"^0 was replaced"):
+        decay.step()
+
+
+def test_a_replaced_parameter_of_a_pair_is_an_error():
+    model = nn.ModuleDict({"q": nn.Linear(4, 4, bias=False), "k": nn.Linear(4, 4, bias=False)})
+    pair = FactorPair("qk", model["q"].weight, model["k"].weight, lambda q, k: (q.view(2, 2, 4).mT, k.view(2, 2, 4)))
+    decay = FrobeniusDecay(model, 0.1, pairs=[pair])
+    decay.step()
+    model["k"].weight = nn.Parameter(torch.ones(4, 4))
+    with pytest.raises(RuntimeError, match=r"^k.weight was replaced"):
+        decay.step()
+
+
+def test_groups_of_another_model_are_refused():
+    decay = FrobeniusDecay(nn.Sequential(FactorizedLinear(4, 4, 2)), 0.1)
+    with pytest.raises(ValueError, match="2 of the 2 Parameters that the decay covers are not of this Sequential"):
+        param_groups(nn.Sequential(FactorizedLinear(4, 4, 2)), weight_decay=0.1, decay=decay)
+
+
+def test_moving_and_converting_a_model_replaces_nothing():
+    model = Wrapper()
+    decay = FrobeniusDecay(model, 0.1)
+    model.double().float().to(memory_format=torch.channels_last).load_state_dict(model.state_dict())
+    decay.step()
+
+
+@pytest.mark.parametrize("covered", [True, False])
+def test_decoupled_decay_skips_the_step_that_a_scaler_skips(covered):
+    """Whichever Parameter's gradient has overflowed: a GradScaler looks at all of them."""
+    model = make_model()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    decay = FrobeniusDecay(model, 0.3, decoupled=True)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    overflowed = model[0].u if covered else model[6].weight
+    overflowed.grad[0, 0] = torch.inf
+    decay.step(lr=0.1)
+    assert all(torch.equal(new, old) for new, old in zip(model.parameters(), before, strict=True))
+    overflowed.grad[0, 0] = 1
+    decay.step(lr=0.1)
+    assert not torch.equal(model[0].u, before[0])
+
+
+@pytest.mark.parametrize("kind", ["layers", "pairs"])
+def test_the_penalty_can_be_differentiated_twice(kind):
+    torch.manual_seed(0)
+    u, vt = (nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in ((5, 2), (2, 3)))
+    layer = FactorizedLinear(3, 5, 2, dtype=torch.float64)
+    layer.u, layer.vt = u, vt
+    pair = FactorPair("p", u, vt, lambda u, vt: (u[None], vt[None]))
+    decay = FrobeniusDecay(layer, 0.7) if kind == "layers" else FrobeniusDecay(nn.ModuleList(), 0.7, pairs=[pair])
+    dense = 0.35 * (u @ vt).square().sum()
+    found, expected = (torch.autograd.grad(value, [u, vt], create_graph=True) for value in (decay.penalty(), dense))
+    direction = [torch.randn_like(each) for each in found]
+    twice = [
+        torch.autograd.grad([(g * d).sum() for g, d in zip(grads, direction, strict=True)], [u, vt])
+        for grads in (found, expected)
+    ]
+    for one, other in zip((*found, *twice[0]), (*expected, *twice[1]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
