@@ -142,6 +142,6 @@ class Composition:
 def _kind(layer: Factorized, decay: FrobeniusDecay | None) -> Any:
     """What layers of one group have in common."""
     factors = layer.factors()
-    shape = layer.compose([torch.empty(factor.shape, device="meta") for factor in factors]).shape
     covered = decay is not None and decay.covers(layer)
-    return type(layer), tuple(factor.shape for factor in factors), shape, factors[0].dtype, factors[0].device, covered
+    shapes = tuple(factor.shape for factor in factors), layer.weight_shape()
+    return type(layer), shapes, factors[0].dtype, factors[0].device, covered

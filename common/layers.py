@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from . import linalg
+from .weight import ComposedWeight
 
 Contraction = Literal["auto", "thin", "composed"]
 
@@ -21,7 +22,8 @@ class Factorized(nn.Module):
     A subclass defines :meth:`factors`, :meth:`to_dense` and :meth:`to_layer`; what decay and norms need follows
     from these, and a subclass that knows a cheaper way overrides it.
 
-    ``.weight`` reads as the dense weight, because torch's own fast paths look for it, and cannot be assigned.
+    ``.weight`` reads as the dense weight, because other code looks for it, and cannot be assigned or changed in place. It is
+    composed once something computes with it (:class:`common.weight.ComposedWeight`).
 
     A subclass whose forward pass multiplies by :meth:`weight_in_use` and whose weight :meth:`compose` makes says so by
     ``contraction = "composed"``: :class:`common.composition.Composition` then makes the weights of many layers at once.
@@ -30,6 +32,7 @@ class Factorized(nn.Module):
     contraction: str = "thin"  # how forward uses the factors: "thin" one after the other, "composed" as one weight
     contraction_is_automatic = False  # whether it was left to the layer, so that measuring may change it
     _composed: Tensor | None = None  # the weight that a Composition made, while it is active
+    _weight_shape: tuple[tuple[torch.Size, ...], torch.Size] | None = None  # the last one found, and the factors' shapes
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         """The Parameters whose product is the weight, left to right."""
@@ -94,7 +97,19 @@ class Factorized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.to_dense()
+        shape = None if torch.compiler.is_compiling() else self.weight_shape()
+        return self.to_dense() if shape is None else ComposedWeight.of(self, shape)
+
+    def weight_shape(self) -> torch.Size | None:
+        """Shape of the weight, found without composing; None where the layer does not define :meth:`compose`."""
+        shapes = tuple(factor.shape for factor in self.factors())
+        if self._weight_shape is None or self._weight_shape[0] != shapes:
+            try:
+                shape = self.compose([torch.empty(shape, device="meta") for shape in shapes]).shape
+            except NotImplementedError:
+                return None
+            self._weight_shape = shapes, shape
+        return self._weight_shape[1]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
