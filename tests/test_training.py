@@ -119,7 +119,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(train, tmp_path, stop):
     assert torch.equal(*norms)
 
 
-@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 4), (signal.SIGUSR2, 4), (signal.SIGTERM, 11)])
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 4), (signal.SIGUSR2, 4), (signal.SIGINT, 4), (signal.SIGTERM, 11)])
 def test_a_signal_saves_and_exits_to_be_queued_again(train, tmp_path, monkeypatch, number, at):
     """Within an epoch, and during its last step: then the epoch is evaluated and recorded first."""
     flags = ["--epochs", 2, "--resume", "auto", "--save-dir"]
@@ -141,6 +141,18 @@ def test_a_signal_saves_and_exits_to_be_queued_again(train, tmp_path, monkeypatc
     parts = train(*flags, tmp_path / "parts")
     assert_same(weights(whole), weights(parts))
     assert metrics(whole) == metrics(parts)
+
+
+def test_a_second_interrupt_ends_at_once_and_handlers_are_put_back(train, tmp_path, monkeypatch):
+    def interrupt(self, *args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Data, "train_batch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train("--epochs", 2, "--save-dir", tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_resume_auto_falls_back_to_the_previous_checkpoint(train, tmp_path, capsys):
