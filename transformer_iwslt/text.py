@@ -147,8 +147,9 @@ def find_data(data: Path) -> Path:
 
 
 def inputs(data: Path) -> dict[str, str]:
-    """Digest of a prepared folder, which tells what a run learns from."""
-    return {"data": config_hash({path.name: digest(path) for path in sorted(data.iterdir()) if path.is_file()})}
+    """Digest of a prepared folder, which tells what a run learns from; hidden files, which it does not read, do not count."""
+    files = (path for path in sorted(data.iterdir()) if path.is_file() and not path.name.startswith("."))
+    return {"data": config_hash({path.name: digest(path) for path in files})}
 
 
 def keep_vocabulary(data: Path, run: Path) -> None:
