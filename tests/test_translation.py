@@ -496,6 +496,7 @@ def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
         ("DATA --fp16 --cpu", "--fp16 needs a GPU"),
         ("DATA --bf16 --cpu", "--bf16 needs a GPU"),
         ("DATA/ --fp16 --cpu", "--fp16 needs a GPU"),
+        ("DATA --max-source-positions 4", "subwords, its end among them, and the model reads 4: prepare the data"),
         ("DATA --left-pad-target", "--left-pad-target is not passed on to fairseq"),
         ("DATA --task=translation", "--task is not passed on to fairseq"),
         ("DATA --seed 4294967290", "--seed must be below 2^32 less --max-update"),
@@ -508,11 +509,60 @@ def test_bad_flags_of_training(data, tmp_path, monkeypatch, refuses, command, me
     assert not (tmp_path / "run").exists()
 
 
-def test_sentences_that_are_too_long_end_in_one_line(data, tmp_path, capsys):
-    run(data, tmp_path, "--max-tokens 6 --max-update 3", fails=2)
-    assert (
-        "error: a sentence is too long for the model or for --max-tokens: Sentences lengths should" in capsys.readouterr().err
+def test_sentences_that_do_not_fit_a_batch_are_told_of(data, tmp_path, refuses, capsys):
+    command = f"{data} {TINY} --save-dir {tmp_path} --max-update 1"
+    refuses(train.main, f"{command} --max-tokens 6", "a batch holds 6: give a larger --max-tokens")
+    refuses(
+        train.main, f"{command} --max-tokens 2 --max-tokens-valid 400", "400 of 400 training pairs have more than 2 subwords"
     )
+    assert not list(tmp_path.iterdir())
+    run(data, tmp_path / "a", "--max-tokens 6 --max-tokens-valid 400 --max-update 1")
+    long = int((engine.sizes(data, "train").max(1) > 6).sum())
+    assert 0 < long < 400
+    message = f"warning: {long} of 400 training pairs have more than 6 subwords, the ends among them: training leaves them out"
+    assert message in capsys.readouterr().err
+    run(data, tmp_path / "b", "--max-tokens 6 --max-update 1 --skip-invalid-size-inputs-valid-test", fails=2)
+    assert "error: a sentence is too long for the model or for --max-tokens: Sentences lengths" in capsys.readouterr().err
+
+
+def texts(folder, **splits):
+    """Files of German and English words in a folder, and the flags of prepare.py that name them."""
+    for name, pairs in splits.items():
+        for side, lang in enumerate(("de", "en")):
+            (folder / f"{name}.{lang}").write_text("".join(f"{pair[side]}\n" for pair in pairs))
+    return " ".join(f"--{name}-prefix {folder / name}" for name in splits)
+
+
+def test_a_sentence_that_is_too_long_is_found_before_the_training(tmp_path, monkeypatch, refuses, capsys):
+    """By its line when it is prepared, and in data that were prepared without that before anything is trained."""
+    pairs = [(f"eins {word}", f"one {word}") for word in "abcdefgh"]
+    long = ("zwei " * 1100, "two " * 1000)
+    flags = texts(tmp_path, train=[*pairs, long], valid=pairs, test=[("", ""), *pairs, long])
+    command = f"{flags} --dest {tmp_path / 'data'} --bpe 30"
+    message = f"{tmp_path / 'test.de'}, line 10, has 1,100 subwords, and the model reads 1,021: shorten or remove this pair"
+    refuses(prepare.main, command, message)
+    assert not (tmp_path / "data").exists()
+    texts(tmp_path, valid=[*pairs[:2], ("zwei", "two " * 1022)])
+    refuses(prepare.main, command, f"{tmp_path / 'valid.en'}, line 3, has 1,022 subwords")
+    texts(tmp_path, valid=pairs)
+    monkeypatch.setattr(prepare, "check_lengths", lambda split, place: None)  # as an earlier version prepared it
+    prepare.main(command.split())
+    captured = capsys.readouterr()
+    assert "warning: 1 train pairs have more than 1,021 subwords: training leaves them out" in captured.err
+    message = f"sentence 9 of test.de in {tmp_path / 'data'} has 1,101 subwords, its end among them, and the model reads 1,022"
+    refuses(train.main, f"{tmp_path / 'data'} {TINY} --save-dir {tmp_path / 'run'}", message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_sentence_is_left_out_of_a_score(data, tmp_path, refuses):
+    command = f"{data} --path {tmp_path / 'x.pt'} --skip-invalid-size-inputs-valid-test"
+    refuses(generate.main, command, "would leave sentences out, and BLEU is that of the whole split")
+
+
+def test_a_batch_that_is_too_small_for_a_translation_is_named(data, tmp_path, refuses):
+    run(data, tmp_path, "--max-update 1")
+    command = f"{data} --path {tmp_path / 'checkpoint_best.pt'} --cpu --max-tokens 4"
+    refuses(generate.main, command, "a batch holds 4: give a larger --max-tokens")
 
 
 def test_targets_padded_on_the_left_are_refused(trained):

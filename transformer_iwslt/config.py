@@ -343,6 +343,8 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
     words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
     args, args.fairseq = parser.parse_known_args(words)
     check_fairseq(parser, args.data, args.fairseq, words)
+    if "--skip-invalid-size-inputs-valid-test" in args.fairseq:
+        parser.error("--skip-invalid-size-inputs-valid-test would leave sentences out, and BLEU is that of the whole split")
     if not math.isfinite(args.lenpen):
         parser.error(f"--lenpen must be finite, got {args.lenpen}")
     return args

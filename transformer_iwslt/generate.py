@@ -47,6 +47,7 @@ def translate(
     flags = ["--gen-subset", decoding["subset"], "--beam", str(decoding["beam"]), "--lenpen", str(decoding["lenpen"])]
     own = [str(data), "--path", str(checkpoint), "--user-dir", str(PLUGIN), "--task", TASK, *WHOLE, *(["--cpu"] if cpu else [])]
     cfg = convert_namespace_to_omegaconf(engine.parse(options.get_generation_parser, [*own, *flags, *words]))
+    engine.check_lengths(data, decoding["subset"], cfg=cfg, max_tokens=cfg.dataset.max_tokens)
     output = io.StringIO()
     with engine.clear_sizes():
         generate._main(cfg, output)

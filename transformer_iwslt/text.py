@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import shutil
@@ -82,6 +83,17 @@ class Pipeline:
             return Pipeline(held["source_lang"], held["target_lang"], bool(held["lowercase"]), codes)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{directory / PREPARED} lacks {error}") from error
+
+
+def split_lines(content: bytes) -> list[bytes]:
+    """Lines of a text file, without their ends (LF, CR LF, or CR in a file that has no other) and without byte order marks."""
+    if not content:
+        return []
+    content = content.removesuffix(b"\n")
+    if b"\n" not in content:  # in a file that has LF, a CR within a line is no end of it
+        content = content.removesuffix(b"\r").replace(b"\r", b"\n")
+    # A mark is at the start of a file, and of each of several that were joined.
+    return [line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r") for line in content.split(b"\n")]
 
 
 def learn_codes(lines: Iterable[str], merges: int) -> str:

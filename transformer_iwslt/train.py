@@ -100,6 +100,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine.load()
         path = directory_of(config)
         cfg = read_fairseq(config, path)
+        if not cfg.dataset.skip_invalid_size_inputs_valid_test:
+            engine.check_lengths(config.data, "valid", cfg=cfg, max_tokens=cfg.dataset.max_tokens_valid)
+        engine.check_lengths(config.data, "test")
+        told = [*config.warnings, *filter(None, [engine.left_out(config.data, cfg)])]
         run_of: dict[str, Any] = {"path": path, "config": record, "seed": config.seed, "inputs": inputs(config.data)}
         run_of |= {"kind": TranslationConfig, "resume": True, "row": config.row, "row_config": config.row_config}
         run = Run(**run_of, main=cfg.distributed_training.distributed_rank == 0)
@@ -113,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not trained:
             (path / generate.TRAINED).unlink(missing_ok=True)  # of fewer updates
         keep_vocabulary(config.data, path)
-        told = [f"warning: {warning}" for warning in config.warnings]
+        told = [f"warning: {warning}" for warning in told]
         told += [report, *(f"decay: {json.dumps(entry)}" for entry in description["decays"])]
         print(*told, sep="\n", file=sys.stderr)
     with run.recorded():
