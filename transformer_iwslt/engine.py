@@ -93,7 +93,8 @@ def sizes(data: Path, split: str) -> np.ndarray:
 
 def limits(cfg: Any) -> np.ndarray:
     """The most subwords (2) that source and target of a pair may have, </s> among them, under fairseq's configuration."""
-    return np.minimum([cfg.task.max_source_positions, cfg.task.max_target_positions], LONGEST + 1)
+    source = sys.maxsize if cfg.task.truncate_source else min(cfg.task.max_source_positions, LONGEST + 1)
+    return np.array([source, min(cfg.task.max_target_positions, LONGEST + 1)])
 
 
 def check_lengths(data: Path, split: str, *, cfg: Any = None, max_tokens: int | None = None) -> None:

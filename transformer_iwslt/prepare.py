@@ -28,6 +28,7 @@ from transformer_iwslt.model import LONGEST
 from transformer_iwslt.text import PREPARED, Pipeline, learn_codes
 
 SPLITS = ("train", "valid", "test")
+USUAL_FACTOR = 8  # fairseq's, which folders have that tell no other: those from before there was a choice are among them
 MAX_WORDS, MAX_RATIO, VALID_EVERY = 175, 1.5, 23  # of IWSLT'14's preparation: longest sentence, length ratio, split
 
 
@@ -52,9 +53,13 @@ def tokenize(pairs: Pairs, pipeline: Pipeline, name: str) -> Pairs:
     return [(pipeline.tokenize(source, sides[0]), pipeline.tokenize(target, sides[1])) for source, target in progress]
 
 
-def binarize(directory: Path, pipeline: Pipeline) -> None:
-    """Write fairseq's dictionaries and binary files from the text files of the splits in the folder."""
-    words = ["--source-lang", pipeline.source_lang, "--target-lang", pipeline.target_lang, "--destdir", str(directory)]
+def binarize(directory: Path, pipeline: Pipeline, padding_factor: int) -> None:
+    """Write fairseq's dictionaries and binary files from the text files of the splits in the folder.
+
+    A dictionary has a multiple of ``padding_factor`` words: fairseq makes up those that are missing.
+    """
+    words = ["--padding-factor", str(padding_factor)]
+    words += ["--source-lang", pipeline.source_lang, "--target-lang", pipeline.target_lang, "--destdir", str(directory)]
     for split in SPLITS:
         words += [f"--{split}pref", str(directory / "text" / split)]
     from fairseq import options
@@ -124,7 +129,7 @@ def prepare(
         write_atomic(folder / "references.test", references)
         counts = {name: len(tokenized[name]) for name in SPLITS}
         pipeline.save(folder, pairs=counts, **facts)
-        binarize(folder, pipeline)
+        binarize(folder, pipeline, facts.get("padding_factor", USUAL_FACTOR))
         shutil.rmtree(folder / "text")
         (folder / "preprocess.log").unlink()
         folder.replace(dest)
@@ -154,11 +159,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         facts = {"merges": args.bpe, "corpus": args.corpus or "files", "sha256": sha256}
         if args.dest.exists():
             held = read_json(args.dest / PREPARED) if (args.dest / PREPARED).exists() else {}
+            held.setdefault("padding_factor", USUAL_FACTOR)
+            facts["padding_factor"] = args.padding_factor or held["padding_factor"]
             if any(held.get(key) != value for key, value in (facts | pipeline.languages()).items()):
                 raise ValueError(f"{args.dest} exists and was not prepared like this: choose another --dest, or remove it")
             print(f"{args.dest} is prepared already: nothing to do", file=sys.stderr)
             return
         engine.load()
+        factor = args.padding_factor or 1
+        facts |= {"padding_factor": factor} if factor != USUAL_FACTOR else {}
         counts = prepare(splits, pipeline, args.dest, facts, partial(place_in_file, args, splits))
     where = args.dest.relative_to(ROOT) if args.dest.is_relative_to(ROOT) else args.dest
     print(f"{where}: " + ", ".join(f"{count:,} {name} pairs" for name, count in counts.items()) + f" (SHA-256 {sha256})")

@@ -41,7 +41,7 @@ def describe(config: TranslationConfig, source: Vocabulary, target: Vocabulary) 
     return {**model.report.to_dict(), "decays": decays, "report": str(model.report)}
 
 
-def read_fairseq(config: TranslationConfig, path: Path) -> Any:
+def read_fairseq(config: TranslationConfig, path: Path, target_words: int) -> Any:
     """fairseq's configuration of the run; raises ValueError where it cannot train like this here."""
     from fairseq import options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -49,6 +49,10 @@ def read_fairseq(config: TranslationConfig, path: Path) -> Any:
     gpus = 0 if config.cpu else torch.cuda.device_count()
     words = [*config.fairseq_words(path), *engine.loading(config.fairseq, gpus)]
     cfg = convert_namespace_to_omegaconf(engine.parse(options.get_training_parser, words))
+    if (
+        config.smoothed_over == "all"
+    ):  # a word's share of the smoothing among all is a share of less among all but the right one
+        cfg.criterion.label_smoothing *= 1 - 1 / target_words
     world, size = cfg.distributed_training, config.distributed_world_size
     if size > 1 and not world.distributed_no_spawn:
         if size > gpus:
@@ -99,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         engine.load()
         path = directory_of(config)
-        cfg = read_fairseq(config, path)
+        cfg = read_fairseq(config, path, len(target))
         if not cfg.dataset.skip_invalid_size_inputs_valid_test:
             engine.check_lengths(config.data, "valid", cfg=cfg, max_tokens=cfg.dataset.max_tokens_valid)
         engine.check_lengths(config.data, "test")
