@@ -547,6 +547,7 @@ def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
         ("DATA --embdim 3", "fairseq: unrecognized arguments: --embdim 3"),
         ("--update-freq 2 DATA", "DATA must come before the flags"),
         ("DATA other", "unrecognized arguments: other"),
+        ("~nobody-of-this-name", "argument DATA: is in the home directory of nobody here"),
         ("nowhere", "there is no folder nowhere: python transformer_iwslt/prepare.py --dest nowhere"),
         ("EMPTY", "has no prepare.json: it was not written by prepare.py"),
         ("DATA --distributed-world-size 2 --cpu", "--distributed-world-size 2 needs as many GPUs, and there are 0"),
@@ -616,6 +617,18 @@ def test_a_sentence_that_is_too_long_is_found_before_the_training(tmp_path, monk
 def test_no_sentence_is_left_out_of_a_score(data, tmp_path, refuses):
     command = f"{data} --path {tmp_path / 'x.pt'} --skip-invalid-size-inputs-valid-test"
     refuses(generate.main, command, "would leave sentences out, and BLEU is that of the whole split")
+
+
+def test_a_folder_is_no_checkpoint_to_translate_with(data, tmp_path, refuses):
+    message = f"{tmp_path} is a folder: give a checkpoint in it, such as {tmp_path / 'checkpoint_best.pt'}"
+    refuses(generate.main, f"{data} --path {tmp_path}", message)
+    refuses(translate.main, f"--checkpoint {tmp_path}", message)
+
+
+def test_data_may_lie_below_a_home_directory(data, monkeypatch):
+    monkeypatch.setenv("HOME", str(data.parent))
+    assert TranslationConfig.parse(["~/numbers", "--update-freq", "2"]).data == data
+    assert parse_generate(["~/numbers", "--path", "~/x.pt", "--beam-search", "1"]).data == data
 
 
 def test_a_batch_that_is_too_small_for_a_translation_is_named(data, tmp_path, refuses):

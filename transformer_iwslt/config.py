@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -280,7 +281,8 @@ def _groups(words: Sequence[str]) -> list[tuple[str, ...]]:
 
 def check_fairseq(parser: FlagParser, data: Path, fairseq: Sequence[str], words: Sequence[str]) -> None:
     """Refuse flags of fairseq that this program sets, and DATA after a flag of fairseq's, whose value would be taken for it."""
-    given = next(index for index, word in enumerate(words) if not word.startswith("-") and Path(word) == data)
+    paths = [Path(os.path.expanduser(word)) for word in words]
+    given = next(index for index, word in enumerate(words) if not word.startswith("-") and paths[index] == data)
     first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     if fairseq and given > first:
         parser.error(f"DATA must come before the flags, got {words[given]} after {words[first]}")

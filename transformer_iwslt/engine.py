@@ -170,6 +170,8 @@ def allow_checkpoints() -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Content of a checkpoint of fairseq; raises ValueError where it is missing, damaged, would run code, or is another's."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a checkpoint in it, such as {path / BEST}")
     allow_checkpoints()
     state = checkpoints.load(path)
     held = state.get("cfg")

@@ -17,12 +17,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
+from common.experiments.config import say_interrupted
+from transformer_iwslt.config import parse_prepare
+
+if __name__ == "__main__":
+    say_interrupted("transformer_iwslt/prepare.py")
+    parse_prepare()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
+
 from tqdm import tqdm
 
 from common.experiments.files import ROOT, read_json, write_atomic
 from common.experiments.runs import clean_errors
 from transformer_iwslt import corpora, engine
-from transformer_iwslt.config import parse_prepare
 from transformer_iwslt.corpora import Pairs, Splits
 from transformer_iwslt.model import LONGEST
 from transformer_iwslt.text import PREPARED, Pipeline, learn_codes

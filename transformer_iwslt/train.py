@@ -12,14 +12,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
+from common.experiments.config import completed, say_interrupted
 from transformer_iwslt.config import TranslationConfig
 
 if __name__ == "__main__":
+    say_interrupted(TranslationConfig.prog())
     TranslationConfig.parse()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
 
 import torch
 
-from common.experiments.config import completed
 from common.experiments.files import read_json, write_json
 from common.experiments.runs import Run, clean_errors, directory_of
 from transformer_iwslt import engine, generate

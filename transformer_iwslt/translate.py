@@ -9,6 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
+from common.experiments.config import say_interrupted
+from transformer_iwslt.config import parse_translate
+
+if __name__ == "__main__":
+    say_interrupted("transformer_iwslt/translate.py")
+    parse_translate()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
+
 import torch
 from tqdm import tqdm
 
@@ -16,7 +23,7 @@ from common.experiments.distributed import find_device
 from common.experiments.runs import clean_errors
 from transformer_iwslt import engine
 from transformer_iwslt.beam import search
-from transformer_iwslt.config import TranslationConfig, parse_translate
+from transformer_iwslt.config import TranslationConfig
 from transformer_iwslt.model import PAD, Transformer
 from transformer_iwslt.text import VOCABULARY, Pipeline, Vocabulary, find_vocabularies, split_lines
 

@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from ..experiments.config import FlagParser
+from ..experiments.config import FlagParser, say_interrupted
 from ..experiments.downloads import downloading
 from ..experiments.files import ROOT, images_in
 from ..experiments.runs import clean_errors
@@ -139,4 +139,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    say_interrupted("python -m common.vision.tiny_imagenet")
     main()
