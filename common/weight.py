@@ -70,7 +70,7 @@ class ComposedWeight(Tensor):
         return func(*tree_map(_composed, args), **tree_map(_composed, kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # ty: ignore[invalid-method-override]
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # ty: ignore[incompatible-method-override]
         return func(*tree_map(_composed, args), **tree_map(_composed, kwargs or {}))
 
 

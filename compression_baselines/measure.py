@@ -16,6 +16,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
+from common.experiments.config import FlagParser, positive_int, say_interrupted
+
+if __name__ == "__main__":
+    say_interrupted("compression_baselines/measure.py")  # also while torch is loaded
+
 import torch
 from tabulate import tabulate
 from torch import nn
@@ -24,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.budget import count_parameters
 from common.experiments import checkpoints
-from common.experiments.config import FlagParser, positive_int
 from common.experiments.distributed import find_device
 from common.experiments.files import write_json
 from common.experiments.runs import clean_errors, environment

@@ -16,9 +16,11 @@ from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
+from common.experiments.config import say_interrupted
 from compression_baselines.config import SparseConfig
 
 if __name__ == "__main__":
+    say_interrupted(SparseConfig.prog())
     SparseConfig.parse()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
 
 from torch import nn

@@ -13,9 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
+from common.experiments.config import say_interrupted
 from compression_baselines.config import LowRankBudgetConfig
 
 if __name__ == "__main__":
+    say_interrupted(LowRankBudgetConfig.prog())
     LowRankBudgetConfig.parse()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
 
 from torch import nn

@@ -13,9 +13,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
+from common.experiments.config import say_interrupted
 from resnet_cifar.config import DEPTHS, ResNetConfig
 
 if __name__ == "__main__":
+    say_interrupted(ResNetConfig.prog())
     ResNetConfig.parse()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
 
 from torch import nn

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from common.experiments.config import REQUIRED, derived, flag, natural, non_negative, override
 from common.vision.config import DataConfig, FactorizationConfig, RunConfig, TrainingConfig
+from tensor_wrn.shapes import RULES, alike
 
 DATASETS = ("cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder")
 FORMS = ("Conv", "TensorTrain", "Tucker", "TuckerTT")
@@ -79,6 +80,14 @@ class WideResNetConfig(FactorizationConfig):
         help="Conv, TensorTrain_R, Tucker_R or TuckerTT_R with rank scale R in (0, 1]",
     )
     form: str = derived(REQUIRED)
+    tensor_shapes: str = flag(
+        None,
+        group=FactorizationConfig.group,
+        choices=RULES,
+        before="nearest",
+        help="rule by which weights are read as 3-way tensors: the released code's, or divisors nearest to roots (default: "
+        "released); where both give the same tensors, as at width 10, runs are the same too and recorded as nearest",
+    )
     rank_scale: float = override(
         FactorizationConfig, "rank_scale", help="the same as R; of Conv: rank as a share of out_channels * kernel"
     )
@@ -122,6 +131,11 @@ class WideResNetConfig(FactorizationConfig):
             raise ValueError(f"--wrn-depth must be 6n + 4 and at least 10, got {self.wrn_depth}")
         if not 1 / 16 <= self.wrn_width <= 100:
             raise ValueError(f"--wrn-width must be between 1/16 and 100, got {self.wrn_width:g}")
+        if self.form == "Conv" and self.tensor_shapes == "released":
+            raise ValueError("--tensor-shapes is for tensors, got --conv Conv")
+        # Without a difference it is what it was before there was a choice: results of the same computation stay together.
+        same = self.form == "Conv" or alike(self.wrn_width)
+        self.tensor_shapes = "nearest" if same else self.tensor_shapes or "released"
         self._resolve_student()
         self._resolve_decay()
         self._resolve_directories()

@@ -25,6 +25,8 @@ _SEEDS = (1, 2)
 def make_row(form: str, init: str, method: str, *, decay: str = DECAY, seeds: tuple[int, ...] = _SEEDS) -> Row:
     flags, words = (DECAYS | NO_DECAY)[method]
     flags = (*_RECIPE, "--lr", LR, "--weight-decay", decay, "--conv", form, "--target-ratio", "0.1", *INITS[init], *flags)
+    if form != "Conv":
+        flags += ("--tensor-shapes", "nearest")  # these runs are from before there was a choice
     return Row(f"{form}-{init}-{method}", f"{form}, {init} initialization, {words}", flags, parameters=FORMS[form], seeds=seeds)
 
 

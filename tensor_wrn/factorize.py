@@ -84,7 +84,7 @@ def tensor_scale_for_ratio(architecture: dict[str, Any], target: float) -> float
 
     def count(scale: float) -> int:
         with torch.device("meta"):
-            made = (type(t)(t.in_channels, t.out_channels, scale) for t in tensors)
+            made = (type(t)(t.in_channels, t.out_channels, scale, t.rule) for t in tensors)
             return rest + sum(count_parameters(tensor) for tensor in made)
 
     wanted = target * original

@@ -1,7 +1,7 @@
 """Convolutions whose channels are mixed by a tensor train or a Tucker tensor: depthwise k x k, then a factorized 1x1.
 
-The 1x1 weight (out, in) is read, row by row, as a 3-way tensor of the shape :func:`split` gives, and that tensor is what is
-factorized, initialized and decayed. Decompositions are tensorly's, truncated one mode at a time.
+The 1x1 weight (out, in) is read, row by row, as a 3-way tensor of the shape :func:`tensor_wrn.shapes.split` gives, and that
+tensor is what is factorized, initialized and decayed. Decompositions are tensorly's, truncated one mode at a time.
 """
 
 from __future__ import annotations
@@ -17,24 +17,9 @@ from torch import Tensor, nn
 
 from common.layers import Factorized
 from common.linalg import at_least_float32, to_float64
+from tensor_wrn.shapes import split
 
 INITIALIZATIONS = ("regular", "spectral", "norm-matched", "released")
-
-
-def split(count: int) -> tuple[int, int, int]:
-    """Shape of the tensor that ``count`` weights are read as: three factors of it, near its cube root.
-
-    The first is the divisor nearest to the cube root and the last the divisor of the rest nearest to the root of the rest.
-    """
-    first = _nearest_divisor(count, count ** (1 / 3))
-    rest = count // first
-    last = _nearest_divisor(rest, math.sqrt(rest))
-    return first, rest // last, last
-
-
-def _nearest_divisor(count: int, wish: float) -> int:
-    divisors = [divisor for low in range(1, math.isqrt(count) + 1) if count % low == 0 for divisor in (low, count // low)]
-    return min(divisors, key=lambda divisor: (abs(divisor - wish), divisor))
 
 
 def scaled(rank_scale: float, size: int) -> int:
@@ -65,20 +50,20 @@ def decompose_tucker(tensor: Tensor, ranks: tuple[int, int, int]) -> tuple[Tenso
 class TensorPointwise(Factorized):
     """A 1x1 convolution whose weight is a 3-way tensor in factorized form; the base of the forms below.
 
-    Ranks are ``rank_scale`` times the sides of the tensor, rounded, at least 1. Parameters are made without values:
-    :meth:`initialize_` gives them.
+    Ranks are ``rank_scale`` times the sides of the tensor, rounded, at least 1; ``rule`` is that of its shape. Parameters
+    are made without values: :meth:`initialize_` gives them.
 
     Shapes: input (N, in_channels, H, W), output (N, out_channels, H, W).
     """
 
     contraction = "composed"
 
-    def __init__(self, in_channels: int, out_channels: int, rank_scale: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, rank_scale: float, rule: str = "released") -> None:
         super().__init__()
         if not 0 < rank_scale <= 1:
             raise ValueError(f"rank_scale of a tensor must be above 0 and at most 1, got {rank_scale}")
         self.in_channels, self.out_channels, self.rank_scale = in_channels, out_channels, rank_scale
-        self.shape = split(in_channels * out_channels)
+        self.rule, self.shape = rule, split(in_channels * out_channels, rule)
         self.cores = nn.ParameterList(nn.Parameter(torch.empty(size)) for size in self._sizes())
 
     def _sizes(self) -> list[tuple[int, ...]]:
@@ -169,14 +154,15 @@ class TensorPointwise(Factorized):
 
 
 class TensorTrainPointwise(TensorPointwise):
-    """W = G1 G2 G3 with cores (d0, r1), (r1, d1, r2), (r2, d2) and ranks r1, r2 scaled from d0, d2."""
+    """W = G1 G2 G3 with cores (d0, r1), (r1, d1, r2), (r2, d2) and ranks r1, r2 scaled from the smaller side beside each."""
 
     def _sizes(self) -> list[tuple[int, ...]]:
         (d0, d1, d2), (r1, r2) = self.shape, self.ranks()
         return [(d0, r1), (r1, d1, r2), (r2, d2)]
 
     def ranks(self) -> tuple[int, int]:
-        return scaled(self.rank_scale, self.shape[0]), scaled(self.rank_scale, self.shape[2])
+        d0, d1, d2 = self.shape
+        return scaled(self.rank_scale, min(d0, d1)), scaled(self.rank_scale, min(d1, d2))
 
     def _decompose(self, tensor: Tensor) -> list[Tensor]:
         return decompose_train(tensor, self.ranks())
@@ -290,6 +276,7 @@ class SeparableConv2d(nn.Module):
         stride: int = 1,
         padding: int = 0,
         groups: int = 1,
+        rule: str = "released",
     ) -> None:
         super().__init__()
         if groups != 1:
@@ -297,7 +284,7 @@ class SeparableConv2d(nn.Module):
         self.depthwise = nn.Conv2d(
             in_channels, in_channels, kernel_size, stride=stride, padding=padding, groups=in_channels, bias=False
         )
-        self.pointwise = self.pointwise_class(in_channels, out_channels, rank_scale)
+        self.pointwise = self.pointwise_class(in_channels, out_channels, rank_scale, rule)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.pointwise(self.depthwise(input))

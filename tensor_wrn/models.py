@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tensor_wrn.layers import FORMS
+from tensor_wrn.shapes import stage_channels
 
 
 class BasicBlock(nn.Module):
@@ -19,13 +20,13 @@ class BasicBlock(nn.Module):
     oneDNN's strided 1x1 convolution corrupts memory below 16 channels (oneDNN issue 6035).
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int, form: str, rank_scale: float) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, form: str, rank_scale: float, rule: str) -> None:
         super().__init__()
         self.stride = stride
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = convolution(in_channels, channels, stride, form, rank_scale)
+        self.conv1 = convolution(in_channels, channels, stride, form, rank_scale, rule)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = convolution(channels, channels, 1, form, rank_scale)
+        self.conv2 = convolution(channels, channels, 1, form, rank_scale, rule)
         self.shortcut: nn.Module | None = None
         if in_channels != channels:
             self.shortcut = nn.Conv2d(in_channels, channels, 1, bias=False)
@@ -36,11 +37,11 @@ class BasicBlock(nn.Module):
         return out + (x if self.shortcut is None else self.shortcut(first[:, :, :: self.stride, :: self.stride]))
 
 
-def convolution(in_channels: int, channels: int, stride: int, form: str, rank_scale: float) -> nn.Module:
-    """A 3x3 convolution: an ordinary one for "Conv", else the tensor form of that name."""
+def convolution(in_channels: int, channels: int, stride: int, form: str, rank_scale: float, rule: str) -> nn.Module:
+    """A 3x3 convolution: an ordinary one for "Conv", else the tensor form of that name, in shapes by that rule."""
     if form == "Conv":
         return nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
-    return FORMS[form](in_channels, channels, 3, rank_scale, stride=stride, padding=1)
+    return FORMS[form](in_channels, channels, 3, rank_scale, stride=stride, padding=1, rule=rule)
 
 
 class WideResNet(nn.Module):
@@ -49,15 +50,24 @@ class WideResNet(nn.Module):
     Shapes: input (N, 3, H, W), output (N, classes); with ``activations`` also the outputs of the three stages.
     """
 
-    def __init__(self, depth: int, width: float, num_classes: int, form: str = "Conv", rank_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        depth: int,
+        width: float,
+        num_classes: int,
+        form: str = "Conv",
+        rank_scale: float = 1.0,
+        rule: str = "released",
+    ) -> None:
         super().__init__()
         blocks = (depth - 4) // 6
-        channels = [16, *(int(base * width) for base in (16, 32, 64))]
+        channels = stage_channels(width)
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         stages = []
         for stage, stride in enumerate((1, 2, 2)):
-            first = BasicBlock(channels[stage], channels[stage + 1], stride, form, rank_scale)
-            rest = (BasicBlock(channels[stage + 1], channels[stage + 1], 1, form, rank_scale) for _ in range(blocks - 1))
+            kind = (form, rank_scale, rule)
+            first = BasicBlock(channels[stage], channels[stage + 1], stride, *kind)
+            rest = (BasicBlock(channels[stage + 1], channels[stage + 1], 1, *kind) for _ in range(blocks - 1))
             stages.append(nn.Sequential(first, *rest))
         self.block1, self.block2, self.block3 = stages
         self.bn1 = nn.BatchNorm2d(channels[-1])
@@ -77,14 +87,15 @@ class WideResNet(nn.Module):
 
 
 def build(architecture: Mapping[str, Any]) -> WideResNet:
-    """The network of depth, width, num_classes, form and rank_scale (of tensors); tensor cores are without values.
+    """The network of depth, width, num_classes, form, rank_scale and tensor_shapes; tensor cores are without values.
 
-    Raises ValueError where tensors have no rank scale.
+    An architecture from before there were two rules of shapes tells none: it has the nearest. Raises ValueError where tensors
+    have no rank scale.
     """
     if architecture["form"] != "Conv" and architecture["rank_scale"] is None:
         raise ValueError(f"{architecture['form']} needs its rank scale: give --conv {architecture['form']}_R or --rank-scale")
     keys = ("depth", "width", "num_classes", "form", "rank_scale")
-    return WideResNet(*(architecture[key] for key in keys))
+    return WideResNet(*(architecture[key] for key in keys), architecture.get("tensor_shapes", "nearest"))
 
 
 def is_factorized(module: nn.Module, name: str) -> bool:

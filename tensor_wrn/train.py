@@ -13,9 +13,11 @@ from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
+from common.experiments.config import say_interrupted
 from tensor_wrn.config import WideResNetConfig
 
 if __name__ == "__main__":
+    say_interrupted(WideResNetConfig.prog())
     WideResNetConfig.parse()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
 
 import torch
@@ -41,10 +43,13 @@ class WideResNetExperiment(Experiment[WideResNetConfig]):
         config = self.config
         scale = config.rank_scale if config.form != "Conv" and config.rank_scale else None  # or make_model solves it
         sizes = {"depth": config.wrn_depth, "width": config.wrn_width, "num_classes": config.num_classes}
-        return {**sizes, "form": config.form, "rank_scale": scale}
+        return {**sizes, "form": config.form, "rank_scale": scale, "tensor_shapes": config.tensor_shapes}
 
     def build(self, architecture: Mapping[str, Any]) -> nn.Module:
         return build(architecture)
+
+    def rebuild(self, state: Mapping[str, Any], path: Path) -> nn.Module:
+        return super().rebuild(with_shapes(state), path)
 
     def data_options(self) -> dict[str, Any]:
         normalization = CIFAR100 if self.config.data == "cifar100" else CIFAR10
@@ -123,7 +128,15 @@ def load_teacher(path: Path) -> nn.Module:
     state = checkpoints.load(path)
     if "architecture" not in state:
         raise ValueError(f"{path} does not tell its architecture: give the checkpoint.pt of a run of this program")
-    return rebuild(state, path, dict.fromkeys(("depth", "width", "num_classes", "form", "rank_scale")), build)
+    keys = ("depth", "width", "num_classes", "form", "rank_scale", "tensor_shapes")
+    return rebuild(with_shapes(state), path, dict.fromkeys(keys), build)
+
+
+def with_shapes(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The checkpoint; one from before there were two rules of shapes has the nearest."""
+    if "architecture" not in state:
+        return state
+    return {**state, "architecture": {"tensor_shapes": "nearest", **state["architecture"]}}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Compression baselines: models at a budget, TinyImageNet, measured cost, and the program end to end."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,12 +111,15 @@ def test_the_initialization_of_vgg_and_its_factors():
 
 @pytest.fixture
 def tiny(tmp_path):
-    """A data set in TinyImageNet's shape: 4 classes of 6 training images, and 8 unsorted validation images."""
+    """A data set as TinyImageNet's archive has it: 4 classes of 6 training images, 8 validation images that are not sorted,
+    and 3 test images without labels.
+    """
     generator = np.random.default_rng(0)
     root = tmp_path / "data" / "tiny-imagenet-200"
     names = [f"n0{index}" for index in range(4)]
     (root / "val" / "images").mkdir(parents=True)
     (root / "wnids.txt").write_text("\n".join(names) + "\n")
+    (root / "words.txt").write_text("".join(f"{name}\ta thing, object\n" for name in names))
     lines = []
 
     def draw(path):
@@ -125,12 +129,18 @@ def tiny(tmp_path):
     for index, name in enumerate(names):
         for image in range(6):
             draw(root / "train" / name / "images" / f"{name}_{image}.JPEG")
-        (root / "train" / name / f"{name}_boxes.txt").write_text("")
+        boxes = "".join(f"{name}_{image}.JPEG\t0\t10\t63\t58\n" for image in range(6))
+        (root / "train" / name / f"{name}_boxes.txt").write_text(boxes)
         for image in range(2):
             draw(root / "val" / "images" / f"val_{2 * index + image}.JPEG")
             lines.append(f"val_{2 * index + image}.JPEG\t{name}\t0\t0\t62\t62\n")
+    for image in range(3):
+        draw(root / "test" / "images" / f"test_{image}.JPEG")
     (root / "val" / "val_annotations.txt").write_text("".join(sorted(lines, reverse=True)))
     return root
+
+
+UNPACKED = ["test", "train", "val", "wnids.txt", "words.txt"]
 
 
 def test_tiny_imagenet_is_sorted_by_class_once(tiny):
@@ -139,10 +149,28 @@ def test_tiny_imagenet_is_sorted_by_class_once(tiny):
     assert (len(data), data.classes, data.image_size, data.padding) == (24, 4, 64, 4)
     assert data.test_labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert (tiny / "val" / "n01" / "images" / "val_3.JPEG").read_bytes() == image
-    assert sorted(path.name for path in tiny.iterdir()) == [".lock", "train", "val", "wnids.txt"]
+    assert sorted(path.name for path in tiny.iterdir()) == [".lock", *UNPACKED]
     before = (tiny / "val").stat().st_mtime_ns
     load("tiny_imagenet", tiny.parent)
     assert (tiny / "val").stat().st_mtime_ns == before
+
+
+def test_a_sorted_tiny_imagenet_is_not_written_to(tiny, monkeypatch):
+    tiny_imagenet.prepare(tiny.parent)
+    (tiny / ".lock").unlink()
+    for name in ("train", "val"):
+        (tiny / name / ".DS_Store").write_bytes(b"\0")
+        (tiny / name / ".thumbnails").mkdir()
+        (tiny / name / ".thumbnails" / "0.png").write_bytes(b"\0")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # a test may run as root, who may write anywhere
+    data = load("tiny_imagenet", tiny.parent)
+    assert (len(data), data.classes, data.test_labels.tolist()) == (24, 4, [0, 0, 1, 1, 2, 2, 3, 3])
+    assert sorted(path.name for path in tiny.iterdir()) == UNPACKED
+    (tiny / "val").rename(tiny / "sorted")
+    (tiny / "test").rename(tiny / "val")
+    with pytest.raises(ValueError, match=r"val is not sorted by class, and .* cannot be written to: copy it to another"):
+        load("tiny_imagenet", tiny.parent)
+    assert not (tiny / ".lock").exists()
 
 
 def test_broken_tiny_imagenets_name_what_is_missing(tiny):
@@ -154,7 +182,7 @@ def test_broken_tiny_imagenets_name_what_is_missing(tiny):
     annotations.write_text(text + "val_99.JPEG\tn01\t0\t0\t1\t1\n")
     with pytest.raises(ValueError, match=r"val_99.JPEG, which val_annotations.txt lists, is missing"):
         load("tiny_imagenet", tiny.parent)
-    assert sorted(path.name for path in tiny.iterdir()) == [".lock", "train", "val", "wnids.txt"]  # nothing half-built
+    assert sorted(path.name for path in tiny.iterdir()) == [".lock", *UNPACKED]  # nothing half-built
     assert (tiny / "val" / "images" / "val_3.JPEG").exists()
     annotations.write_text(text + "\n")
     with pytest.raises(ValueError, match="names no image and class in line 9"):

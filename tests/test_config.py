@@ -7,7 +7,18 @@ from typing import ClassVar
 
 import pytest
 
-from common.experiments.config import REQUIRED, Config, completed, config_hash, derived, flag, identity, override, positive_int
+from common.experiments.config import (
+    REQUIRED,
+    Config,
+    FlagParser,
+    completed,
+    config_hash,
+    derived,
+    flag,
+    identity,
+    override,
+    positive_int,
+)
 from common.experiments.files import read_json
 from common.experiments.runs import Run, run_directory
 from common.tables.rows import programs
@@ -54,6 +65,21 @@ def test_flags_are_made_of_fields():
     assert (made.steps, made.fast, made.levels, made.weights, made.speed) == (3, True, [4], Path("w.pt"), "high")
     assert Base.parse([]).levels is not Base.parse([]).levels
     assert "first:" in Base.parser().format_help()
+
+
+@pytest.mark.parametrize("flag_of_a_field", [True, False])
+def test_paths_are_those_of_home_directories_and_never_empty(tmp_path, monkeypatch, capsys, flag_of_a_field):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = FlagParser(prog="p")
+    parser.add_argument("--weights", type=Path)
+    parse = Base.parse if flag_of_a_field else parser.parse_args
+    for text, expected in (("~/w.pt", tmp_path / "w.pt"), ("~", tmp_path), ("a~b", Path("a~b")), ("./~", Path("~"))):
+        expected = tmp_path / "w.pt" if flag_of_a_field and text == "~" else expected  # a folder is refused there
+        assert parse([f"--weights={'~/w.pt' if expected.name == 'w.pt' else text}"]).weights == expected
+    for text, message in (("", "must name a file or folder, got an empty word"), ("~nobody-of-this-name/w", "of nobody here")):
+        with pytest.raises(SystemExit):
+            parse(["--weights", text])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

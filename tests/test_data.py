@@ -1,5 +1,8 @@
 """Data sets and batches: contents, distribution, purity, and refusals."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import v2
 
+from common.experiments.files import digest
 from common.vision import data as data_module
 from common.vision.data import IMAGENET, Data, load
 
@@ -118,8 +122,75 @@ def test_bad_image_folders_name_what_is_wrong(image_folder):
     with pytest.raises(ValueError, match=r"bee/odd.png is not an image that decodes"):
         load("imagefolder", image_folder)
     (image_folder / "train" / "dog").mkdir()
+    with pytest.raises(ValueError, match=r"train/dog has no image: each folder of .*train is a class and needs one"):
+        load("imagefolder", image_folder)
     Image.new("RGB", (16, 16)).save(image_folder / "train" / "dog" / "0.png")
     with pytest.raises(ValueError, match="'dog' is in one of them only"):
+        load("imagefolder", image_folder)
+
+
+def test_grays_of_16_bits_are_scaled_and_numbers_of_no_range_refused(image_folder):
+    """A ramp over all of 16 bits is the ramp of 8 bits, in each format that has such pixels."""
+    ramp = np.arange(256).reshape(16, 16)
+    deep = (ramp * 257).astype(np.uint16)
+    ant = image_folder / "val" / "ant"
+    Image.fromarray(deep).save(ant / "0.png")
+    Image.fromarray(deep).save(ant / "1.tif")
+    (ant / "2.pgm").write_bytes(b"P5 16 16 65535\n" + deep.astype(">u2").tobytes())
+    (ant / "1.png").unlink()
+    (ant / "2.png").unlink()
+    data = load("imagefolder", image_folder)
+    for image in data.test_images[:3].numpy():
+        assert np.array_equal(image, np.repeat(ramp[..., None], 3, axis=2))
+    for pixels, words in ((ramp / 255, "floating-point numbers"), (ramp * 2**20, "integers of 32 bits")):
+        Image.fromarray(pixels.astype(np.float32 if words.startswith("f") else np.int32)).save(ant / "1.tif")
+        with pytest.raises(ValueError, match=rf"ant/1.tif holds {words}, whose range is not known: convert it to 8 or 16"):
+            load("imagefolder", image_folder)
+
+
+def test_hidden_files_and_folders_are_no_images_and_no_classes(image_folder):
+    expected, before = load("imagefolder", image_folder), digest(image_folder / "train")
+    for folder in (image_folder / "train", image_folder / "train" / "ant", image_folder / "val"):
+        (folder / ".DS_Store").write_bytes(b"\0")
+        (folder / "._0.png").write_bytes(b"\0")
+        (folder / ".thumbnails").mkdir()
+        (folder / ".thumbnails" / "0.png").write_bytes(b"\0")
+    (image_folder / "train" / "ant" / "boxes.txt").write_text("0 0 1 1")
+    data = load("imagefolder", image_folder)
+    assert torch.equal(data.train_images, expected.train_images)
+    assert torch.equal(data.train_labels, expected.train_labels)
+    assert data.classes == 3
+    assert digest(image_folder / "train") == before
+
+
+def test_the_digest_of_a_folder_of_images_stays(tmp_path):
+    """Unfinished runs hold it, and resume where it is the same."""
+    for name in ("a/1.png", "b/2.JPEG", "b/c/3.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    (tmp_path / "d").symlink_to(tmp_path / "b")
+    assert digest(tmp_path) == "c1b50b7e4ae7"
+    (tmp_path / "a" / "4.png").write_bytes(b"")
+    assert digest(tmp_path) != "c1b50b7e4ae7"
+
+
+def test_images_come_in_torchvisions_order(tmp_path):
+    """A seed draws its batches from it."""
+    for folder in ("train/a", "train/a-b", "train/B", "train/a/x", "train/a/x-y", "train/a/x/y"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("1.png", "10.png", "2.JPG", "b.png", "B.png"):
+            (tmp_path / folder / name).write_bytes(b"")
+    theirs = [path for path, _ in torchvision.datasets.ImageFolder(str(tmp_path / "train")).samples]
+    ours = [str(path) for images in data_module._find_images(tmp_path / "train").values() for path in images]
+    assert ours == theirs
+
+
+def test_an_image_that_declares_too_many_pixels_is_named(image_folder):
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", b""), (b"IEND", b""))
+    packed = (struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks)
+    (image_folder / "train" / "bee" / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    with pytest.raises(ValueError, match=r"bee/huge.png is not an image that decodes: .*900000000 pixels"):
         load("imagefolder", image_folder)
 
 

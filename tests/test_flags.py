@@ -1,6 +1,7 @@
 """Bad input to the ResNet program: one clear line, a non-zero exit, nothing trained and nothing written."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -54,6 +55,10 @@ def fails(capsys, command, message, cwd=None):
         ("--data digits --image-size 4", "must be at least 8 for digits, got 4"),
         ("--data digits --num-classes 3", "digits has 10, got 3"),
         ("--evaluate", "--evaluate needs --resume"),
+        ("--save-dir=", "argument --save-dir/--log-dir: must name a file or folder, got an empty word"),
+        ("--evaluate --resume=", "argument --resume: must name a file or folder, got an empty word"),
+        ("--evaluate --resume .", ". is a folder without a checkpoint that loads: give a file, or the folder of a run"),
+        ("--rank-scale 0.1 --pretrained .", "--pretrained . is a folder: give a file in it"),
         ("--evaluate --resume auto", "needs --save-dir"),
         ("--dry-run --data imagefolder", "needs --num-classes"),
         ("--dry-run --target-ratio 0.0001", "below the floor: rank 1 everywhere leaves 9,930 of 464,154"),
@@ -96,6 +101,41 @@ def test_norms_of_another_model_name_the_layers(capsys, tmp_path):
     (tmp_path / "a" / "frobnorms.tensor").write_bytes(b"junk")
     fails(capsys, f"{command} --arch resnet20", "is not a file that --dump-frobnorms wrote")
     assert not (tmp_path / "b").exists()
+
+
+LOADING = """
+import runpy, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name in ("torch", "torchvision", "resnet_cifar.rows"):
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+program = sys.argv[1]
+sys.argv = sys.argv[1:]
+if program.endswith(".py"):
+    runpy.run_path(program, run_name="__main__")
+else:
+    runpy.run_module(program, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "resnet_cifar/train.py", "compression_baselines/train.py",
+        "compression_baselines/sparse.py --method snip --target-ratio 1",
+        "compression_baselines/prune.py --method c-obd --ratio 0.5 --pretrained x", "compression_baselines/measure.py x",
+        "tensor_wrn/train.py digits teacher", "transformer_iwslt/prepare.py", "transformer_iwslt/train.py x",
+        "transformer_iwslt/generate.py x --path x", "transformer_iwslt/translate.py --checkpoint x", "common.tables list",
+        "common.vision.tiny_imagenet --data-dir nowhere",
+    ],
+)  # fmt: skip
+def test_interrupted_outside_of_a_training_there_is_one_line(command):
+    """As while torch or the rows are loaded; the exit status is that of SIGINT."""
+    program, *words = command.split()
+    done = subprocess.run([sys.executable, "-c", LOADING, program, *words], cwd=ROOT, capture_output=True, text=True)
+    name = program if program.endswith(".py") else f"python -m {program}"
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", f"{name}: interrupted\n")
 
 
 def test_a_directory_of_another_run_is_left_alone(capsys, tmp_path):

@@ -87,10 +87,53 @@ def test_one_process_uses_the_library_under_one_name(wheel, tmp_path, first, sec
     assert "import it under one name" in error
 
 
-def test_a_clone_runs_its_own_code_whatever_is_installed(tmp_path):
-    other = copy_clone(tmp_path / "other", "common", "resnet_cifar")
-    with (other / "common" / "__init__.py").open("a") as file:
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Another clone, whose library says so where it is imported."""
+    clone = copy_clone(tmp_path_factory.mktemp("clone") / "other")
+    with (clone / "common" / "__init__.py").open("a") as file:
         file.write("print('the other clone', file=sys.stderr)\n")
+    return clone
+
+
+def programs_of(clone):
+    """The programs of a clone: files that are run by their path."""
+    files = [path for path in clone.glob("*/*.py") if path.parent.name not in ("tests", "benchmarks")]
+    return sorted(path for path in files if "__main__" in path.read_text())
+
+
+def test_every_program_imports_the_library_beside_it(other, wheel, tmp_path):
+    """From the folder of another clone, with that one, a wheel and a package of the user's own called common on the path."""
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "__init__.py").write_text("raise SystemExit('the package of the user')")
+    found = programs_of(other)
+    assert len(found) == len(programs_of(ROOT)) >= 10
+    for program in found:
+        done = run(program, "--help", path=[tmp_path, ROOT, wheel], cwd=ROOT)
+        assert (done.returncode, done.stderr) == (0, "the other clone\n"), program
+        assert done.stdout.startswith("usage: "), program
+    done = run(ROOT / "resnet_cifar" / "train.py", "--help", path=[tmp_path, other, wheel], cwd=other)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_tables_are_of_the_clone_that_they_are_in(other, tmp_path):
+    """Also from elsewhere, where folders have the names of programs; under the name fnl they say how they are called."""
+    (tmp_path / "resnet_cifar").mkdir()
+    (tmp_path / "resnet_cifar" / "rows.py").write_text("raise SystemExit('the wrong folder')")
+    words = ["-m", "common.tables", "list", "--table", "quickstart"]
+    done = run(*words, path=[other], cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "the other clone\n")
+    assert len(done.stdout.splitlines()) == 7
+    done = run(*words, path=[other], cwd=ROOT)  # the clone that one stands in comes first
+    assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / "fnl").symlink_to(other / "common")  # as pip install -e makes it
+    done = run("-m", "fnl.tables", "list", cwd=tmp_path)
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert error.endswith(f"whose programs import it as common: run python -m common.tables in {other}")
+
+
+def test_a_clone_runs_its_own_code_whatever_is_installed(other, tmp_path):
     program = ["resnet_cifar/train.py", *"--arch resnet20 --rank-scale 0.1 --dry-run --save-dir results".split()]
     for clone, expected in ((other, True), (ROOT, False)):
         found = run(clone / program[0], *program[1:], path=[ROOT if clone == other else other], cwd=tmp_path)

@@ -225,6 +225,26 @@ def test_signals_reach_the_programs_and_no_other_run_starts(tmp_path, number, jo
     assert sorted(path.name for path in tmp_path.glob("saved*")) == [f"saved{seed}" for seed in range(1, jobs + 1)]
 
 
+def test_a_run_that_is_interrupted_before_its_training_says_so(tmp_path):
+    """One that is alone, too, of which nothing else is told."""
+    task, folder = task_of("resnet", tmp_path)
+    code = f"""
+import os, signal, sys
+from common.tables import run
+from common.tables.run import Task
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.exit(run.run([{task!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (REQUEUE, "", "told to stop: run it again to go on\n")
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_runs_that_are_interrupted_save_and_resume(tmp_path, jobs):
     line = "resnet_cifar/train.py --data digits --arch resnet20 --batch-size 32 --epochs 50 --resume auto"

@@ -20,12 +20,13 @@ from common.vision.data import Batch, Data
 from tensor_wrn.config import WideResNetConfig
 from tensor_wrn.distillation import attention, distillation_loss
 from tensor_wrn.factorize import make_model, norm_matched_init, tensor_scale_for_ratio
-from tensor_wrn.layers import FORMS, INITIALIZATIONS, TensorPointwise, split
+from tensor_wrn.layers import FORMS, INITIALIZATIONS, TensorPointwise
 from tensor_wrn.models import WideResNet, build
 from tensor_wrn.rows import PROGRAM
-from tensor_wrn.train import distillation, learning_rate, main
+from tensor_wrn.shapes import RULES, alike, split, stage_channels
+from tensor_wrn.train import distillation, learning_rate, load_teacher, main
 
-SHAPES = [(16, 160), (160, 320), (24, 36)]
+SHAPES = [(16, 160), (160, 320), (24, 36), (32, 32)]
 
 
 def pointwise(form, inputs=24, outputs=36, scale=0.5, init="regular", dtype=torch.float64):
@@ -35,14 +36,56 @@ def pointwise(form, inputs=24, outputs=36, scale=0.5, init="regular", dtype=torc
     return layer.pointwise
 
 
-def test_tensors_have_the_shapes_of_the_released_code():
+@pytest.mark.parametrize("rule", RULES)
+def test_tensors_of_the_papers_width_have_the_shapes_of_the_released_code(rule):
     channels = [(16, 160), (160, 160), (160, 320), (320, 320), (320, 640), (640, 640)]
-    assert [split(inputs * outputs) for inputs, outputs in channels] == [
+    assert [split(inputs * outputs, rule) for inputs, outputs in channels] == [
         (16, 16, 10), (32, 32, 25), (40, 40, 32), (50, 64, 32), (64, 64, 50), (80, 80, 64),
     ]  # fmt: skip
-    assert split(13) == (1, 13, 1)
     for count in (1, 2, 36, 97 * 4, 512):
-        assert math.prod(split(count)) == count
+        assert math.prod(split(count, rule)) == count
+    assert sorted(split(13, rule)) == [1, 1, 13]
+
+
+@pytest.mark.parametrize("width", range(1, 13))
+def test_tensors_of_other_widths_too(width):
+    """Two sides are the first divisors from the rounded cube root on, the last is what is left; tntorch has the same cores."""
+    tntorch = pytest.importorskip("tntorch")
+    model = build({"depth": 10, "width": width, "num_classes": 10, "form": "TensorTrain", "rank_scale": 0.3,
+                   "tensor_shapes": "released"})  # fmt: skip
+    channels = stage_channels(width)
+    assert channels == (16, 16 * width, 32 * width, 64 * width)
+    tensors = [module for module in model.modules() if isinstance(module, TensorPointwise)]
+    assert len(tensors) == 6
+    for tensor in tensors:
+        count = tensor.in_channels * tensor.out_channels
+        root = next(side for side in range(count) if (2 * side + 1) ** 3 > 8 * count)  # the cube root, rounded
+        divisors = [side for side in range(1, count + 1) if count % side == 0]
+        first = min(side for side in divisors if side >= root)
+        second = min(side for side in divisors if side >= root and count // first % side == 0)
+        assert tensor.shape == (first, second, count // (first * second))
+        ranks = [max(1, round(0.3 * min(pair))) for pair in zip(tensor.shape, tensor.shape[1:], strict=False)]
+        assert list(tensor.ranks()) == ranks
+        cores = tntorch.Tensor(torch.randn(tensor.shape), ranks_tt=ranks).cores if width < 4 else []
+        for core, theirs in zip(tensor.cores, cores, strict=bool(cores)):
+            assert core.numel() == theirs.numel()
+    assert split(32 * 32, "released") == (16, 16, 4)
+    assert split(32 * 32, "nearest") == (8, 16, 8)
+    assert alike(width) == (width == 10)
+
+
+def test_the_rule_of_shapes_is_told_apart_where_it_makes_a_difference():
+    def parse(flags):
+        return WideResNetConfig.parse(f"cifar10 teacher {flags}".split())
+
+    for width, rule in ((2, "released"), (4, "released"), (10, "nearest")):
+        found = parse(f"--wrn-width {width} --conv Tucker_0.5")
+        assert found.tensor_shapes == rule
+        nearest = parse(f"--wrn-width {width} --conv Tucker_0.5 --tensor-shapes nearest")
+        assert (found.config_hash() == nearest.config_hash()) == (rule == "nearest")
+    assert parse("--wrn-width 2").tensor_shapes == parse("--wrn-width 2 --tensor-shapes nearest").tensor_shapes == "nearest"
+    for row in (row for table in PROGRAM.tables for row in table.rows if not row.id.startswith(("full", "Conv"))):
+        assert alike(PROGRAM.config(row).wrn_width)  # the paper's rows have the released shapes, by either name
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -340,6 +383,18 @@ def train(tmp_path, capsys):
     return run
 
 
+def test_a_checkpoint_from_before_the_rule_of_shapes_has_the_nearest(train, tmp_path, capsys):
+    """It is evaluated, and teaches, as the network that it is."""
+    run = train(f"digits teacher {DIGITS} --max-steps 2 --conv TensorTrain_0.5 --tensor-shapes nearest")
+    state = checkpoints.load(run / "checkpoint.pt")
+    assert state["architecture"].pop("tensor_shapes") == "nearest"
+    torch.save(state, tmp_path / "old.pt")
+    main(f"digits teacher --conv TensorTrain_0.5 --evaluate --resume {tmp_path}/old.pt".split())
+    assert json.loads(capsys.readouterr().out)["accuracy"] == read_json(run / "result.json")["metrics"]["final"]
+    teacher = load_teacher(tmp_path / "old.pt")
+    assert [m.shape for m in teacher.modules() if isinstance(m, TensorPointwise)][3] == split(32 * 32, "nearest")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -477,6 +532,7 @@ FORMS_LINE = "--conv must be Conv, TensorTrain_R, Tucker_R or TuckerTT_R with R 
         ("digits teacher --target-ratio 0.5 --wd2fd --decay-shortcuts", "--decay-shortcuts is for Conv without --wd2fd"),
         ("digits teacher --decay-shortcuts", "--decay-shortcuts needs factorized layers"),
         ("digits teacher --rank-scale 0.5 --init released", "--init released is for tensors"),
+        ("digits teacher --tensor-shapes released", "--tensor-shapes is for tensors, got --conv Conv"),
         ("digits teacher --wrn-depth 12", "must be 6n + 4 and at least 10, got 12"),
         ("digits teacher --wrn-width 0", "--wrn-width must be between 1/16 and 100, got 0"),
         ("digits teacher --epoch_step [3,2]", "must be a list of rising epochs"),

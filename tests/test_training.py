@@ -193,10 +193,23 @@ def test_evaluate_rebuilds_the_model_from_its_checkpoint_alone(train, tmp_path, 
         evaluated = json.loads(capsys.readouterr().out)
         assert evaluated["accuracy"] == pytest.approx(result["metrics"]["final"], abs=0.3)
     assert weights(run)["layer1.0.conv1.m"].shape == (5, 5)
+    main(["--data", "digits", "--evaluate", "--resume", str(run)])
+    assert json.loads(capsys.readouterr().out)["accuracy"] == result["metrics"]["final"]
     (run / "checkpoint.pt").rename(run / "checkpoint-previous.pt")
     (run / "checkpoint.pt").write_bytes(b"damaged")
     main(["--data", "digits", "--evaluate", "--resume", "auto", "--save-dir", str(run)])
     assert json.loads(capsys.readouterr().out)["accuracy"] == result["metrics"]["final"]
+
+
+def test_a_folder_to_resume_from_stands_for_its_newest_checkpoint(train, tmp_path, monkeypatch):
+    """Under a home directory, too."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train("--epochs", 2, "--max-steps", 3, "--save-dir", tmp_path / "a")
+    whole = train("--epochs", 2, "--save-dir", tmp_path / "whole")
+    resumed = train("--epochs", 2, "--resume", "~/a", "--save-dir", "~/b")
+    assert resumed == tmp_path / "b"
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value)
 
 
 def test_pretrained_dense_weights_factorized_at_full_rank_keep_their_accuracy(train, tmp_path, capsys):

@@ -365,6 +365,26 @@ def test_bad_files_name_the_line(tmp_path, source, target, message):
         corpora.read_pair(tmp_path / "x", "de", "en")
 
 
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ("eins\nzwei\n", ["eins", "zwei"]),
+        ("eins\r\nzwei\r\n", ["eins", "zwei"]),
+        ("eins\rzwei\r", ["eins", "zwei"]),
+        ("eins\r\rzwei", ["eins", "", "zwei"]),
+        ("eins\rzwei\r\n", ["eins", "zwei"]),
+        ("ei\rns\nzwei\n", ["ei\rns", "zwei"]),  # one that is within a line of a file with other ends
+        ("\ufeffeins\nzwei\n", ["eins", "zwei"]),
+        ("eins\n\ufeffzwei\n", ["eins", "zwei"]),  # of two files that were joined
+        ("\n", [""]),
+        ("", []),
+    ],
+)
+def test_line_ends_of_all_systems_and_byte_order_marks(tmp_path, content, lines):
+    (tmp_path / "x").write_bytes(content.encode())
+    assert corpora.read_lines(tmp_path / "x") == lines
+
+
 def test_a_broken_gzip_file_is_named(tmp_path):
     (tmp_path / "x.de.gz").write_bytes(gzip.compress(b"eins\n" * 100)[:-9])
     with pytest.raises(ValueError, match=r"x.de.gz is not a whole gzip file"):

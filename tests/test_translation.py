@@ -85,6 +85,22 @@ def test_preparing_again_does_nothing_and_another_way_is_refused(data, capsys, r
     assert {path: path.read_bytes() for path in data.iterdir()} == before
 
 
+def test_dictionaries_are_filled_up_where_that_is_asked_for(data, tmp_path, capsys, refuses):
+    """With words that fairseq makes up; a folder from before there was a choice has a multiple of 8."""
+    assert read_json(data / "prepare.json")["padding_factor"] == 1
+    assert not any("madeupword" in (data / f"dict.{lang}.txt").read_text() for lang in ("de", "en"))
+    command = f"--corpus numbers --size 400 --bpe 120 --dest {tmp_path / 'd'}"
+    prepare.main(f"{command} --padding-factor 8".split())
+    for vocabulary, plain in zip(find_vocabularies(tmp_path / "d")[1:], find_vocabularies(data)[1:], strict=True):
+        assert len(vocabulary) % 8 == 0
+        assert vocabulary.words[: len(plain)] == plain.words
+    assert "padding_factor" not in read_json(tmp_path / "d" / "prepare.json")  # as of one from before, to the byte
+    for same in ("", " --padding-factor 8"):
+        prepare.main(f"{command}{same}".split())
+        assert "nothing to do" in capsys.readouterr().err
+    refuses(prepare.main, f"{command} --padding-factor 1", "was not prepared like this")
+
+
 def test_a_run_trains_and_leaves_its_records(data, tmp_path, capsys):
     state = run(data, tmp_path, f"{HALF} --weight-decay 1e-4 --max-update 12 --generate")
     captured = capsys.readouterr()
@@ -125,9 +141,10 @@ def test_the_last_epochs_norms_are_those_of_the_checkpoint(data, tmp_path):
     assert last["query_key_nuclear_norm"] == pytest.approx(nuclear, rel=1e-5)
 
 
-def test_stopped_and_gone_on_is_uninterrupted(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("batches", ["once", "each-epoch"])
+def test_stopped_and_gone_on_is_uninterrupted(data, tmp_path, monkeypatch, batches):
     """By the signal a scheduler sends, within an epoch and at the update that ends one; with momentum, dropout and patience."""
-    flags = f"{HALF} --max-update 30 --patience 9"
+    flags = f"{HALF} --max-update 30 --patience 9 --batches {batches}"
     whole = run(data, tmp_path / "whole", flags)
     ends = [record["step"] for record in lines(tmp_path / "whole")]
     assert len(ends) > 2
@@ -279,12 +296,11 @@ def trained(data):
     """Task, model, criterion and a batch, as fairseq makes them from this program's flags."""
 
     def make(flags, **task_options):
-        from fairseq import options, tasks
-        from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+        from fairseq import tasks
 
         engine.load()
         args = TranslationConfig.parse([str(data), *f"{TINY} {flags}".split()])
-        cfg = convert_namespace_to_omegaconf(engine.parse(options.get_training_parser, args.fairseq_words(data)))
+        cfg = train.read_fairseq(args, data, len(find_vocabularies(data)[2]))
         torch.manual_seed(0)
         for name, value in task_options.items():
             cfg.task[name] = value
@@ -302,8 +318,8 @@ def test_without_decay_and_in_validation_the_loss_is_fairseqs(trained, criterion
     from fairseq.criterions import CRITERION_REGISTRY
 
     none = "--dropout 0 --attention-dropout 0 --activation-dropout 0"
-    _, task, model, ours, batch = trained(f"{HALF} {none} --frobenius-decay 0.3 --criterion {criterion}")
-    smoothing = (0.1,) if criterion == "label_smoothed_cross_entropy" else ()
+    cfg, task, model, ours, batch = trained(f"{HALF} {none} --frobenius-decay 0.3 --criterion {criterion}")
+    smoothing = (cfg.criterion.label_smoothing,) if criterion == "label_smoothed_cross_entropy" else ()
     theirs = CRITERION_REGISTRY[criterion](task, False, *smoothing)
     model.train()
     loss, size, logged = ours(model, batch)
@@ -316,6 +332,47 @@ def test_without_decay_and_in_validation_the_loss_is_fairseqs(trained, criterion
     assert torch.equal(ours(model, batch)[0], theirs(model, batch)[0])
     model.train().decay.coef = 0.0
     assert torch.equal(ours(model, batch)[0], theirs(model, batch)[0])
+
+
+@pytest.mark.parametrize("over", ["all", "others"])
+def test_label_smoothing_is_spread_over_all_words_or_all_but_the_right_one(trained, over):
+    """A distribution over the words for each target: what the smoothing takes of the right one, evenly over those words."""
+    _, _, model, criterion, batch = trained(f"--label-smoothing 0.3 --smoothed-over {over}")
+    loss, size, _ = criterion(model.eval(), batch)
+    logs = model(**batch["net_input"])[0].double().log_softmax(-1)
+    target, words = batch["target"], logs.shape[-1]
+    wanted = torch.full_like(logs, 0.3 / (words if over == "all" else words - 1))
+    wanted.scatter_(-1, target[..., None], 0.7 + (0.3 / words if over == "all" else 0))
+    torch.testing.assert_close(wanted.sum(-1), torch.ones_like(target, dtype=torch.float64))
+    expected = -(wanted * logs).sum(-1)[target != PAD].sum()
+    assert size == (target != PAD).sum()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("when", ["once", "each-epoch"])
+def test_batches_are_composed_once_or_in_each_epoch(trained, when):
+    """Of the same sentences all in all, in an order of each epoch's own; those of validation stay."""
+    cfg, task, _, _, _ = trained(f"--batches {when}")
+    task.load_dataset("train")
+
+    def batches(split, start, count):
+        made = task.get_batch_iterator(dataset=task.dataset(split), max_tokens=100, seed=1, epoch=start, num_workers=0)
+        made.load_state_dict({"version": 2, "epoch": start, "iterations_in_epoch": 0})  # as a training does that goes on
+        epochs = [[frozenset(batch["id"].tolist()) for batch in made.next_epoch_itr()] for _ in range(count)]
+        task.dataset_to_epoch_iter.clear()
+        return epochs
+
+    first, second, third = batches("train", 1, 3)
+    for epoch in (first, second, third):
+        assert sorted(number for batch in epoch for number in batch) == list(range(400))
+    assert first != second != third
+    assert ({*first} == {*second}, {*second} == {*third}) == (when == "once",) * 2
+    assert len({*first} & {*second}) < 5 or when == "once"
+    (gone_on,) = batches("train", 3, 1)
+    assert gone_on == third
+    before, after = batches("valid", 1, 2)
+    assert {*before} == {*after}
+    assert cfg.task.rebuild_batches == (when == "each-epoch")
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
@@ -490,12 +547,16 @@ def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
         ("DATA --embdim 3", "fairseq: unrecognized arguments: --embdim 3"),
         ("--update-freq 2 DATA", "DATA must come before the flags"),
         ("DATA other", "unrecognized arguments: other"),
+        ("~nobody-of-this-name", "argument DATA: is in the home directory of nobody here"),
         ("nowhere", "there is no folder nowhere: python transformer_iwslt/prepare.py --dest nowhere"),
         ("EMPTY", "has no prepare.json: it was not written by prepare.py"),
         ("DATA --distributed-world-size 2 --cpu", "--distributed-world-size 2 needs as many GPUs, and there are 0"),
         ("DATA --fp16 --cpu", "--fp16 needs a GPU"),
         ("DATA --bf16 --cpu", "--bf16 needs a GPU"),
         ("DATA/ --fp16 --cpu", "--fp16 needs a GPU"),
+        ("DATA --max-source-positions 4", "subwords, its end among them, and the model reads 4: prepare the data"),
+        ("DATA --rebuild-batches", "--rebuild-batches is not passed on to fairseq"),
+        ("DATA --criterion cross_entropy --smoothed-over all", "--smoothed-over is for label_smoothed_cross_entropy"),
         ("DATA --left-pad-target", "--left-pad-target is not passed on to fairseq"),
         ("DATA --task=translation", "--task is not passed on to fairseq"),
         ("DATA --seed 4294967290", "--seed must be below 2^32 less --max-update"),
@@ -508,11 +569,72 @@ def test_bad_flags_of_training(data, tmp_path, monkeypatch, refuses, command, me
     assert not (tmp_path / "run").exists()
 
 
-def test_sentences_that_are_too_long_end_in_one_line(data, tmp_path, capsys):
-    run(data, tmp_path, "--max-tokens 6 --max-update 3", fails=2)
-    assert (
-        "error: a sentence is too long for the model or for --max-tokens: Sentences lengths should" in capsys.readouterr().err
+def test_sentences_that_do_not_fit_a_batch_are_told_of(data, tmp_path, refuses, capsys):
+    command = f"{data} {TINY} --save-dir {tmp_path} --max-update 1"
+    refuses(train.main, f"{command} --max-tokens 6", "a batch holds 6: give a larger --max-tokens")
+    refuses(
+        train.main, f"{command} --max-tokens 2 --max-tokens-valid 400", "400 of 400 training pairs have more than 2 subwords"
     )
+    assert not list(tmp_path.iterdir())
+    run(data, tmp_path / "a", "--max-tokens 6 --max-tokens-valid 400 --max-update 1")
+    long = int((engine.sizes(data, "train").max(1) > 6).sum())
+    assert 0 < long < 400
+    message = f"warning: {long} of 400 training pairs have more than 6 subwords, the ends among them: training leaves them out"
+    assert message in capsys.readouterr().err
+    run(data, tmp_path / "b", "--max-tokens 6 --max-update 1 --skip-invalid-size-inputs-valid-test", fails=2)
+    assert "error: a sentence is too long for the model or for --max-tokens: Sentences lengths" in capsys.readouterr().err
+
+
+def texts(folder, **splits):
+    """Files of German and English words in a folder, and the flags of prepare.py that name them."""
+    for name, pairs in splits.items():
+        for side, lang in enumerate(("de", "en")):
+            (folder / f"{name}.{lang}").write_text("".join(f"{pair[side]}\n" for pair in pairs))
+    return " ".join(f"--{name}-prefix {folder / name}" for name in splits)
+
+
+def test_a_sentence_that_is_too_long_is_found_before_the_training(tmp_path, monkeypatch, refuses, capsys):
+    """By its line when it is prepared, and in data that were prepared without that before anything is trained."""
+    pairs = [(f"eins {word}", f"one {word}") for word in "abcdefgh"]
+    long = ("zwei " * 1100, "two " * 1000)
+    flags = texts(tmp_path, train=[*pairs, long], valid=pairs, test=[("", ""), *pairs, long])
+    command = f"{flags} --dest {tmp_path / 'data'} --bpe 30"
+    message = f"{tmp_path / 'test.de'}, line 10, has 1,100 subwords, and the model reads 1,021: shorten or remove this pair"
+    refuses(prepare.main, command, message)
+    assert not (tmp_path / "data").exists()
+    texts(tmp_path, valid=[*pairs[:2], ("zwei", "two " * 1022)])
+    refuses(prepare.main, command, f"{tmp_path / 'valid.en'}, line 3, has 1,022 subwords")
+    texts(tmp_path, valid=pairs)
+    monkeypatch.setattr(prepare, "check_lengths", lambda split, place: None)  # as an earlier version prepared it
+    prepare.main(command.split())
+    captured = capsys.readouterr()
+    assert "warning: 1 train pairs have more than 1,021 subwords: training leaves them out" in captured.err
+    message = f"sentence 9 of test.de in {tmp_path / 'data'} has 1,101 subwords, its end among them, and the model reads 1,022"
+    refuses(train.main, f"{tmp_path / 'data'} {TINY} --save-dir {tmp_path / 'run'}", message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_sentence_is_left_out_of_a_score(data, tmp_path, refuses):
+    command = f"{data} --path {tmp_path / 'x.pt'} --skip-invalid-size-inputs-valid-test"
+    refuses(generate.main, command, "would leave sentences out, and BLEU is that of the whole split")
+
+
+def test_a_folder_is_no_checkpoint_to_translate_with(data, tmp_path, refuses):
+    message = f"{tmp_path} is a folder: give a checkpoint in it, such as {tmp_path / 'checkpoint_best.pt'}"
+    refuses(generate.main, f"{data} --path {tmp_path}", message)
+    refuses(translate.main, f"--checkpoint {tmp_path}", message)
+
+
+def test_data_may_lie_below_a_home_directory(data, monkeypatch):
+    monkeypatch.setenv("HOME", str(data.parent))
+    assert TranslationConfig.parse(["~/numbers", "--update-freq", "2"]).data == data
+    assert parse_generate(["~/numbers", "--path", "~/x.pt", "--beam-search", "1"]).data == data
+
+
+def test_a_batch_that_is_too_small_for_a_translation_is_named(data, tmp_path, refuses):
+    run(data, tmp_path, "--max-update 1")
+    command = f"{data} --path {tmp_path / 'checkpoint_best.pt'} --cpu --max-tokens 4"
+    refuses(generate.main, command, "a batch holds 4: give a larger --max-tokens")
 
 
 def test_targets_padded_on_the_left_are_refused(trained):

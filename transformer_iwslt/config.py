@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ _HARMLESS = {
 _PLAIN_DDP = ("pytorch_ddp", "c10d", "legacy_ddp", "no_c10d")  # values of --ddp-backend that compute the same
 _OWN = {
     "--task", "--user-dir", "--restore-file", "--checkpoint-suffix", "--valid-subset", "--no-save", "--no-last-checkpoints",
-    "--log-format", "--log-file", "--left-pad-target",
+    "--log-format", "--log-file", "--left-pad-target", "--rebuild-batches",
 }  # fmt: skip
 
 # By default fairseq leaves out the last batch where its size is no multiple of 8: of 500 test sentences it translates 496.
@@ -139,6 +140,20 @@ class TranslationConfig(ModelConfig):
         "label_smoothed_cross_entropy", choices=list(CRITERIONS), help="loss, to which Frobenius decay is added"
     )
     label_smoothing: float = flag(0.1, type=share, help="of label_smoothed_cross_entropy")
+    smoothed_over: str = flag(
+        None,
+        choices=("all", "others"),
+        before="others",
+        help="words that share --label-smoothing: all, as in the released code, or all but the right one, as in fairseq today "
+        "(default: all)",
+    )
+    batches: str = flag(
+        "each-epoch",
+        choices=("each-epoch", "once"),
+        before="once",
+        help="when sentences are put together to batches: anew in each epoch, as in the released code, or once, as in fairseq "
+        "today; the order of batches is drawn in each epoch either way",
+    )
     max_tokens: int = flag(4000, type=positive_int, metavar="N", help="target tokens of a batch")
     max_update: int = flag(100_000, type=positive_int, metavar="N", help="updates of the schedule")
     max_steps: int | None = flag(None, type=positive_int, metavar="N", help="stop after N updates in all")
@@ -215,7 +230,10 @@ class TranslationConfig(ModelConfig):
         elif self.warmup_init_lr is None:
             self.warmup_init_lr = _NAG["warmup_init_lr"] if self.optimizer == "nag" else 0.0
         if self.criterion == "cross_entropy":
-            self.label_smoothing = 0.0
+            if self.smoothed_over == "all":
+                raise ValueError("--smoothed-over is for label_smoothed_cross_entropy, got --criterion cross_entropy")
+            self.label_smoothing, self.smoothed_over = 0.0, "others"
+        self.smoothed_over = self.smoothed_over or "all"
         if self.seed >= 2**32 - self.max_update:
             raise ValueError(f"--seed must be below 2^32 less --max-update, got {self.seed}")
 
@@ -238,6 +256,7 @@ class TranslationConfig(ModelConfig):
         for name, value in values.items():
             words += ["--" + name.replace("_", "-"), str(value)]
         words += ["--" + name.replace("_", "-") for name in _SWITCHES if getattr(self, name)]
+        words += ["--rebuild-batches"] if self.batches == "each-epoch" else []
         half = {"--fp16", "--bf16"} & {*self.fairseq}
         if half and self.weight_decay and (self.wd2fd or self.wd2fd_quekey or self.wd2fd_outval):
             words.append("--fp16-no-flatten-grads")  # flat gradients cannot tell what takes no weight decay
@@ -262,7 +281,8 @@ def _groups(words: Sequence[str]) -> list[tuple[str, ...]]:
 
 def check_fairseq(parser: FlagParser, data: Path, fairseq: Sequence[str], words: Sequence[str]) -> None:
     """Refuse flags of fairseq that this program sets, and DATA after a flag of fairseq's, whose value would be taken for it."""
-    given = next(index for index, word in enumerate(words) if not word.startswith("-") and Path(word) == data)
+    paths = [Path(os.path.expanduser(word)) for word in words]
+    given = next(index for index, word in enumerate(words) if not word.startswith("-") and paths[index] == data)
     first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     if fairseq and given > first:
         parser.error(f"DATA must come before the flags, got {words[given]} after {words[first]}")
@@ -286,6 +306,13 @@ def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-s", "--source-lang", default="de")
     parser.add_argument("-t", "--target-lang", default="en")
     parser.add_argument("--bpe", type=positive_int, metavar="N", help="merges (default: 25000; numbers: 300)")
+    parser.add_argument(
+        "--padding-factor",
+        type=positive_int,
+        metavar="N",
+        help="fill dictionaries up to a multiple of N words, in fairseq today 8 (default: 1, as in the released code; a folder "
+        "that is there may have any)",
+    )
     parser.add_argument("--keep-case", action="store_true", help="do not put everything in lower case")
     parser.add_argument(
         "--data-dir", type=Path, default=ROOT / "data" / "iwslt14", help="where de-en.tgz is, or is downloaded to"
@@ -343,6 +370,8 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
     words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
     args, args.fairseq = parser.parse_known_args(words)
     check_fairseq(parser, args.data, args.fairseq, words)
+    if "--skip-invalid-size-inputs-valid-test" in args.fairseq:
+        parser.error("--skip-invalid-size-inputs-valid-test would leave sentences out, and BLEU is that of the whole split")
     if not math.isfinite(args.lenpen):
         parser.error(f"--lenpen must be finite, got {args.lenpen}")
     return args

@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.experiments.downloads import downloading
+from transformer_iwslt.text import split_lines
 
 Pairs = list[tuple[str, str]]
 Splits = dict[str, Pairs]  # "train", "valid" and "test"
@@ -60,9 +61,9 @@ def read_lines(path: Path) -> list[str]:
     except (OSError, EOFError) as error:
         raise ValueError(f"{found} is not a whole gzip file: {error}") from error
     lines = []
-    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n") if content else [], 1):
+    for number, line in enumerate(split_lines(content), 1):
         try:
-            lines.append(line.decode("utf-8").rstrip("\r"))
+            lines.append(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{found}, line {number}, is not UTF-8: {error.reason} at byte {error.start}") from error
     return lines
@@ -115,7 +116,7 @@ def iwslt14(folder: Path, sha256: str | None = None) -> tuple[Splits, str]:
                     content = None if member is None else packed.extractfile(member)
                     if content is None:
                         raise ValueError(f"{archive} lacks {name.format(lang)}: it is not IWSLT'14 German-English")
-                    sides.append(list(read(content.read().decode("utf-8").split("\n"))))
+                    sides.append(list(read([line.decode("utf-8") for line in split_lines(content.read())])))
                 if len(sides[0]) != len(sides[1]):
                     raise ValueError(
                         f"{archive}: {name.format('de')} has {len(sides[0])} sentences, the English {len(sides[1])}"
@@ -130,7 +131,7 @@ def iwslt14(folder: Path, sha256: str | None = None) -> tuple[Splits, str]:
 
 
 def _talks(lines: list[str]) -> Iterator[str]:
-    for line in lines[:-1] if lines[-1] == "" else lines:
+    for line in lines:
         if not any(tag in line for tag in _SKIPPED):
             yield re.sub(r"</?(title|description)>", "", line).strip()
 

@@ -22,8 +22,8 @@ from numpy._core import multiarray
 from common.experiments import checkpoints
 from common.experiments.files import write_atomic
 from transformer_iwslt.config import PLUGIN
-from transformer_iwslt.model import Transformer, TransformerConfig, from_checkpoint
-from transformer_iwslt.text import VOCABULARY, Vocabulary, find_vocabularies
+from transformer_iwslt.model import LONGEST, Transformer, TransformerConfig, from_checkpoint
+from transformer_iwslt.text import VOCABULARY, Pipeline, Vocabulary, find_vocabularies
 
 BEST, LAST = "checkpoint_best.pt", "checkpoint_last.pt"  # by validation loss, and the one that a training goes on from
 
@@ -77,7 +77,54 @@ def clear_sizes() -> Generator[None]:
     except Exception as error:
         if not str(error).startswith(("Size of sample", "Sentences lengths should not exceed")):
             raise
-        raise TooLong(f"a sentence is too long for the model or for --max-tokens: {error}") from error
+        what = str(error).partition(", skip this example")[0]  # the advice after it would leave a sentence out of the score
+        raise TooLong(f"a sentence is too long for the model or for --max-tokens: {what}") from error
+
+
+def sizes(data: Path, split: str) -> np.ndarray:
+    """Subwords (pairs, 2) of source and target of each pair of a prepared split, </s> among them."""
+    from fairseq.data import data_utils
+
+    pipeline = Pipeline.load(data)
+    prefix = data / f"{split}.{pipeline.source_lang}-{pipeline.target_lang}"
+    sides = [data_utils.load_indexed_dataset(f"{prefix}.{lang}", None) for lang in (pipeline.source_lang, pipeline.target_lang)]
+    return np.stack([side.sizes for side in sides], 1)
+
+
+def limits(cfg: Any) -> np.ndarray:
+    """The most subwords (2) that source and target of a pair may have, </s> among them, under fairseq's configuration."""
+    source = sys.maxsize if cfg.task.truncate_source else min(cfg.task.max_source_positions, LONGEST + 1)
+    return np.array([source, min(cfg.task.max_target_positions, LONGEST + 1)])
+
+
+def check_lengths(data: Path, split: str, *, cfg: Any = None, max_tokens: int | None = None) -> None:
+    """Raise ValueError, before any work, where a sentence of a prepared split is longer than the model or a batch takes.
+
+    ``cfg`` is fairseq's configuration, where it may lower the number of positions, and ``max_tokens`` what a batch holds.
+    """
+    found = sizes(data, split)
+    most = np.full(2, LONGEST + 1) if cfg is None else limits(cfg)
+    for number, side in np.argwhere(found > np.minimum(most, max_tokens or sys.maxsize)):
+        lang = vars(Pipeline.load(data))[("source_lang", "target_lang")[side]]
+        size = found[number, side]
+        where = f"sentence {number + 1} of {split}.{lang} in {data} has {size:,} subwords, its end among them, and"
+        if size > most[side]:
+            raise ValueError(f"{where} the model reads {most[side]:,}: prepare the data again without it")
+        raise ValueError(f"{where} a batch holds {max_tokens:,}: give a larger --max-tokens")
+
+
+def left_out(data: Path, cfg: Any) -> str | None:
+    """A warning about the training pairs that are longer than the model or a batch takes: fairseq leaves them out.
+
+    Raises ValueError where no pair is left.
+    """
+    found = sizes(data, "train")
+    most = np.minimum(limits(cfg), cfg.dataset.max_tokens or sys.maxsize)
+    count = int((found > most).any(1).sum())
+    what = f"{count:,} of {len(found):,} training pairs have more than {most.min():,} subwords, the ends among them"
+    if count == len(found):
+        raise ValueError(f"{what}: give a larger --max-tokens")
+    return f"{what}: training leaves them out" if count else None
 
 
 def copy_whole(source: str, target: str, overwrite: bool = False) -> bool:
@@ -123,6 +170,8 @@ def allow_checkpoints() -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Content of a checkpoint of fairseq; raises ValueError where it is missing, damaged, would run code, or is another's."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a checkpoint in it, such as {path / BEST}")
     allow_checkpoints()
     state = checkpoints.load(path)
     held = state.get("cfg")

@@ -13,13 +13,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
+from common.experiments.config import config_hash, say_interrupted
+from transformer_iwslt.config import parse_generate
+
+if __name__ == "__main__":
+    say_interrupted("transformer_iwslt/generate.py")
+    parse_generate()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
+
 import torch
 
-from common.experiments.config import config_hash
 from common.experiments.files import read_json, write_atomic, write_json
 from common.experiments.runs import Run, clean_errors, environment
 from transformer_iwslt import engine
-from transformer_iwslt.config import BEAM, LENPEN, PLUGIN, TASK, WHOLE, TranslationConfig, parse_generate
+from transformer_iwslt.config import BEAM, LENPEN, PLUGIN, TASK, WHOLE, TranslationConfig
 from transformer_iwslt.engine import BEST, LAST, updates_of
 from transformer_iwslt.text import Pipeline, find_data, find_vocabularies, inputs
 
@@ -47,6 +53,7 @@ def translate(
     flags = ["--gen-subset", decoding["subset"], "--beam", str(decoding["beam"]), "--lenpen", str(decoding["lenpen"])]
     own = [str(data), "--path", str(checkpoint), "--user-dir", str(PLUGIN), "--task", TASK, *WHOLE, *(["--cpu"] if cpu else [])]
     cfg = convert_namespace_to_omegaconf(engine.parse(options.get_generation_parser, [*own, *flags, *words]))
+    engine.check_lengths(data, decoding["subset"], cfg=cfg, max_tokens=cfg.dataset.max_tokens)
     output = io.StringIO()
     with engine.clear_sizes():
         generate._main(cfg, output)

@@ -17,6 +17,8 @@ from transformer_iwslt.attention import Heads, MultiheadAttention, balance_
 
 INITS = ("regular", "spectral", "norm-matched")
 PAD, EOS = 1, 2  # indices of a fairseq dictionary: <s>, <pad>, </s>, <unk>, then words
+MAX_POSITIONS = 1024
+LONGEST = MAX_POSITIONS - PAD - 2  # subwords of a sentence that has positions for all of them and for </s>
 
 # As the released code draws weights, and factors that are initialized on their own.
 draw_embedding_ = partial(nn.init.normal_, std=0.1)
@@ -45,7 +47,7 @@ class TransformerConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     activation_dropout: float = 0.1
-    max_positions: int = 1024
+    max_positions: int = MAX_POSITIONS
     rank_scale: float = 0.0
     init: Literal["regular", "spectral", "norm-matched"] = "regular"
     spectral_quekey: bool = False

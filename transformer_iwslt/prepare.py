@@ -10,22 +10,31 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
+
+from common.experiments.config import say_interrupted
+from transformer_iwslt.config import parse_prepare
+
+if __name__ == "__main__":
+    say_interrupted("transformer_iwslt/prepare.py")
+    parse_prepare()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
 
 from tqdm import tqdm
 
 from common.experiments.files import ROOT, read_json, write_atomic
 from common.experiments.runs import clean_errors
 from transformer_iwslt import corpora, engine
-from transformer_iwslt.config import parse_prepare
 from transformer_iwslt.corpora import Pairs, Splits
+from transformer_iwslt.model import LONGEST
 from transformer_iwslt.text import PREPARED, Pipeline, learn_codes
 
 SPLITS = ("train", "valid", "test")
+USUAL_FACTOR = 8  # fairseq's, which folders have that tell no other: those from before there was a choice are among them
 MAX_WORDS, MAX_RATIO, VALID_EVERY = 175, 1.5, 23  # of IWSLT'14's preparation: longest sentence, length ratio, split
 
 
@@ -50,9 +59,13 @@ def tokenize(pairs: Pairs, pipeline: Pipeline, name: str) -> Pairs:
     return [(pipeline.tokenize(source, sides[0]), pipeline.tokenize(target, sides[1])) for source, target in progress]
 
 
-def binarize(directory: Path, pipeline: Pipeline) -> None:
-    """Write fairseq's dictionaries and binary files from the text files of the splits in the folder."""
-    words = ["--source-lang", pipeline.source_lang, "--target-lang", pipeline.target_lang, "--destdir", str(directory)]
+def binarize(directory: Path, pipeline: Pipeline, padding_factor: int) -> None:
+    """Write fairseq's dictionaries and binary files from the text files of the splits in the folder.
+
+    A dictionary has a multiple of ``padding_factor`` words: fairseq makes up those that are missing.
+    """
+    words = ["--padding-factor", str(padding_factor)]
+    words += ["--source-lang", pipeline.source_lang, "--target-lang", pipeline.target_lang, "--destdir", str(directory)]
     for split in SPLITS:
         words += [f"--{split}pref", str(directory / "text" / split)]
     from fairseq import options
@@ -63,11 +76,36 @@ def binarize(directory: Path, pipeline: Pipeline) -> None:
         preprocess.main(args)
 
 
-def prepare(splits: Splits, pipeline: Pipeline, dest: Path, facts: dict[str, Any]) -> dict[str, int]:
+def check_lengths(split: Pairs, place: Callable[[int, int], str]) -> None:
+    """Raise ValueError where a sentence, in subwords, is longer than the model reads; ``place`` says where it came from.
+
+    BLEU is that of a whole split, and a validation loss too, so that none may be left out.
+    """
+    for number, pair in enumerate(split):
+        for side, sentence in enumerate(pair):
+            if (size := len(sentence.split())) > LONGEST:
+                raise ValueError(
+                    f"{place(number, side)} has {size:,} subwords, and the model reads {LONGEST:,}: shorten or remove this pair"
+                )
+
+
+def place_in_file(args: argparse.Namespace, splits: Splits, name: str, number: int, side: int) -> str:
+    """Where a sentence of a split came from, in words; ``number`` counts from 0 without the pairs of empty lines."""
+    prefix = getattr(args, f"{name}_prefix")
+    if prefix is None or number >= len(splits[name]):
+        return f"{name} sentence {number + 1}"
+    path = prefix.with_name(f"{prefix.name}.{(args.source_lang, args.target_lang)[side]}")
+    return f"{path}, line {corpora.read_lines(path).index(splits[name][number][side]) + 1},"
+
+
+def prepare(
+    splits: Splits, pipeline: Pipeline, dest: Path, facts: dict[str, Any], place: Callable[[str, int, int], str]
+) -> dict[str, int]:
     """Tokenize the splits and write the folder, whole or not at all; returns the number of pairs of each split.
 
     Where there is no validation split, as of IWSLT'14, the training pairs are cleaned and it is taken from what is left.
-    ``references.test`` holds the target sentences as they were, for BLEU of plain text.
+    ``references.test`` holds the target sentences as they were, for BLEU of plain text. Raises ValueError where a sentence to
+    validate or test on is too long for the model; ``place`` says where it came from, by split, number and side.
     """
     tokenized = {name: tokenize(splits[name], pipeline, name) for name in SPLITS}
     if not tokenized["valid"]:
@@ -77,23 +115,32 @@ def prepare(splits: Splits, pipeline: Pipeline, dest: Path, facts: dict[str, Any
             raise ValueError(f"no {name} pair is left: sentences must have 1 to {MAX_WORDS} words, and similar lengths")
     text = [line for side in (0, 1) for line in (pair[side] for pair in tokenized["train"])]
     pipeline = Pipeline(pipeline.source_lang, pipeline.target_lang, pipeline.lowercase, learn_codes(text, facts["merges"]))
-    partial = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    subwords = {
+        name: [(" ".join(pipeline.split(source)), " ".join(pipeline.split(target))) for source, target in tokenized[name]]
+        for name in SPLITS
+    }
+    for name in ("valid", "test"):
+        check_lengths(subwords[name], partial(place, name))
+    long = sum(max(len(sentence.split()) for sentence in pair) > LONGEST for pair in subwords["train"])
+    if long:
+        print(f"warning: {long} train pairs have more than {LONGEST:,} subwords: training leaves them out", file=sys.stderr)
+    folder = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
     try:
         for name in SPLITS:
             for side, lang in enumerate((pipeline.source_lang, pipeline.target_lang)):
-                lines = (" ".join(pipeline.split(pair[side])) for pair in tokenized[name])
-                write_atomic(partial / "text" / f"{name}.{lang}", "".join(f"{line}\n" for line in lines))
+                lines = (pair[side] for pair in subwords[name])
+                write_atomic(folder / "text" / f"{name}.{lang}", "".join(f"{line}\n" for line in lines))
         references = "".join(f"{' '.join(target.split())}\n" for _, target in splits["test"])
-        write_atomic(partial / "references.test", references)
+        write_atomic(folder / "references.test", references)
         counts = {name: len(tokenized[name]) for name in SPLITS}
-        pipeline.save(partial, pairs=counts, **facts)
-        binarize(partial, pipeline)
-        shutil.rmtree(partial / "text")
-        (partial / "preprocess.log").unlink()
-        partial.replace(dest)
+        pipeline.save(folder, pairs=counts, **facts)
+        binarize(folder, pipeline, facts.get("padding_factor", USUAL_FACTOR))
+        shutil.rmtree(folder / "text")
+        (folder / "preprocess.log").unlink()
+        folder.replace(dest)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     return counts
 
 
@@ -118,12 +165,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         facts = {"merges": args.bpe, "corpus": args.corpus or "files", "sha256": sha256}
         if args.dest.exists():
             held = read_json(args.dest / PREPARED) if (args.dest / PREPARED).exists() else {}
+            held.setdefault("padding_factor", USUAL_FACTOR)
+            facts["padding_factor"] = args.padding_factor or held["padding_factor"]
             if any(held.get(key) != value for key, value in (facts | pipeline.languages()).items()):
                 raise ValueError(f"{args.dest} exists and was not prepared like this: choose another --dest, or remove it")
             print(f"{args.dest} is prepared already: nothing to do", file=sys.stderr)
             return
         engine.load()
-        counts = prepare(splits, pipeline, args.dest, facts)
+        factor = args.padding_factor or 1
+        facts |= {"padding_factor": factor} if factor != USUAL_FACTOR else {}
+        counts = prepare(splits, pipeline, args.dest, facts, partial(place_in_file, args, splits))
     where = args.dest.relative_to(ROOT) if args.dest.is_relative_to(ROOT) else args.dest
     print(f"{where}: " + ", ".join(f"{count:,} {name} pairs" for name, count in counts.items()) + f" (SHA-256 {sha256})")
 

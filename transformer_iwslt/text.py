@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import shutil
@@ -84,6 +85,17 @@ class Pipeline:
             raise ValueError(f"{directory / PREPARED} lacks {error}") from error
 
 
+def split_lines(content: bytes) -> list[bytes]:
+    """Lines of a text file, without their ends (LF, CR LF, or CR in a file that has no other) and without byte order marks."""
+    if not content:
+        return []
+    content = content.removesuffix(b"\n")
+    if b"\n" not in content:  # in a file that has LF, a CR within a line is no end of it
+        content = content.removesuffix(b"\r").replace(b"\r", b"\n")
+    # A mark is at the start of a file, and of each of several that were joined.
+    return [line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r") for line in content.split(b"\n")]
+
+
 def learn_codes(lines: Iterable[str], merges: int) -> str:
     """Merges of byte pair encoding, learned on tokenized lines of both languages together."""
     from subword_nmt.learn_bpe import learn_bpe
@@ -147,8 +159,9 @@ def find_data(data: Path) -> Path:
 
 
 def inputs(data: Path) -> dict[str, str]:
-    """Digest of a prepared folder, which tells what a run learns from."""
-    return {"data": config_hash({path.name: digest(path) for path in sorted(data.iterdir()) if path.is_file()})}
+    """Digest of a prepared folder, which tells what a run learns from; hidden files, which it does not read, do not count."""
+    files = (path for path in sorted(data.iterdir()) if path.is_file() and not path.name.startswith("."))
+    return {"data": config_hash({path.name: digest(path) for path in files})}
 
 
 def keep_vocabulary(data: Path, run: Path) -> None:

@@ -12,14 +12,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
+from common.experiments.config import completed, say_interrupted
 from transformer_iwslt.config import TranslationConfig
 
 if __name__ == "__main__":
+    say_interrupted(TranslationConfig.prog())
     TranslationConfig.parse()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
 
 import torch
 
-from common.experiments.config import completed
 from common.experiments.files import read_json, write_json
 from common.experiments.runs import Run, clean_errors, directory_of
 from transformer_iwslt import engine, generate
@@ -41,7 +42,7 @@ def describe(config: TranslationConfig, source: Vocabulary, target: Vocabulary) 
     return {**model.report.to_dict(), "decays": decays, "report": str(model.report)}
 
 
-def read_fairseq(config: TranslationConfig, path: Path) -> Any:
+def read_fairseq(config: TranslationConfig, path: Path, target_words: int) -> Any:
     """fairseq's configuration of the run; raises ValueError where it cannot train like this here."""
     from fairseq import options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
@@ -49,6 +50,10 @@ def read_fairseq(config: TranslationConfig, path: Path) -> Any:
     gpus = 0 if config.cpu else torch.cuda.device_count()
     words = [*config.fairseq_words(path), *engine.loading(config.fairseq, gpus)]
     cfg = convert_namespace_to_omegaconf(engine.parse(options.get_training_parser, words))
+    if (
+        config.smoothed_over == "all"
+    ):  # a word's share of the smoothing among all is a share of less among all but the right one
+        cfg.criterion.label_smoothing *= 1 - 1 / target_words
     world, size = cfg.distributed_training, config.distributed_world_size
     if size > 1 and not world.distributed_no_spawn:
         if size > gpus:
@@ -99,7 +104,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         engine.load()
         path = directory_of(config)
-        cfg = read_fairseq(config, path)
+        cfg = read_fairseq(config, path, len(target))
+        if not cfg.dataset.skip_invalid_size_inputs_valid_test:
+            engine.check_lengths(config.data, "valid", cfg=cfg, max_tokens=cfg.dataset.max_tokens_valid)
+        engine.check_lengths(config.data, "test")
+        told = [*config.warnings, *filter(None, [engine.left_out(config.data, cfg)])]
         run_of: dict[str, Any] = {"path": path, "config": record, "seed": config.seed, "inputs": inputs(config.data)}
         run_of |= {"kind": TranslationConfig, "resume": True, "row": config.row, "row_config": config.row_config}
         run = Run(**run_of, main=cfg.distributed_training.distributed_rank == 0)
@@ -113,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not trained:
             (path / generate.TRAINED).unlink(missing_ok=True)  # of fewer updates
         keep_vocabulary(config.data, path)
-        told = [f"warning: {warning}" for warning in config.warnings]
+        told = [f"warning: {warning}" for warning in told]
         told += [report, *(f"decay: {json.dumps(entry)}" for entry in description["decays"])]
         print(*told, sep="\n", file=sys.stderr)
     with run.recorded():

@@ -9,6 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
+from common.experiments.config import say_interrupted
+from transformer_iwslt.config import parse_translate
+
+if __name__ == "__main__":
+    say_interrupted("transformer_iwslt/translate.py")
+    parse_translate()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
+
 import torch
 from tqdm import tqdm
 
@@ -16,9 +23,9 @@ from common.experiments.distributed import find_device
 from common.experiments.runs import clean_errors
 from transformer_iwslt import engine
 from transformer_iwslt.beam import search
-from transformer_iwslt.config import TranslationConfig, parse_translate
+from transformer_iwslt.config import TranslationConfig
 from transformer_iwslt.model import PAD, Transformer
-from transformer_iwslt.text import VOCABULARY, Pipeline, Vocabulary, find_vocabularies
+from transformer_iwslt.text import VOCABULARY, Pipeline, Vocabulary, find_vocabularies, split_lines
 
 SHORT = 200  # words that a translation may have in any case, and a fairseq translation at most
 
@@ -60,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipeline, source, target = find_vocabularies(folder)
         engine.check_vocabulary(state, args.checkpoint, folder, source, target)
         translator = Translator(engine.to_transformer(state, args.checkpoint).to(device), pipeline, source, target)
-    content = sys.stdin.buffer.read()
-    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    lines = split_lines(sys.stdin.buffer.read())
     decoded = [line.decode("utf-8", "replace") for line in lines]
     for number, (line, raw) in enumerate(zip(decoded, lines, strict=True), 1):
         if "\N{REPLACEMENT CHARACTER}" in line and "\N{REPLACEMENT CHARACTER}".encode() not in raw:

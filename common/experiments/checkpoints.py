@@ -32,7 +32,15 @@ def save(directory: Path, state: Mapping[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Content of a checkpoint, on the CPU; raises ValueError where it is missing, damaged or would run code."""
+    """Content of a checkpoint, on the CPU; raises ValueError where it is missing, damaged or would run code.
+
+    Of a folder it is the newest good checkpoint.
+    """
+    if path.is_dir():
+        found = newest(path)
+        if found is None:
+            raise ValueError(f"{path} is a folder without a checkpoint that loads: give a file, or the folder of a run")
+        return found
     if not path.is_file():
         raise ValueError(f"there is no checkpoint at {path}")
     try:

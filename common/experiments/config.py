@@ -19,6 +19,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -35,10 +36,11 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse whose flags take both ``-`` and ``_``, take no abbreviation, and fail in one line."""
+    """argparse whose flags take both ``-`` and ``_``, take no abbreviation, and fail in one line; paths are :func:`a_path`."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        self.register("type", Path, a_path)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None, **kwargs: Any) -> Any:
         def canonical(word: str) -> str:
@@ -55,6 +57,22 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the flags)\n")
+
+
+def say_interrupted(prog: str) -> None:
+    """Let Ctrl-C end this process with one line in place of a traceback, and with the status that it has anyway.
+
+    For a process of the program's own: called where it starts, before torch, which takes seconds, is loaded.
+    """
+    others = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print(f"{prog}: interrupted", file=sys.stderr)
+        else:
+            others(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def positive_int(text: str) -> int:
@@ -76,6 +94,16 @@ def natural(text: str) -> int:
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"must not be negative and below 2^63, got {text}")
     return value
+
+
+def a_path(text: str) -> Path:
+    """The path that a flag names, with ``~`` for a home directory; shells leave it where it follows a ``=``."""
+    expanded = os.path.expanduser(text)
+    if not text:
+        raise argparse.ArgumentTypeError("must name a file or folder, got an empty word ('.' is the current folder)")
+    if expanded.startswith("~"):
+        raise argparse.ArgumentTypeError(f"is in the home directory of nobody here, got {text!r} (./{text} is a name with ~)")
+    return Path(expanded)
 
 
 REQUIRED: Any = MISSING  # the default of a flag that must be given
@@ -167,6 +195,10 @@ class Config:
 
     def resolve(self) -> None:
         """Complete the fields and check them against each other; raises ValueError. A second call changes nothing."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.metadata.get("input_file") and "names" in field.metadata and value is not None and value.is_dir():
+                raise ValueError(f"--{field.name.replace('_', '-')} {value} is a folder: give a file in it")
 
     def run_name(self) -> str:
         """What the run's directory is called where neither --save-dir nor --row name it."""

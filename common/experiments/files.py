@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+IMAGES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # suffixes, as torchvision has them
 
 
 def write_atomic(path: Path, content: str | bytes, *, keep: Path | None = None) -> None:
@@ -54,11 +55,24 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 
+def is_image(path: Path) -> bool:
+    """Whether a path, relative to a folder of images, is that of an image by its suffix; nothing hidden is."""
+    return path.suffix.lower() in IMAGES and not any(part.startswith(".") for part in path.parts)
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Paths, relative to a folder, of the images in it and in the folders below, also those that are links."""
+    # rglob does not look into links, which data sets may have for classes.
+    found = (Path(inner, name) for inner, _, names in os.walk(folder, followlinks=True) for name in names)
+    return [path.relative_to(folder) for path in found if is_image(path.relative_to(folder)) and path.is_file()]
+
+
 def digest(path: Path) -> str:
-    """12 hexadecimal digits that depend on a file's content or, of a folder, on the names and sizes of its files."""
+    """12 hexadecimal digits that depend on a file's content or, of a folder of images, on the names and sizes of these.
+
+    What else lies in such a folder does not count: file managers put files of their own there.
+    """
     if not path.is_dir():
         return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    # rglob does not look into folders that are links, which data sets may have for classes.
-    found = (Path(folder) / name for folder, _, names in os.walk(path, followlinks=True) for name in names)
-    files = sorted((str(file.relative_to(path)), file.stat().st_size) for file in found if file.is_file())
+    files = sorted((str(file), (path / file).stat().st_size) for file in images_in(path))
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]

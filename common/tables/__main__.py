@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from ..experiments.config import FlagParser, natural, positive_int
+from ..experiments.config import FlagParser, natural, positive_int, say_interrupted
 from ..experiments.files import ROOT, write_atomic
 from ..experiments.runs import clean_errors, directory_of
 from . import archive, compare, emit, reading, rendering, run, slurm, status
@@ -245,4 +245,5 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    say_interrupted("python -m common.tables")
     main()

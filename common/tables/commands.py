@@ -127,7 +127,8 @@ class RowRun:
             if self.process is not None:
                 self._told_to_stop = True
                 self.process.terminate()
-            else:
+            else:  # while the program loads, or reads its data: there is nothing to save
+                print("told to stop: run it again to go on", file=sys.stderr)
                 raise SystemExit(REQUEUE)
 
         def interrupt(number: int, frame: Any) -> None:

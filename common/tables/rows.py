@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -192,7 +193,14 @@ def keys(record: Mapping[str, Any], known: Kinds, script: str = "") -> list[Key]
 
 
 def programs(module: str = "rows") -> list[Program]:
-    """The program of every subproject that has the module, ``rows`` of the paper or ``evidence``: PROGRAM there."""
+    """The program of every subproject that has the module, ``rows`` of the paper or ``evidence``: PROGRAM there.
+
+    They are those of the clone that this file is in, whatever else of their names is on the path.
+    """
+    if __name__.partition(".")[0] != "common":
+        raise ValueError(f"tables are of a clone, whose programs import it as common: run python -m common.tables in {ROOT}")
+    if sys.path[0] != str(ROOT):
+        sys.path.insert(0, str(ROOT))
     found = [import_module(f"{path.parent.name}.{module}").PROGRAM for path in sorted(ROOT.glob(f"*/{module}.py"))]
     if not found:
         raise ValueError(f"there are no programs in {ROOT}: tables need a clone of the project, python -m common.tables in it")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ..experiments.config import Config, flag, natural, non_negative, positive_int
+from ..experiments.config import Config, a_path, flag, natural, non_negative, positive_int
 from ..experiments.files import ROOT
 
 DATASETS: dict[str, tuple[int | None, int | None]] = {  # name: (classes, image size in pixels); None: as on disk
@@ -90,6 +90,10 @@ class TrainingConfig(DataConfig):
             raise ValueError(f"--momentum must be in [0, 1), got {self.momentum}")
 
 
+def _checkpoint(text: str) -> str:
+    return text if text == "auto" else str(a_path(text))
+
+
 @dataclass(kw_only=True)
 class RunConfig(TrainingConfig):
     """Where and how a run is made; nothing here changes its result."""
@@ -108,9 +112,10 @@ class RunConfig(TrainingConfig):
     save_every: int = flag(1, type=positive_int, metavar="N", changes_result=False, help="epochs between checkpoints")
     resume: str | None = flag(
         None,
+        type=_checkpoint,
         metavar="PATH",
         changes_result=False,
-        help="resume from a checkpoint; 'auto': the newest good one of the save-dir, if any",
+        help="resume from a checkpoint, of a folder the newest good one; 'auto': the newest good one of the save-dir, if any",
     )
     evaluate: bool = flag(
         False, "-e", "--evaluate", changes_result=False, help="only evaluate the checkpoint that --resume names"

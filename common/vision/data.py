@@ -5,10 +5,9 @@ torchvision is imported where it is used: it takes as long to load as torch, and
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..experiments.downloads import downloading
+from ..experiments.files import IMAGES, images_in
 from . import tiny_imagenet
 from .config import DATASETS
 
@@ -179,10 +179,10 @@ def load(
     Raises ValueError or OSError, saying what is missing or damaged and how to get it.
     """
     if name == "imagefolder":
-        train, test, classes = _image_folder(data_dir, image_size, workers)
+        train, test, classes = _image_folder(data_dir, ("test", "val"), image_size, workers)
         return Data(train, test, classes, cutout=cutout, normalization=normalization, device=device)
     if name == "tiny_imagenet":
-        train, test, classes = _image_folder(tiny_imagenet.prepare(data_dir), image_size or 64, workers)
+        train, test, classes = _image_folder(tiny_imagenet.prepare(data_dir), ("val",), image_size or 64, workers)
         return Data(train, test, classes, cutout=cutout, normalization=normalization, padding=4, device=device)
     classes, native = DATASETS[name]
     assert classes is not None
@@ -260,51 +260,76 @@ def _fashion_mnist(data_dir: Path) -> tuple[Split, Split]:
     return splits[0], splits[1]
 
 
-def _image_folder(root: Path, image_size: int | None, workers: int) -> tuple[Split, Split, int]:
-    """Decode root/train/<class>/* and root/test/<class>/* (or val/) to tensors, resized to ``image_size`` where given."""
-    from torchvision.datasets import ImageFolder
-
-    test_root = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+def _image_folder(root: Path, test_names: Sequence[str], image_size: int | None, workers: int) -> tuple[Split, Split, int]:
+    """Decode root/train/<class>/* and the same of the first test folder that is there, resized where a size is given."""
+    test_root = next((root / name for name in test_names if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test_root is None:
         raise ValueError(f"--data-dir {root} must hold the folders train/ and test/ (or val/), with one folder a class in each")
-    try:
-        train, test = (ImageFolder(str(folder)) for folder in (root / "train", test_root))
-    except FileNotFoundError as error:
-        raise ValueError(f"{root} is not a folder of images by class: {error}") from error
-    if train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))[0]
+    train, test = _find_images(root / "train"), _find_images(test_root)
+    for odd in sorted(set(train) ^ set(test)):
         raise ValueError(f"{root / 'train'} and {test_root} differ in their classes: {odd!r} is in one of them only")
     if image_size is None:
-        with _opened(train.samples[0][0]) as image:
-            width, height = image.size
+        first = train[min(train)][0]
+        width, height = _read(first).size
         if width != height:
-            raise ValueError(
-                f"{train.samples[0][0]} is {width}x{height} pixels, not square: --image-size N resizes every image"
-            )
+            raise ValueError(f"{first} is {width}x{height} pixels, not square: --image-size N resizes every image")
     decode = partial(_decode, size=image_size or width, resize=image_size is not None)
     splits = []
-    for folder in (train, test):
-        paths = [path for path, _ in folder.samples]
+    for found in (train, test):
+        paths = [path for images in found.values() for path in images]
+        labels = [label for label, images in enumerate(found.values()) for _ in images]
         with ThreadPoolExecutor(workers) as pool:
             progress = tqdm(pool.map(decode, paths), total=len(paths), desc="decoding", unit="image", leave=False, disable=None)
-            images = torch.from_numpy(np.stack(list(progress))).permute(0, 3, 1, 2)
-        splits.append((images, torch.tensor(folder.targets)))
-    return splits[0], splits[1], len(train.classes)
+            pixels = torch.from_numpy(np.stack(list(progress))).permute(0, 3, 1, 2)
+        splits.append((pixels, torch.tensor(labels)))
+    return splits[0], splits[1], len(train)
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Generator[Image.Image]:
+def _find_images(split: Path) -> dict[str, list[Path]]:
+    """The images of each class, which is a folder of ``split``; hidden files and folders are left out.
+
+    Raises ValueError where there is no class, or a class has no image.
+    """
+    found = {}
+    for folder in sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        # Folder by folder, as torchvision orders them: with another order, a seed would give other batches.
+        images = sorted(images_in(folder), key=lambda path: (str(folder / path.parent), path.name))
+        if not images:
+            raise ValueError(f"{folder} has no image: each folder of {split} is a class and needs one ({', '.join(IMAGES)})")
+        found[folder.name] = [folder / path for path in images]
+    if not found:
+        raise ValueError(f"{split} has no folder: it must have one folder a class, with that class's images")
+    return found
+
+
+def _read(path: Path) -> Image.Image:
+    """An image file's pixels in the form they have there; raises ValueError naming the file where Pillow cannot read it."""
     try:
         with Image.open(path) as image:
-            yield image
-    except OSError as error:
+            image.load()
+            return image
+    except Exception as error:  # of many kinds, by format and damage
         raise ValueError(f"{path} is not an image that decodes: {error}") from error
 
 
-def _decode(path: str, *, size: int, resize: bool) -> np.ndarray:
+def _to_rgb(path: Path) -> Image.Image:
+    """An image file in RGB of 8 bits. Grays of 16 bits are scaled to that range: Pillow itself would clip them at 255.
+
+    Raises ValueError where the pixels are numbers of no known range.
+    """
+    image = _read(path)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # of 16 bits there
+        gray = np.asarray(image).astype(np.int64)
+        return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
+        raise ValueError(f"{path} holds {kind}, whose range is not known: convert it to 8 or 16 bits a channel")
+    return image.convert("RGB")
+
+
+def _decode(path: Path, *, size: int, resize: bool) -> np.ndarray:
     """Pixels (size, size, 3) of an image file, uint8."""
-    with _opened(path) as image:
-        rgb = image.convert("RGB")
+    rgb = _to_rgb(path)
     if rgb.size != (size, size):
         if not resize:
             raise ValueError(

@@ -1,7 +1,8 @@
 """TinyImageNet: download, sort the validation images by class, check: python -m common.vision.tiny_imagenet [--data-dir DIR].
 
 The archive keeps all validation images in one folder with their classes in val_annotations.txt. A loader that takes that folder
-as it is trains to chance; here it is rebuilt as val/<class>/images/, and put in place when it is whole.
+as it is trains to chance; here it is rebuilt as val/<class>/images/, and put in place when it is whole. The archive's test/
+has no labels and is not read.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from ..experiments.config import FlagParser
+from ..experiments.config import FlagParser, say_interrupted
 from ..experiments.downloads import downloading
-from ..experiments.files import ROOT
+from ..experiments.files import ROOT, images_in
 from ..experiments.runs import clean_errors
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -33,9 +34,13 @@ def sort_val(root: Path) -> None:
     """Rebuild val/ by class from val_annotations.txt, unless that is done; raises ValueError naming what is missing.
 
     The sorted folder is complete before it takes the place of the other; what an interruption between the two renames
-    left behind is put back first. Processes that start at once wait for each other.
+    left behind is put back first. Processes that start at once wait for each other. A sorted folder is not written to.
     """
     val, unsorted, partial = root / "val", root / ".val.unsorted", root / ".val.partial"
+    if val.is_dir() and not (val / "images").is_dir():
+        return
+    if not os.access(root, os.W_OK):
+        raise ValueError(f"{val} is not sorted by class, and {root} cannot be written to: copy it to another --data-dir")
     with open(root / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if unsorted.is_dir() and not val.is_dir():
@@ -47,7 +52,7 @@ def sort_val(root: Path) -> None:
             raise ValueError(f"{val} is not sorted by class and {annotations} is missing: unpack {URL} again")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            missing = {path.name for path in (val / "images").iterdir()}
+            missing = {str(path) for path in images_in(val / "images")}
             for number, line in enumerate(annotations.read_text().splitlines(), 1):
                 name, _, rest = line.partition("\t")
                 label = rest.partition("\t")[0]
@@ -73,9 +78,9 @@ def _counts(split: Path) -> Counter[str]:
     """Images of each class of a split."""
     return Counter(
         {
-            folder.name: sum(path.suffix.lower() in (".jpeg", ".jpg", ".png") for path in folder.rglob("*"))
+            folder.name: len(images_in(folder))
             for folder in split.iterdir()
-            if folder.is_dir()
+            if folder.is_dir() and not folder.name.startswith(".")
         }
     )
 
@@ -134,4 +139,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    say_interrupted("python -m common.vision.tiny_imagenet")
     main()

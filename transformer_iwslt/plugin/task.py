@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import field, make_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,12 @@ from common.layers import Factorized
 from transformer_iwslt.config import TASK
 from transformer_iwslt.model import attentions
 
+# The flags of fairseq's translation task, and one more. A class here would hold its type as text, which fairseq cannot read.
+_rebuild = field(default=False, metadata={"help": "compose the batches of training anew in each epoch"})
+TaskConfig = make_dataclass("TaskConfig", [("rebuild_batches", bool, _rebuild)], bases=(TranslationConfig,))
 
-@register_task(TASK, dataclass=TranslationConfig)
+
+@register_task(TASK, dataclass=TaskConfig)
 class ObservedTranslation(TranslationTask):
     """Translation that tells ``before_step`` of every update, and logs what :func:`norms` finds with each epoch."""
 
@@ -32,14 +37,22 @@ class ObservedTranslation(TranslationTask):
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Batches of the same sentences whichever epoch a training goes on in.
+        """Batches of the same sentences whichever epoch a training goes on in, or batches of each epoch's own.
 
         fairseq draws them once, seeded by the epoch that it starts with, and keeps them: gone on with in its third epoch, a
-        training would see others than one that was not interrupted.
+        training would see others than one that was not interrupted. With ``rebuild_batches``, which fairseq has for tasks with
+        a field of that name, batches of training depend on the epoch they are for; those of validation stay.
         """
-        if not (kwargs.get("update_epoch_batch_itr") or kwargs.get("disable_iterator_cache")):
+        cfg: Any = self.cfg
+        asked = cfg.rebuild_batches
+        rebuilt = asked and dataset is self.datasets.get(cfg.train_subset)
+        if not (rebuilt or kwargs.get("update_epoch_batch_itr") or kwargs.get("disable_iterator_cache")):
             kwargs["epoch"] = 1
-        return super().get_batch_iterator(dataset, *args, **kwargs)
+        cfg.rebuild_batches = rebuilt
+        try:
+            return super().get_batch_iterator(dataset, *args, **kwargs)
+        finally:
+            cfg.rebuild_batches = asked
 
     def get_checkpoint_dict(self) -> dict[str, Any]:
         """What ``--patience`` counts, which fairseq forgets when a training goes on."""
