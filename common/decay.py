@@ -241,12 +241,13 @@ class _Updates:
 def _places(
     model: nn.Module, layers: Sequence[Factorized], parameters: Sequence[nn.Parameter]
 ) -> Iterator[tuple[Mapping[str, Any], str, Any, str]]:
-    """Where the layers and Parameters are in the model: dictionary, key, what is there, and its name."""
+    """Where the layers, Parameters, and modules around them are in the model: dictionary, key, what is there, its name."""
     wanted = {id(each) for each in (*layers, *parameters)}
     for name, module in model.named_modules():
         for holder in (module._modules, module._parameters):
             for key, held in holder.items():
-                if id(held) in wanted:
+                around = isinstance(held, nn.Module) and any(id(each) in wanted for each in held.parameters())
+                if around or id(held) in wanted:
                     yield holder, key, held, f"{name}.{key}" if name else key
 
 

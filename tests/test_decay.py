@@ -1,5 +1,7 @@
 """Frobenius decay against autograd of the penalty on dense products, in float64."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -290,14 +292,23 @@ def exchanged(model):
     model.net[0] = nn.Linear(4, 4)
 
 
+def exchanged_around_it(model):
+    model.net = nn.Sequential(FactorizedLinear(4, 4, 2))
+
+
 def one_of_a_list(model):
     model.net[2].parts[1] = nn.Parameter(torch.randn(2, 3))
 
 
 REPLACED = {
-    assigned: "net.0.u", parametrized: "net.0.u", pruned: "net.0.vt", exchanged: "net.0", one_of_a_list: "net.2.parts.1",
+    assigned: "net.0.u",
     given_memory: "net.0.u",
-}  # fmt: skip
+    parametrized: "net.0.u",
+    pruned: "net.0.vt",
+    exchanged: "net.0",
+    exchanged_around_it: "net",
+    one_of_a_list: "net.2.parts.1",
+}
 
 
 @pytest.mark.parametrize("replace", REPLACED)
@@ -379,3 +390,11 @@ def test_the_penalty_can_be_differentiated_twice(kind):
     ]
     for one, other in zip((*found, *twice[0]), (*expected, *twice[1]), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_copies_of_model_and_decay_go_on_together():
+    model = Wrapper()
+    both = copy.deepcopy((model, FrobeniusDecay(model, 0.1)))
+    both[1].step()
+    assert both[0].layer().u.grad is not None
+    assert model.layer().u.grad is None
