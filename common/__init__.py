@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .decay import FrobeniusDecay as FrobeniusDecay
     from .decay import param_groups as param_groups
     from .layers import Factorized as Factorized
+    from .layers import FactorizedConv1d as FactorizedConv1d
     from .layers import FactorizedConv2d as FactorizedConv2d
     from .layers import FactorizedEmbedding as FactorizedEmbedding
     from .layers import FactorizedLinear as FactorizedLinear
@@ -33,6 +34,7 @@ _HOME = {
     "FrobeniusDecay": "decay",
     "param_groups": "decay",
     "Factorized": "layers",
+    "FactorizedConv1d": "layers",
     "FactorizedConv2d": "layers",
     "FactorizedEmbedding": "layers",
     "FactorizedLinear": "layers",
