@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .attention import attention_pairs as attention_pairs
     from .decay import FactorPair as FactorPair
     from .decay import FrobeniusDecay as FrobeniusDecay
     from .decay import param_groups as param_groups
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .surgery import rank_scale_for_ratio as rank_scale_for_ratio
 
 _HOME = {
+    "attention_pairs": "attention",
     "FactorPair": "decay",
     "FrobeniusDecay": "decay",
     "param_groups": "decay",
