@@ -66,7 +66,7 @@ def main() -> None:
     models = {"dense": NETWORK.dense()}
     for scale in SCALES:
         model = NETWORK.dense()
-        factorize_(model, LowRankConfig(scale), filter_fn=NETWORK.is_factorized)
+        factorize_(model, LowRankConfig(scale), filter_fn=NETWORK.is_factorized, skip_growing=False)
         models[f"{scale:g}"] = model
     folded = NETWORK.factorized()
     densify_(folded)

@@ -27,7 +27,7 @@ def initialize(model: nn.Module, filter_fn: Filter, scale: float, whole: bool) -
     without = mock.patch.object(linalg, "_leading_svd", return_value=None)
     model = copy.deepcopy(model)
     with without if whole else contextlib.nullcontext():
-        factorize_(model, LowRankConfig(scale), filter_fn=filter_fn)
+        factorize_(model, LowRankConfig(scale), filter_fn=filter_fn, skip_growing=False)
     return model
 
 

@@ -33,7 +33,8 @@ class Network:
 
     def factorized(self, init: Literal["spectral", "regular"] = "spectral") -> nn.Module:
         model = self.dense()
-        factorize_(model, LowRankConfig(self.rank_scale(model), init=init), filter_fn=self.is_factorized)
+        config = LowRankConfig(self.rank_scale(model), init=init)
+        factorize_(model, config, filter_fn=self.is_factorized, skip_growing=False)
         return model
 
 

@@ -14,10 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .attention import attention_pairs as attention_pairs
     from .decay import FactorPair as FactorPair
     from .decay import FrobeniusDecay as FrobeniusDecay
     from .decay import param_groups as param_groups
     from .layers import Factorized as Factorized
+    from .layers import FactorizedConv1d as FactorizedConv1d
     from .layers import FactorizedConv2d as FactorizedConv2d
     from .layers import FactorizedEmbedding as FactorizedEmbedding
     from .layers import FactorizedLinear as FactorizedLinear
@@ -29,10 +31,12 @@ if TYPE_CHECKING:
     from .surgery import rank_scale_for_ratio as rank_scale_for_ratio
 
 _HOME = {
+    "attention_pairs": "attention",
     "FactorPair": "decay",
     "FrobeniusDecay": "decay",
     "param_groups": "decay",
     "Factorized": "layers",
+    "FactorizedConv1d": "layers",
     "FactorizedConv2d": "layers",
     "FactorizedEmbedding": "layers",
     "FactorizedLinear": "layers",

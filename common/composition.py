@@ -27,16 +27,18 @@ class _Separate(torch.autograd.Function):
     def forward(ctx: Any, weights: Tensor, dtype: torch.dtype, group: _Group, scale: Tensor | None) -> tuple[Tensor, ...]:
         ctx.group, ctx.scale = group, scale
         ctx.save_for_backward(weights)
-        used = _channels_last(weights)
+        planar = weights.ndim == 5  # (layers, out, in, kh, kw)
+        used = _channels_last(weights, planar)
         used = torch.empty(used.shape, dtype=dtype, device=used.device).copy_(used)  # casts and lays out in one launch
-        return _channels_first(used).unbind()
+        return _channels_first(used, planar).unbind()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (weights,) = ctx.saved_tensors
         group: _Group = ctx.group
-        stacked = _channels_first(torch.stack([_channels_last(grad) for grad in grads]))
+        planar = weights.ndim == 5
+        stacked = _channels_first(torch.stack([_channels_last(grad, planar) for grad in grads]), planar)
         total = torch.empty_like(weights)
         if not group.coef:
             total.copy_(stacked)
@@ -48,14 +50,14 @@ class _Separate(torch.autograd.Function):
         return total, None, None, None
 
 
-def _channels_last(weights: Tensor) -> Tensor:
-    """A view of convolution kernels (..., out, in, kh, kw) as (..., out, kh, kw, in); other weights as they are."""
-    return weights.movedim(-3, -1) if weights.ndim >= 4 else weights
+def _channels_last(weights: Tensor, planar: bool) -> Tensor:
+    """A view of kernels of two dimensions (..., out, in, kh, kw) as (..., out, kh, kw, in); other weights as they are."""
+    return weights.movedim(-3, -1) if planar else weights
 
 
-def _channels_first(weights: Tensor) -> Tensor:
+def _channels_first(weights: Tensor, planar: bool) -> Tensor:
     """Inverse of :func:`_channels_last`."""
-    return weights.movedim(-1, -3) if weights.ndim >= 4 else weights
+    return weights.movedim(-1, -3) if planar else weights
 
 
 class _Group:

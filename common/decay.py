@@ -91,7 +91,8 @@ class FrobeniusDecay:
     Covers the factors of every :class:`Factorized` layer of the model and the Parameters of ``pairs``. Call
     :meth:`step` after backward (and after unscaling, under AMP) and before gradient clipping and the optimizer; it
     computes outside autocast and, for matrices, in at least float32. Factors that need no gradient are left alone; a covered
-    Parameter without a gradient receives one, as if the penalty had been part of the loss.
+    Parameter without a gradient receives one, as if the penalty had been part of the loss. Layers of tied weights share
+    their factors, and their weight decays once.
 
     With ``decoupled`` the gradient is not added to ``.grad`` but applied to the weights, times the learning rate given to
     :meth:`step`, as AdamW does with weight decay. Where the gradient of a Parameter of the model is not finite, nothing is
@@ -109,8 +110,9 @@ class FrobeniusDecay:
             raise ValueError(f"the Frobenius decay coefficient must be finite and not negative, got {coef}")
         self.coef, self.decoupled, self.pairs = coef, decoupled, tuple(pairs)
         self._model = model
-        self._layers = [module for module in model.modules() if isinstance(module, Factorized)]
-        self._places = list(_places(model, self._layers, self.parameters()))
+        found = [module for module in model.modules() if isinstance(module, Factorized)]
+        self._layers = list({tuple(map(id, layer.factors())): layer for layer in reversed(found)}.values())[::-1]
+        self._places = list(_places(model, found, self.parameters()))
         if not self._layers and not self.pairs:
             raise ValueError(f"nothing to decay: {type(model).__name__} has no factorized layer and no factor pair was given")
 

@@ -1,4 +1,4 @@
-"""Layers whose weight is a product of factors, drop-in for torch's Linear, Conv2d and Embedding."""
+"""Layers whose weight is a product of factors, drop-in for torch's Linear, Conv1d, Conv2d and Embedding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.utils import _pair
+from torch.nn.modules.utils import _pair, _single
 
 from . import linalg
 from .weight import ComposedWeight
@@ -65,7 +65,10 @@ class Factorized(nn.Module):
         return ()
 
     def matrices(self) -> tuple[Tensor, ...]:
-        """Matrices whose product is the unrolled weight: the factors of a chain, else the one dense matrix."""
+        """Matrices whose product is the unrolled weight: the factors of a chain, else the one dense matrix.
+
+        Those of a grouped convolution have a leading dimension of groups, the blocks of block-diagonal matrices.
+        """
         return self.chain() or (linalg.as_matrix(self.to_dense()),)
 
     def map_factors(self, function: Callable[[nn.Parameter], Tensor]) -> tuple[Tensor, ...]:
@@ -123,32 +126,41 @@ class Factorized(nn.Module):
 class FactorizedMatrix(Factorized):
     """Base of the layers whose weight unrolls to one matrix, U V^T (``depth`` 2) or U M V^T (``depth`` 3).
 
-    Parameters are ``u`` (m, r), ``vt`` (r, n) and, at depth 3, ``m`` (r, r) between them.
+    Parameters are ``u`` (m, r), ``vt`` (r, n) and, at depth 3, ``m`` (r, r) between them. With groups, each group has a
+    matrix and factors of its own, and the Parameters have a leading dimension of groups.
+
+    ``own_attributes`` are the names of the attributes that the layer was made with; others were added to it later.
     """
 
-    def _create(self, rows: int, columns: int, rank: int, depth: int, bias: int | None, device: Any, dtype: Any) -> None:
+    def _create(
+        self, rows: int, columns: int, rank: int, depth: int, bias: int | None, device: Any, dtype: Any, groups: int = 1
+    ) -> None:
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}")
         if depth not in (2, 3):
             raise ValueError(f"depth must be 2 (U V^T) or 3 (U M V^T), got {depth}")
         self.rank, self.depth = rank, depth
-        self.u = nn.Parameter(torch.empty(rows, rank, device=device, dtype=dtype))
+        batch = () if groups == 1 else (groups,)
+        self.u = nn.Parameter(torch.empty(*batch, rows, rank, device=device, dtype=dtype))
         if depth == 3:
-            self.m = nn.Parameter(torch.empty(rank, rank, device=device, dtype=dtype))
-        self.vt = nn.Parameter(torch.empty(rank, columns, device=device, dtype=dtype))
+            self.m = nn.Parameter(torch.empty(*batch, rank, rank, device=device, dtype=dtype))
+        self.vt = nn.Parameter(torch.empty(*batch, rank, columns, device=device, dtype=dtype))
         if bias is None:
             self.register_parameter("bias", None)
         else:
             self.bias = nn.Parameter(torch.zeros(bias, device=device, dtype=dtype))
+        self.own_attributes = frozenset(vars(self)) | {"own_attributes", "_composed", "_weight_shape"}
         if not self.u.is_meta:  # there is nothing to draw there, and drawing would load torch's compiler, which takes seconds
             self.reset_parameters()
 
     def reset_factors(self) -> None:
         """Regular initialization: Kaiming normal on U and V^T separately, the identity for M."""
-        nn.init.kaiming_normal_(self.u)
-        nn.init.kaiming_normal_(self.vt)
+        for outer in (self.u, self.vt):
+            for matrix in _groups(outer):
+                nn.init.kaiming_normal_(matrix)
         if self.depth == 3:
-            nn.init.eye_(self.m)
+            for matrix in _groups(self.m):
+                nn.init.eye_(matrix)
 
     def reset_parameters(self) -> None:
         """Regular initialization of the factors, zero for the bias."""
@@ -191,7 +203,7 @@ class FactorizedMatrix(Factorized):
         """The weight as two factors; M joins the smaller neighbor."""
         if self.depth == 2:
             return self.u, self.vt
-        if self.u.shape[0] < self.vt.shape[1]:
+        if self.u.shape[-2] < self.vt.shape[-1]:
             return self.u @ self.m, self.vt
         return self.u, self.m @ self.vt
 
@@ -207,6 +219,11 @@ class FactorizedMatrix(Factorized):
         if self.bias is not None:
             layer.bias = self.bias
         return layer
+
+
+def _groups(factor: Tensor) -> list[Tensor]:
+    """The matrix of each group, sharing the memory of the factor."""
+    return [factor.detach()] if factor.ndim == 2 else list(factor.detach())
 
 
 def _resolve_contraction(contraction: Contraction, thin_cost: int, composed_cost: int) -> str:
@@ -261,13 +278,60 @@ class FactorizedLinear(FactorizedMatrix):
         )
 
 
+class FactorizedTransposedLinear(FactorizedLinear):
+    """Linear layer whose ordinary form stores the weight as (in, out): transformers' ``Conv1D``, as in GPT-2.
+
+    The factors are those of :class:`FactorizedLinear`, U V^T = weight^T. ``dense_class(out_features, in_features)`` makes the
+    ordinary layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        *,
+        dense_class: Callable[[int, int], nn.Module],
+        depth: int = 2,
+        contraction: Contraction = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        options: dict[str, Any] = {"depth": depth, "contraction": contraction, "device": device, "dtype": dtype}
+        super().__init__(in_features, out_features, rank, bias, **options)
+        self.dense_class = dense_class
+        self.own_attributes |= {"dense_class"}
+
+    def compose(self, factors: Sequence[Tensor]) -> Tensor:
+        return super().compose(factors).mT
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.contraction == "composed":
+            return F.linear(input, self.weight_in_use().mT, self.bias)
+        return super().forward(input)
+
+    def to_layer(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):  # what it draws is not used
+            layer = self.dense_class(self.out_features, self.in_features)
+        trainable = any(factor.requires_grad for factor in self.factors())
+        layer.weight = nn.Parameter(self.to_dense().detach().contiguous(), requires_grad=trainable)
+        layer.bias = self.bias
+        return layer.train(self.training)
+
+
 class FactorizedEmbedding(FactorizedMatrix):
     """Embedding with table (num_embeddings, embedding_dim) = U V^T or U M V^T; the padding row is always zero.
+
+    Where the factors are another layer's, too (tied weights), ``padding_row_is_shared``: the row has the values that the other
+    layer gives it, and as in torch no gradient flows to it, or through it, from here.
 
     ``contraction`` is how rows are looked up: "thin", which "auto" takes, in U, multiplied by V^T; "composed" in the table.
 
     Shapes: input (...) of integers, output (..., embedding_dim).
     """
+
+    padding_row_is_shared = False
 
     def __init__(
         self,
@@ -300,7 +364,7 @@ class FactorizedEmbedding(FactorizedMatrix):
 
     def _zero_padding(self) -> None:
         # F.embedding gives this row of U no gradient, and the decay of a zero row is zero: it stays zero.
-        if self.padding_idx is not None:
+        if self.padding_idx is not None and not self.padding_row_is_shared:
             with torch.no_grad():
                 self.u[self.padding_idx].zero_()
 
@@ -308,7 +372,10 @@ class FactorizedEmbedding(FactorizedMatrix):
         if self.contraction == "composed":
             return F.embedding(input, self.weight_in_use(), self.padding_idx)
         u, vt = self._two_factors()
-        return F.embedding(input, u, self.padding_idx) @ vt
+        output = F.embedding(input, u, self.padding_idx) @ vt
+        if self.padding_idx is None or not self.padding_row_is_shared:
+            return output
+        return torch.where((input == self.padding_idx).unsqueeze(-1), output.detach(), output)
 
     def to_layer(self) -> nn.Module:
         return self._dense_layer(nn.Embedding, self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx)
@@ -320,15 +387,121 @@ class FactorizedEmbedding(FactorizedMatrix):
         )
 
 
-class FactorizedConv2d(FactorizedMatrix):
+class _FactorizedConv(FactorizedMatrix):
+    """What convolutions of one and two dimensions share; one dimension is a row of height 1."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: str | tuple[int, ...]
+
+    def _create_convolution(
+        self, in_channels: int, out_channels: int, groups: int, padding_mode: str, rank: int, bias: bool, depth: int,
+        contraction: Contraction, device: Any, dtype: Any,
+    ) -> None:  # fmt: skip
+        """The rest of initialization, after kernel size, stride, dilation and padding are set."""
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(f"groups must divide {in_channels} input and {out_channels} output channels, got {groups}")
+        padding = self.padding
+        if isinstance(padding, str) and (padding not in ("same", "valid") or (padding == "same" and max(self.stride) != 1)):
+            raise ValueError(
+                f"padding must be numbers, 'valid', or 'same' at stride 1, got {padding!r} at stride {self.stride}"
+            )
+        if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
+            raise ValueError(f"padding_mode must be zeros, reflect, replicate or circular, got {padding_mode!r}")
+        self.padding_mode = padding_mode
+        kh, kw = kernel = _plane(self.kernel_size, 1)
+        strides = _plane(self.stride, 1)
+        unpadded = [sum(pad) == 0 for pad in self._split_padding()]
+        sides = zip(kernel, strides, unpadded, strict=True)
+        self._slices = [stride if kernel == 1 and free else 1 for kernel, stride, free in sides]
+        rows = strides[0] // self._slices[0]
+        thin = rank * (in_channels * kw * rows + out_channels * kh)
+        self.contraction = _resolve_contraction(contraction, thin, in_channels // groups * out_channels * kh * kw)
+        self.contraction_is_automatic = contraction == "auto"
+        shape = (out_channels // groups * kh, in_channels // groups * kw)
+        self._create(*shape, rank, depth, out_channels if bias else None, device, dtype, groups)
+
+    def _split_padding(self) -> list[tuple[int, int]]:
+        """Padding (before, after) of the rows and of the columns."""
+        if self.padding == "same":
+            sides = zip(_plane(self.dilation, 1), _plane(self.kernel_size, 1), strict=True)
+            totals = [d * (k - 1) for d, k in sides]
+            return [(total // 2, total - total // 2) for total in totals]
+        if isinstance(self.padding, str):  # "valid"
+            return [(0, 0), (0, 0)]
+        return [(p, p) for p in _plane(self.padding, 0)]
+
+    def _convolve(self, input: Tensor) -> Tensor:
+        """The convolution of (..., channels, H, W)."""
+        (top, bottom), (left, right) = self._split_padding()
+        pad_h, pad_w = top, left
+        if self.padding_mode != "zeros":
+            input = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
+            pad_h = pad_w = 0
+        elif top != bottom or left != right:  # 'same' with an even kernel
+            input = F.pad(input, (left, right, top, bottom))
+            pad_h = pad_w = 0
+        kh, kw = _plane(self.kernel_size, 1)
+        (stride_h, stride_w), (dilation_h, dilation_w) = _plane(self.stride, 1), _plane(self.dilation, 1)
+        slice_h, slice_w = self._slices
+        input = input[..., ::slice_h, ::slice_w]
+        stride_h, stride_w = stride_h // slice_h, stride_w // slice_w
+        if self.contraction == "composed":
+            kernel = self.weight_in_use()
+            kernel = kernel if kernel.ndim == 4 else kernel.unsqueeze(-2)
+            strides, dilations = (stride_h, stride_w), (dilation_h, dilation_w)
+            return F.conv2d(input, kernel, self.bias, strides, (pad_h, pad_w), dilations, self.groups)
+        u, vt = self._two_factors()
+        across = vt.view(self.groups * self.rank, self.in_channels // self.groups, 1, kw)
+        down = u.view(self.out_channels, kh, self.rank).transpose(1, 2).unsqueeze(-1)
+        hidden = F.conv2d(input, across, None, (1, stride_w), (0, pad_w), (1, dilation_w), self.groups)
+        return F.conv2d(hidden, down, self.bias, (stride_h, 1), (pad_h, 0), (dilation_h, 1), self.groups)
+
+    def _compose_kernel(self, factors: Sequence[Tensor]) -> Tensor:
+        """The kernel (..., out, in / groups, kh, kw) of two dimensions."""
+        matrix = linalg.compose(factors)
+        return linalg.roll(matrix if self.groups == 1 else matrix.flatten(-3, -2), _plane(self.kernel_size, 1))
+
+    def _to_convolution(self, kind: type[nn.Module]) -> nn.Module:
+        return self._dense_layer(
+            kind,
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=self.padding_mode,
+        )
+
+    def extra_repr(self) -> str:
+        groups = f"groups={self.groups}, " if self.groups > 1 else ""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}, depth={self.depth}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, {groups}bias={self.bias is not None}, "
+            f"contraction={self.contraction}"
+        )
+
+
+def _plane(sides: tuple[int, ...], height: int) -> tuple[int, int]:
+    """The two sides of a plane; that of one dimension has a height of its own."""
+    return (sides[0], sides[1]) if len(sides) == 2 else (height, sides[0])
+
+
+class FactorizedConv2d(_FactorizedConv):
     """Convolution whose kernel unrolls to (out * kh, in * kw) = U V^T or U M V^T (paper, section 2).
 
     ``contraction`` is how the input meets the factors: "thin" runs a (1, kw) convolution to r channels and a (kh, 1)
     convolution to the output, "composed" forms the kernel and runs one convolution, and "auto" takes the one with
-    fewer multiply-adds per output position, r (in * kw * vertical stride + out * kh) against in * out * kh * kw: the
+    fewer multiply-adds per output position, r (in * kw * vertical stride + out * kh) against in * out * kh * kw / groups: the
     first thin convolution runs before the vertical stride thins the rows. Composing the kernel is not counted: it
     does not grow with the batch. Along a side where the kernel is 1 and nothing is padded, the stride is a slice of the
     input: that is less work, and oneDNN's strided 1x1 convolution corrupts memory below 16 channels (oneDNN issue 6035).
+
+    With ``groups``, each group has factors of rank r of its own: its kernel unrolls to (out / groups * kh, in / groups * kw).
 
     Shapes: input (N, in_channels, H, W) or (in_channels, H, W), output as that of ``nn.Conv2d``.
     """
@@ -345,81 +518,65 @@ class FactorizedConv2d(FactorizedMatrix):
         bias: bool = True,
         padding_mode: str = "zeros",
         *,
+        groups: int = 1,
         depth: int = 2,
         contraction: Contraction = "auto",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
         self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
-        self.padding: str | tuple[int, int] = padding if isinstance(padding, str) else _pair(padding)
-        if isinstance(padding, str) and (padding not in ("same", "valid") or (padding == "same" and self.stride != (1, 1))):
-            raise ValueError(
-                f"padding must be numbers, 'valid', or 'same' at stride 1, got {padding!r} at stride {self.stride}"
-            )
-        if padding_mode not in ("zeros", "reflect", "replicate", "circular"):
-            raise ValueError(f"padding_mode must be zeros, reflect, replicate or circular, got {padding_mode!r}")
-        self.padding_mode = padding_mode
-        kh, kw = self.kernel_size
-        unpadded = [sum(pad) == 0 for pad in self._split_padding()]
-        sides = zip(self.kernel_size, self.stride, unpadded, strict=True)
-        self._slices = [stride if kernel == 1 and free else 1 for kernel, stride, free in sides]
-        rows = self.stride[0] // self._slices[0]
-        thin = rank * (in_channels * kw * rows + out_channels * kh)
-        self.contraction = _resolve_contraction(contraction, thin, in_channels * out_channels * kh * kw)
-        self.contraction_is_automatic = contraction == "auto"
-        self._create(out_channels * kh, in_channels * kw, rank, depth, out_channels if bias else None, device, dtype)
-
-    def _split_padding(self) -> list[tuple[int, int]]:
-        """Padding (before, after) of the rows and of the columns."""
-        if self.padding == "same":
-            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            return [(total // 2, total - total // 2) for total in totals]
-        if isinstance(self.padding, str):  # "valid"
-            return [(0, 0), (0, 0)]
-        return [(p, p) for p in self.padding]
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        rest = (bias, depth, contraction, device, dtype)
+        self._create_convolution(in_channels, out_channels, groups, padding_mode, rank, *rest)
 
     def forward(self, input: Tensor) -> Tensor:
-        (top, bottom), (left, right) = self._split_padding()
-        pad_h, pad_w = top, left
-        if self.padding_mode != "zeros":
-            input = F.pad(input, (left, right, top, bottom), mode=self.padding_mode)
-            pad_h = pad_w = 0
-        elif top != bottom or left != right:  # 'same' with an even kernel
-            input = F.pad(input, (left, right, top, bottom))
-            pad_h = pad_w = 0
-        (kh, kw), (stride_h, stride_w), (dilation_h, dilation_w) = self.kernel_size, self.stride, self.dilation
-        slice_h, slice_w = self._slices
-        input = input[..., ::slice_h, ::slice_w]
-        stride_h, stride_w = stride_h // slice_h, stride_w // slice_w
-        if self.contraction == "composed":
-            kernel = self.weight_in_use()
-            return F.conv2d(input, kernel, self.bias, (stride_h, stride_w), (pad_h, pad_w), self.dilation)
-        u, vt = self._two_factors()
-        across = vt.view(self.rank, self.in_channels, 1, kw)
-        down = u.view(self.out_channels, kh, self.rank).transpose(1, 2).unsqueeze(-1)
-        hidden = F.conv2d(input, across, None, (1, stride_w), (0, pad_w), (1, dilation_w))
-        return F.conv2d(hidden, down, self.bias, (stride_h, 1), (pad_h, 0), (dilation_h, 1))
+        return self._convolve(input)
 
     def compose(self, factors: Sequence[Tensor]) -> Tensor:
-        return linalg.roll(linalg.compose(factors), self.kernel_size)
+        return self._compose_kernel(factors)
 
     def to_layer(self) -> nn.Module:
-        return self._dense_layer(
-            nn.Conv2d,
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            padding_mode=self.padding_mode,
-        )
+        return self._to_convolution(nn.Conv2d)
 
-    def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}, depth={self.depth}, "
-            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, bias={self.bias is not None}, "
-            f"contraction={self.contraction}"
-        )
+
+class FactorizedConv1d(_FactorizedConv):
+    """Convolution over a sequence, whose kernel unrolls to (out, in * k) = U V^T or U M V^T.
+
+    ``contraction`` and ``groups`` are as in :class:`FactorizedConv2d`, of a kernel of height 1.
+
+    Shapes: input (N, in_channels, L) or (in_channels, L), output as that of ``nn.Conv1d``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int],
+        rank: int,
+        stride: int | tuple[int] = 1,
+        padding: int | tuple[int] | str = 0,
+        dilation: int | tuple[int] = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        groups: int = 1,
+        depth: int = 2,
+        contraction: Contraction = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.dilation = _single(kernel_size), _single(stride), _single(dilation)
+        self.padding = padding if isinstance(padding, str) else _single(padding)
+        rest = (bias, depth, contraction, device, dtype)
+        self._create_convolution(in_channels, out_channels, groups, padding_mode, rank, *rest)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._convolve(input.unsqueeze(-2)).squeeze(-2)
+
+    def compose(self, factors: Sequence[Tensor]) -> Tensor:
+        return self._compose_kernel(factors).squeeze(-2)
+
+    def to_layer(self) -> nn.Module:
+        return self._to_convolution(nn.Conv1d)

@@ -44,7 +44,12 @@ def roll(matrix: Tensor, kernel_size: tuple[int, int]) -> Tensor:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """The matrix of an ordinary layer's weight: a convolution kernel unrolled, that of other layers as it is."""
+    """The matrix of an ordinary layer's weight: a convolution kernel unrolled, that of other layers as it is.
+
+    A kernel of one dimension, (out, in, k), is a kernel of height 1.
+    """
+    if weight.ndim == 3:
+        return weight.flatten(1)
     return unroll(weight) if weight.ndim == 4 else weight
 
 
@@ -248,10 +253,15 @@ def nuclear_norm_bound(factors: Sequence[Tensor]) -> Tensor:
 
 
 def non_orthogonality(factor_mr: Tensor) -> Tensor:
-    """How far the columns of F are from orthogonal: ||F^T F - diag(F^T F)||_F / ||F^T F||_F, between 0 and 1."""
+    """How far the columns of F are from orthogonal: ||F^T F - diag(F^T F)||_F / ||F^T F||_F, between 0 and 1.
+
+    Leading batch dimensions are the blocks of one block-diagonal matrix.
+    """
     gram = factor_mr.mT @ factor_mr
     off_diagonal = gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
-    return torch.linalg.matrix_norm(off_diagonal) / torch.linalg.matrix_norm(gram)
+    norms = [torch.linalg.matrix_norm(matrix) for matrix in (off_diagonal, gram)]
+    off, whole = (torch.linalg.vector_norm(norm) if norm.ndim else norm for norm in norms)
+    return off / whole
 
 
 def rescale(factors: Sequence[Tensor], norm: Tensor | float) -> list[Tensor]:

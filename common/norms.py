@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,12 @@ def _matrices(layer: nn.Module) -> tuple[Tensor, ...]:
     return (linalg.as_matrix(layer.weight),)
 
 
+def _norm(factors: Sequence[Tensor]) -> Tensor:
+    """||W||_F, a scalar; the matrices of groups are the blocks of one block-diagonal matrix."""
+    norm = linalg.frobenius_norm(factors)
+    return torch.linalg.vector_norm(norm) if norm.ndim else norm
+
+
 @torch.no_grad()
 def norm_metrics(layers: Mapping[str, nn.Module], lr: float) -> dict[str, float]:
     """Means over the layers of what the paper's figures plot: norms, bound, non-orthogonality and effective steps.
@@ -35,15 +41,15 @@ def norm_metrics(layers: Mapping[str, nn.Module], lr: float) -> dict[str, float]
         if not all(factor.isfinite().all() for factor in factors):
             values.setdefault("frobenius_norm", []).append(torch.tensor(float("nan")))
             continue
-        norm = linalg.frobenius_norm(factors)
+        norm = _norm(factors)
         row = {
             "frobenius_norm": norm,
-            "nuclear_norm": linalg.nuclear_norm(factors),
+            "nuclear_norm": linalg.nuclear_norm(factors).sum(),
             "effective_lr": lr / norm.square(),
             "effective_lr_norm": lr / norm,
         }
         if len(factors) > 1:
-            row["nuclear_norm_bound"] = linalg.nuclear_norm_bound(factors)
+            row["nuclear_norm_bound"] = linalg.nuclear_norm_bound(factors).sum()
             outer = linalg.non_orthogonality(factors[0]) + linalg.non_orthogonality(factors[-1].mT)
             row["non_orthogonality"] = outer / 2
         for key, value in row.items():
@@ -60,7 +66,7 @@ class NormRecorder:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        norms = [linalg.frobenius_norm([matrix.float() for matrix in layer.matrices()]) for layer in self.layers.values()]
+        norms = [_norm([matrix.float() for matrix in layer.matrices()]) for layer in self.layers.values()]
         self._norms.append(torch.stack(norms))
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,4 +114,8 @@ class NormReplay:
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         for layer, norm in zip(self.layers.values(), self._norms[step], strict=True):
-            layer.set_factors(*linalg.rescale(layer.factors(), norm))
+            factors = layer.factors()
+            if factors[0].ndim > 2:  # groups keep their shares of the norm
+                own = linalg.frobenius_norm([linalg.to_float64(factor) for factor in factors])
+                norm = own * (norm / torch.linalg.vector_norm(own).clamp_min(torch.finfo(own.dtype).tiny))
+            layer.set_factors(*linalg.rescale(factors, norm))

@@ -4,41 +4,34 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from . import linalg
+from . import donors, linalg, replaced
+from .attention import UnpackedMultiheadAttention
 from .budget import closest_index, count_parameters, step_midpoints
-from .layers import (
-    Contraction,
-    Factorized,
-    FactorizedConv2d,
-    FactorizedEmbedding,
-    FactorizedLinear,
-    FactorizedMatrix,
-)
+from .donors import RankOf
+from .layers import Contraction, Factorized, FactorizedEmbedding, FactorizedMatrix
+from .selection import Donors, FilterFn, SkippedLayer, Unsupported, refuse_held, select
 from .state_dicts import unwrap
 
-FilterFn = Callable[[nn.Module, str], bool]
 Init = Callable[[Tensor, int], Sequence[Tensor]]
-
-Donor = nn.Linear | nn.Conv2d | nn.Embedding
-
-_DONORS = (nn.Linear, nn.Conv2d, nn.Embedding)
-_UNSUPPORTED = (nn.modules.conv._ConvNd, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
 class LowRankConfig:
     """How to factorize a layer.
 
-    rank_scale:    rank of a convolution is ``max(1, round(rank_scale * out * kh))``, of a linear layer or an embedding
-                   ``max(1, round(rank_scale * min(rows, columns)))``. Above 1 is overcomplete; 0 keeps the layer dense.
+    rank_scale:    rank of a convolution is ``max(1, round(rank_scale * out / groups * kh))``, of a linear layer or an
+                   embedding ``max(1, round(rank_scale * min(rows, columns)))``. Above 1 is overcomplete; 0 keeps the layer
+                   dense.
+    rank_of:       what the rank scale multiplies: "released", as above and in the released code, or "min", the smaller side of
+                   the unrolled weight for convolutions, too.
     init:          "spectral" (truncated SVD of the donor's weight), "regular" (each factor drawn on its own, by the layer's
                    ``reset_factors``), "norm-matched" (regular, then all factors of a layer scaled alike so that
                    ||U V^T||_F is what spectral initialization gives for the same donor; it controls the scale, not the
@@ -56,11 +49,14 @@ class LowRankConfig:
     residual: float = 0.0
     rank_pattern: Mapping[str, float] = field(default_factory=dict)
     contraction: Contraction = "auto"
+    rank_of: RankOf = "released"
 
     def __post_init__(self) -> None:
         for name, scale in {"rank_scale": self.rank_scale, **self.rank_pattern}.items():
             if not math.isfinite(scale) or scale < 0:
                 raise ValueError(f"rank scale must be finite and not negative (0 keeps layers dense), got {scale} for {name!r}")
+        if self.rank_of not in ("released", "min"):
+            raise ValueError(f"rank_of must be 'released' or 'min', got {self.rank_of!r}")
         if not callable(self.init) and self.init not in ("spectral", "regular", "norm-matched", "kaiming"):
             names = "'spectral', 'regular' (or 'kaiming', its older name), 'norm-matched'"
             raise ValueError(f"init must be {names} or a function, got {self.init!r}")
@@ -86,14 +82,22 @@ class LayerReport:
     parameters_before: int
     parameters_after: int
 
+    @property
+    def grows(self) -> bool:
+        return self.parameters_after > self.parameters_before
+
 
 @dataclass(frozen=True)
 class FactorizationReport:
-    """What a factorization did: its layers, and the parameters of the whole model before and after."""
+    """What a factorization did: its layers, the parameters of the whole model before and after, and layers left dense.
+
+    A weight that tied layers share is in the row of each of them, and once in the counts of the model.
+    """
 
     layers: tuple[LayerReport, ...]
     original: int
     compressed: int
+    skipped: tuple[SkippedLayer, ...] = ()
 
     @classmethod
     def dense(cls, model: nn.Module) -> FactorizationReport:
@@ -105,9 +109,15 @@ class FactorizationReport:
     def ratio(self) -> float:
         return self.compressed / self.original
 
+    @property
+    def growing(self) -> tuple[LayerReport, ...]:
+        """The layers with more parameters than before."""
+        return tuple(layer for layer in self.layers if layer.grows)
+
     def to_dict(self) -> dict[str, Any]:
         parameters = {"original": self.original, "compressed": self.compressed, "ratio": self.ratio}
-        return {"layers": [asdict(layer) for layer in self.layers], "parameters": parameters}
+        skipped = {"skipped": [asdict(layer) for layer in self.skipped]} if self.skipped else {}
+        return {"layers": [asdict(layer) for layer in self.layers], "parameters": parameters, **skipped}
 
     def __str__(self) -> str:
         width = max((len(layer.name) for layer in self.layers), default=5)
@@ -115,180 +125,174 @@ class FactorizationReport:
         for layer in self.layers:
             shape = " x ".join(map(str, layer.shape))
             before, after = layer.parameters_before, layer.parameters_after
-            lines.append(f"{layer.name:<{width}}  {shape:<18} {layer.rank:>5} {before:>10,} {after:>10,}")
-        lines.append(f"{'model':<{width}}  {'':<18} {'':>5} {self.original:>10,} {self.compressed:>10,}  ({self.ratio:.2%})")
-        return "\n".join(lines)
-
-
-def _matrix_shape(donor: Donor) -> tuple[int, int]:
-    if isinstance(donor, nn.Conv2d):
-        kh, kw = donor.kernel_size
-        return donor.out_channels * kh, donor.in_channels * kw
-    rows, columns = donor.weight.shape
-    return rows, columns
-
-
-def _rank_dimension(donor: Donor) -> int:
-    """What rank_scale multiplies: the rows of a convolution, as in the released code, else the smaller dimension."""
-    rows, columns = _matrix_shape(donor)
-    return rows if isinstance(donor, nn.Conv2d) else min(rows, columns)
+            grows = "  grows" if layer.grows else ""
+            lines.append(f"{layer.name:<{width}}  {shape:<18} {layer.rank:>5} {before:>10,} {after:>10,}{grows}")
+        grows = " grows" if self.ratio > 1 else ""
+        counts = f"{self.original:>10,} {self.compressed:>10,}  ({self.ratio:.2%}){grows}"
+        lines.append(f"{'model':<{width}}  {'':<18} {'':>5} {counts}")
+        return "\n".join([*lines, *(f"{layer.name}: left dense, {layer.reason}" for layer in self.skipped)])
 
 
 def _rank(dimension: int, rank_scale: float) -> int:
     return max(1, round(rank_scale * dimension))
 
 
-def _factor_numel(shape: tuple[int, int], rank: int, depth: int) -> int:
-    return rank * sum(shape) + (rank * rank if depth == 3 else 0)
+def _factor_numel(shape: tuple[int, ...], rank: int, depth: int) -> int:
+    *groups, rows, columns = shape
+    return math.prod(groups) * (rank * (rows + columns) + (rank * rank if depth == 3 else 0))
 
 
-def _checked(module: nn.Module, name: str) -> Donor:
-    """The module, if it can be factorized; raises ValueError naming it and the limit otherwise."""
-    kind = type(module).__name__
-    remedy = "exclude it with filter_fn"
-    if not isinstance(module, _DONORS) or getattr(module, "transposed", False):
-        raise ValueError(f"cannot factorize {name!r}: {kind} is not a Linear, Conv2d or Embedding; {remedy}")
-    base = next(donor for donor in _DONORS if isinstance(module, donor))
-    if type(module).forward is not base.forward:
-        raise ValueError(f"cannot factorize {name!r}: {kind} has a forward of its own; {remedy}")
-    if parametrize.is_parametrized(module):
-        raise ValueError(f"cannot factorize {name!r}: its weight is parametrized; remove the parametrization or {remedy}")
-    if "weight" not in module._parameters:
-        raise ValueError(f"cannot factorize {name!r}: a hook computes its weight (weight_norm, pruning); remove it or {remedy}")
-    if isinstance(module.weight, nn.UninitializedParameter):
-        raise ValueError(
-            f"cannot factorize {name!r}: {kind} has no weight yet; run one batch through the model first or {remedy}"
-        )
-    if not module.weight.is_floating_point():
-        raise ValueError(f"cannot factorize {name!r}: its weight is {module.weight.dtype}, not floating point; {remedy}")
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        raise ValueError(f"cannot factorize {name!r}: it has groups={module.groups}, and only groups=1 is supported; {remedy}")
-    if isinstance(module, nn.Embedding):
-        for option in ("sparse", "max_norm", "scale_grad_by_freq"):
-            if getattr(module, option):
-                raise ValueError(f"cannot factorize {name!r}: an embedding with {option} is not supported; {remedy}")
-    return module
-
-
-def _select(model: nn.Module, filter_fn: FilterFn | None) -> dict[str, Donor]:
-    """The donors, by first name, each one checked; raises ValueError where there are none or one is unsupported."""
-    candidates = {n: m for n, m in model.named_modules() if isinstance(m, (*_DONORS, *_UNSUPPORTED))}
-    selected = {n: _checked(m, n) for n, m in candidates.items() if filter_fn is None or filter_fn(m, n)}
-    if not selected:
-        already = sum(isinstance(module, Factorized) for module in model.modules())
-        raise ValueError(
-            f"nothing to factorize in {type(model).__name__}: of {len(candidates)} Linear, convolution and Embedding layers "
-            f"filter_fn selected none ({already} layers are factorized already)"
-        )
-    if "" in selected:
-        raise ValueError(f"cannot replace the model itself in place: put the {type(model).__name__} inside a container")
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
-    for name, module in selected.items():
-        others = [owner for owner in owners[id(module.weight)] if owner != name]
-        if others:
-            raise ValueError(
-                f"cannot factorize {name!r}: its weight is tied to {others[0]!r}; untie it or exclude it with filter_fn"
-            )
-    return selected
-
-
-def _skeleton(donor: Donor, rank: int, depth: int, contraction: Contraction) -> FactorizedMatrix:
-    """A factorized layer in the place of the donor, its factors uninitialized; the bias is the donor's own Parameter."""
-    common: dict[str, Any] = {"depth": depth, "device": donor.weight.device, "dtype": donor.weight.dtype}
-    layer: FactorizedMatrix
-    if isinstance(donor, nn.Conv2d):
-        layer = nn.utils.skip_init(
-            FactorizedConv2d,
-            donor.in_channels,
-            donor.out_channels,
-            donor.kernel_size,
-            rank,
-            stride=donor.stride,
-            padding=donor.padding,
-            dilation=donor.dilation,
-            bias=donor.bias is not None,
-            padding_mode=donor.padding_mode,
-            contraction=contraction,
-            **common,
-        )
-    elif isinstance(donor, nn.Linear):
-        args = (donor.in_features, donor.out_features, rank, donor.bias is not None)
-        layer = nn.utils.skip_init(FactorizedLinear, *args, contraction=contraction, **common)
-    else:
-        args = (donor.num_embeddings, donor.embedding_dim, rank, donor.padding_idx)
-        layer = nn.utils.skip_init(FactorizedEmbedding, *args, contraction=contraction, **common)
-    for factor in layer.factors():
-        factor.requires_grad_(donor.weight.requires_grad)
-    if layer.bias is not None:
-        layer.bias = donor.bias
-    return layer.train(donor.training)
-
-
-def _initialize(layer: FactorizedMatrix, donor: Donor, config: LowRankConfig) -> None:
-    matrix = linalg.as_matrix(donor.weight.detach())
+@torch.no_grad()
+def _initialize(layer: FactorizedMatrix, donor: nn.Module, config: LowRankConfig) -> None:
+    matrix = donors.unroll(donor)
     if isinstance(layer, FactorizedEmbedding) and layer.padding_idx is not None:
         matrix = matrix.index_fill(0, torch.tensor(layer.padding_idx, device=matrix.device), 0)
-    if callable(config.init):
-        layer.set_factors(*config.init(matrix, layer.rank))
-    elif config.init == "spectral":
-        u, vt = linalg.spectral_init(matrix, layer.rank)
-        layer.set_factors(*((u, torch.eye(layer.rank), vt) if layer.depth == 3 else (u, vt)))
+    init = config.init
+    if callable(init):
+        layer.set_factors(*_of_each_group(matrix, lambda each: init(each, layer.rank)))
+    elif init == "spectral":
+        layer.set_factors(*_of_each_group(matrix, lambda each: _spectral(each, layer.rank, layer.depth)))
     else:
         layer.reset_factors()
     if config.residual:
-        with torch.no_grad():
-            layer.m.add_(torch.randn_like(layer.m), alpha=config.residual)
-    if config.init == "norm-matched":
-        spectral = [linalg.to_float64(factor) for factor in linalg.spectral_init(matrix, layer.rank)]
-        layer.set_factors(*linalg.rescale(layer.factors(), linalg.frobenius_norm(spectral)))
+        layer.m.add_(torch.randn_like(layer.m), alpha=config.residual)
+    if init == "norm-matched":
+        spectral = _of_each_group(matrix, lambda each: linalg.spectral_init(each, layer.rank))
+        norm = linalg.frobenius_norm([linalg.to_float64(factor) for factor in spectral])
+        layer.set_factors(*linalg.rescale(layer.factors(), norm))
 
 
-def _replace(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each replacement wherever its module is referenced, shared modules included."""
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is not None and child in replacements:
-                parent._modules[key] = replacements[child]
+def _spectral(matrix: Tensor, rank: int, depth: int) -> tuple[Tensor, ...]:
+    u, vt = linalg.spectral_init(matrix, rank)
+    return (u, torch.eye(rank), vt) if depth == 3 else (u, vt)
 
 
-def _report(model: nn.Module, layers: Mapping[str, tuple[Donor, FactorizedMatrix]], original: int) -> FactorizationReport:
+def _of_each_group(matrix: Tensor, factors: Callable[[Tensor], Sequence[Tensor]]) -> Sequence[Tensor]:
+    """The factors of a matrix or, stacked, those of the matrix of each group."""
+    if matrix.ndim == 2:
+        return factors(matrix)
+    return [torch.stack(column) for column in zip(*map(factors, matrix), strict=True)]
+
+
+def _tie(layers: Sequence[FactorizedMatrix]) -> FactorizedMatrix:
+    """Have layers of one weight share the factors of one of them, which is returned.
+
+    That is one whose rows are all in use, since an embedding on its own keeps its padding row at zero.
+    """
+    first = next((layer for layer in layers if not isinstance(layer, FactorizedEmbedding)), layers[0])
+    for layer in layers:
+        if isinstance(layer, FactorizedEmbedding) and not isinstance(first, FactorizedEmbedding):
+            layer.padding_row_is_shared = True
+        layer.u, layer.vt = first.u, first.vt
+        if layer.depth == 3:
+            layer.m = first.m
+    return first
+
+
+def _replace(model: nn.Module, *steps: Mapping[Any, nn.Module]) -> None:
+    """Put each replacement wherever its module is referenced, shared modules included, one step after the other."""
+    before = dict(model.named_parameters())
+    for replacements in steps:
+        for parent in list(model.modules()):
+            for key, child in parent._modules.items():
+                if child is not None and child in replacements:
+                    parent._modules[key] = replacements[child]
+    kept = set(map(id, model.parameters()))
+    replaced.remember({name: parameter for name, parameter in before.items() if id(parameter) not in kept})
+
+
+def _refuse_wrapped(model: nn.Module, verb: str) -> None:
+    """Raise ValueError where a wrapper trains the model on several processes."""
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"):
+                where = f"{name!r}" if name else "the model"
+                consequence = "its processes would drift apart, as it would not know the new Parameters"
+                raise ValueError(f"cannot {verb} inside {kind.__name__} ({where}): {consequence}; {verb} first, then wrap")
+
+
+def _report(
+    model: nn.Module,
+    layers: Mapping[str, tuple[nn.Module, FactorizedMatrix]],
+    original: int,
+    skipped: Sequence[SkippedLayer] = (),
+) -> FactorizationReport:
     rows = tuple(
-        LayerReport(name, tuple(donor.weight.shape), layer.rank, count_parameters(donor), count_parameters(layer))
+        LayerReport(name, donors.weight_shape(donor), layer.rank, count_parameters(donor), count_parameters(layer))
         for name, (donor, layer) in layers.items()
     )
-    return FactorizationReport(rows, original, count_parameters(model))
+    return FactorizationReport(rows, original, count_parameters(model), tuple(skipped))
 
 
-def factorize_(model: nn.Module, config: LowRankConfig, *, filter_fn: FilterFn | None = None) -> FactorizationReport:
-    """Replace the selected Linear, Conv2d and Embedding layers of a model by factorized ones, in place.
+def factorize_(
+    model: nn.Module,
+    config: LowRankConfig,
+    *,
+    filter_fn: FilterFn | None = None,
+    unsupported: Unsupported = "raise",
+    skip_growing: bool | None = None,
+) -> FactorizationReport:
+    """Replace the selected layers of a model by factorized ones, in place.
+
+    Layers are Linear, Conv1d, Conv2d (with groups: each group on its own), Embedding, transformers' Conv1D and the input
+    projections of torch's MultiheadAttention, which become layers ``q_proj``, ``k_proj`` and ``v_proj``. Layers that share
+    one weight, such as an embedding and the output projection, share its factors.
 
     ``filter_fn(module, name)`` selects; without it every such layer is selected. Layers that are not selected are not
-    touched; selected ones keep bias, stride, padding, dilation, device, dtype, mode and requires_grad. Call it before
-    the optimizer is made: the weights of replaced layers are new Parameters.
+    touched; selected ones keep bias, stride, padding, dilation, device, dtype, mode, requires_grad, forward and backward
+    hooks, and what was added to them: attributes, buffers, modules. Call it before the optimizer is made, since the weights
+    of replaced layers are new Parameters, and before the model is wrapped in DistributedDataParallel or sharded.
 
-    Raises ValueError, with the model as it was, where nothing is selected, a selected layer is unsupported (groups > 1,
-    transposed, tied, parametrized), or an entry of ``config.rank_pattern`` matches no selected layer.
+    unsupported:   "raise" for a selected layer that cannot be factorized, or "skip": it stays dense, and the report says why.
+    skip_growing:  whether layers that would have more parameters than before stay dense. None factorizes them and warns;
+                   False does not warn, for models that are overcomplete on purpose.
+
+    Raises ValueError, with the model as it was, where nothing is selected, a selected layer is unsupported (transposed, of
+    three dimensions, lazy, quantized, parametrized, of a class with a forward of its own, tied to one that is not selected),
+    or an entry of ``config.rank_pattern`` matches no selected layer.
     """
-    donors = _select(model, filter_fn)
+    _refuse_wrapped(model, "factorize")
+    selection = select(model, filter_fn, unsupported)
+    names, skipped = selection.names(), list(selection.skipped)
     for pattern in config.rank_pattern:
-        if not any(re.fullmatch(pattern, name) for name in donors):
-            raise ValueError(
-                f"rank_pattern {pattern!r} matches none of the {len(donors)} selected layers, such as {next(iter(donors))!r}"
-            )
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise ValueError(f"rank_pattern {pattern!r} matches none of the {len(names)} selected layers, such as {names[0]!r}")
     original = count_parameters(model)
-    layers = {}
-    for name, donor in donors.items():
-        scale = config.scale_for(name)
+    layers: dict[str, tuple[nn.Module, FactorizedMatrix]] = {}
+    for group in selection.tied:
+        scale = _scale(group, config)
         if scale == 0:
             continue
-        layer = _skeleton(donor, _rank(_rank_dimension(donor), scale), config.depth, config.contraction)
-        _initialize(layer, donor, config)
-        layers[name] = (donor, layer)
-    _replace(model, dict(layers.values()))
-    return _report(model, layers, original)
+        donor = next(iter(group.values()))
+        rank = _rank(donors.rank_dimension(donor, config.rank_of), scale)
+        before, after = donors.numel(donor), _factor_numel(donors.shape(donor), rank, config.depth)
+        if skip_growing and after > before:
+            reason = f"rank {rank} would take {after:,} parameters instead of {before:,}"
+            skipped += [SkippedLayer(name, reason) for name in group]
+            continue
+        made = {name: donors.skeleton(module, rank, config.depth, config.contraction) for name, module in group.items()}
+        _initialize(_tie(list(made.values())), donor, config)
+        layers |= {name: (module, made[name]) for name, module in group.items()}
+    replacements = dict(layers.values())
+    unpacked = {old: new for old, new in selection.unpacked.items() if any(child in replacements for child in new.children())}
+    _replace(model, unpacked, replacements)
+    report = _report(model, layers, original, skipped)
+    if skip_growing is None and report.growing:
+        warnings.warn(
+            f"{len(report.growing)} of {len(report.layers)} layers have more parameters than before, such as "
+            f"{report.growing[0].name!r}, and the model has {report.ratio:.2f} times as many: pass skip_growing=True to leave "
+            "such layers dense, or False for none of these warnings",
+            stacklevel=2,
+        )
+    return report
+
+
+def _scale(group: Donors, config: LowRankConfig) -> float:
+    """The rank scale of layers that share one weight."""
+    scales = {name: config.scale_for(name) for name in group}
+    if len(set(scales.values())) > 1:
+        raise ValueError(f"layers of one weight have one rank scale, and rank_pattern gives {scales}")
+    return next(iter(scales.values()))
 
 
 def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> FactorizationReport:
@@ -299,16 +303,36 @@ def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Fact
     is removed (:func:`common.state_dicts.unwrap`). As in ``load_state_dict``, normalizations may lack the count of batches
     that torch has had since 0.4.1. Raises ValueError, with the model as it was, naming the first mismatch.
     """
+    _refuse_wrapped(model, "load")
     state_dict = unwrap(state_dict, model.state_dict())
     original = count_parameters(model)
-    layers: dict[str, tuple[Donor, FactorizedMatrix]] = {}
-    made: dict[nn.Module, FactorizedMatrix] = {}  # a module that is used twice becomes one layer used twice
+    modules = dict(model.named_modules(remove_duplicate=False))
     expected = dict(model.state_dict())
-    for name, donor in model.named_modules(remove_duplicate=False):
-        if f"{name}.vt" in state_dict and isinstance(donor, _DONORS):
+    unpacked: dict[nn.Module, nn.Module] = {}
+    for name, module in list(modules.items()):
+        if isinstance(module, nn.MultiheadAttention) and f"{name}.q_proj.weight" not in expected:
+            children = [f"{name}.{part}" for part in donors.PROJECTIONS]
+            if any(f"{child}.vt" in state_dict for child in children):
+                if module not in unpacked:
+                    if refusal := donors.attention_refusal(module):
+                        raise ValueError(f"cannot factorize {name!r}: {refusal.reason}; {refusal.remedy}")
+                    unpacked[module] = donors.unpack(module)
+                for key in donors.projection_weights(module):
+                    del expected[f"{name}.{key}"]
+                modules |= {
+                    child: unpacked[module].get_submodule(part)
+                    for child, part in zip(children, donors.PROJECTIONS, strict=True)
+                }
+                expected |= {f"{child}.weight": modules[child].weight for child in children}
+    layers: dict[str, tuple[nn.Module, FactorizedMatrix]] = {}
+    made: dict[nn.Module, FactorizedMatrix] = {}  # a module that is used twice becomes one layer used twice
+    for name, donor in modules.items():
+        if f"{name}.vt" in state_dict and donors.kind_of(donor) is not None:
             if donor not in made:
-                rank, depth = state_dict[f"{name}.vt"].shape[0], 3 if f"{name}.m" in state_dict else 2
-                made[donor] = _skeleton(_checked(donor, name), rank, depth, "auto")
+                if refusal := donors.refusal(donor):
+                    raise ValueError(f"cannot factorize {name!r}: {refusal.reason}; {refusal.remedy}")
+                rank, depth = state_dict[f"{name}.vt"].shape[-2], 3 if f"{name}.m" in state_dict else 2
+                made[donor] = donors.skeleton(donor, rank, depth, "auto")
                 layers[name] = (donor, made[donor])
             del expected[f"{name}.weight"]
             expected |= {f"{name}.{key}": value for key, value in made[donor].state_dict().items()}
@@ -324,7 +348,14 @@ def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Fact
             raise ValueError(
                 f"the checkpoint does not fit this {type(model).__name__}: {key!r} has shape {given}, expected {wanted}"
             )
-    _replace(model, dict(layers.values()))
+    changed: dict[str, nn.Module] = {name: donor for name, (donor, _) in layers.items()}
+    refuse_held(model, "load", changed | {name: module for name, module in modules.items() if module in unpacked})
+    tied: dict[int, list[FactorizedMatrix]] = {}
+    for donor, layer in layers.values():
+        tied.setdefault(id(donor.weight), []).append(layer)
+    for group in tied.values():
+        _tie(group)
+    _replace(model, unpacked, dict(layers.values()))
     model.load_state_dict(state_dict)
     return _report(model, layers, original)
 
@@ -332,14 +363,32 @@ def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Fact
 def densify_(model: nn.Module) -> list[str]:
     """Fold every factorized layer back into an ordinary one with the same function, in place; returns their names.
 
-    Raises ValueError where there is none.
+    Layers keep their hooks and what was added to them; layers that share their factors share their weight; torch's
+    attention is packed again. Raises ValueError, with the model as it was, where there is none, or where one was altered
+    in a way that would be lost.
     """
+    _refuse_wrapped(model, "densify")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Factorized)}
     if not layers:
         raise ValueError(f"nothing to fold: {type(model).__name__} has no factorized layer")
     if "" in layers:
         raise ValueError(f"cannot replace the model itself in place: use its to_layer() ({type(model).__name__})")
-    _replace(model, {module: module.to_layer() for module in layers.values()})
+    attentions = {name: m for name, m in model.named_modules() if isinstance(m, UnpackedMultiheadAttention)}
+    refuse_held(model, "fold", layers | attentions)
+    for name, module in (layers | attentions).items():
+        if refusal := donors.altered(module):
+            raise ValueError(f"cannot fold {name!r}: {refusal.reason}; undo that first")
+    folded: dict[nn.Module, nn.Module] = {}
+    weights: dict[tuple[int, ...], nn.Parameter] = {}
+    for layer in layers.values():
+        dense = folded[layer] = donors.fold(layer)
+        key = tuple(map(id, layer.factors()))
+        if key in weights:
+            dense.weight = weights[key]
+        elif isinstance(dense.weight, nn.Parameter):
+            weights[key] = dense.weight
+    _replace(model, folded)
+    _replace(model, {unpacked: donors.pack(unpacked) for unpacked in attentions.values()})
     return list(layers)
 
 
@@ -350,37 +399,55 @@ def rank_scale_for_ratio(
     filter_fn: FilterFn | None = None,
     depth: int = 2,
     rank_pattern: Mapping[str, float] | None = None,
+    rank_of: RankOf = "released",
+    unsupported: Unsupported = "raise",
+    skip_growing: bool = False,
 ) -> float:
     """Rank scale at which the factorized model's parameter count is closest to ``target`` times the model's own.
 
     Counts on shapes alone. Ranks are integers, so the count is a step function of the scale; the middle of the best
-    step is returned. ``rank_pattern`` fixes the scale of some layers as in :class:`LowRankConfig`. Raises ValueError
-    for a target that is not positive and finite, or below what rank 1 everywhere leaves (naming that floor and the
-    largest layer that is not factorized).
+    step is returned. ``rank_pattern`` fixes the scale of some layers and ``rank_of`` says what it multiplies, as in
+    :class:`LowRankConfig`; ``unsupported`` and ``skip_growing`` are as in :func:`factorize_`. Raises ValueError
+    for a target that is not positive and finite, below what rank 1 everywhere leaves (naming that floor and the
+    largest layer that is not factorized) or, with ``skip_growing``, above 1.
     """
     if not math.isfinite(target) or target <= 0:
         raise ValueError(f"target ratio must be positive and finite, got {target}")
-    fixed = LowRankConfig(0, depth=depth, rank_pattern=rank_pattern or {})
-    donors = _select(model, filter_fn)
+    if skip_growing and target > 1:
+        raise ValueError(f"target ratio {target} is above 1, and with skip_growing no layer grows: leave that out")
+    fixed = LowRankConfig(0, depth=depth, rank_pattern=rank_pattern or {}, rank_of=rank_of)
+    selection = select(model, filter_fn, unsupported)
     original = count_parameters(model)
-    rest = original - sum(donor.weight.numel() for donor in donors.values())
-    free: dict[tuple[tuple[int, int], int], int] = {}  # (matrix shape, rank dimension) -> number of such layers
-    for name, donor in donors.items():
-        shape, dimension = _matrix_shape(donor), _rank_dimension(donor)
-        if any(re.fullmatch(pattern, name) for pattern in fixed.rank_pattern):
-            scale = fixed.scale_for(name)
-            rest += _factor_numel(shape, _rank(dimension, scale), depth) if scale else donor.weight.numel()
+    Step = tuple[tuple[int, ...], int, int]  # matrix shape, rank dimension, parameters of the dense weight
+    free: dict[Step, int] = {}  # number of such layers
+
+    def parameters(step: Step, scale: float) -> int:
+        shape, dimension, dense = step
+        found = _factor_numel(shape, _rank(dimension, scale), depth)
+        return min(found, dense) if skip_growing else found
+
+    rest, weights = original, set()
+    for group in selection.tied:
+        donor = next(iter(group.values()))
+        weights.add(id(donor.weight))
+        step = donors.shape(donor), donors.rank_dimension(donor, rank_of), donors.numel(donor)
+        rest -= step[2]
+        if any(re.fullmatch(pattern, name) for pattern in fixed.rank_pattern for name in group):
+            scale = _scale(group, fixed)
+            rest += parameters(step, scale) if scale else step[2]
         else:
-            free[shape, dimension] = free.get((shape, dimension), 0) + 1
+            free[step] = free.get(step, 0) + 1
     if not free:
         raise ValueError("every selected layer has a fixed rank scale in rank_pattern: there is none left to solve for")
 
     def count(scale: float) -> int:
-        return rest + sum(n * _factor_numel(s, _rank(d, scale), depth) for (s, d), n in free.items())
+        return rest + sum(n * parameters(step, scale) for step, n in free.items())
 
     floor = count(0)
     if target * original < floor:
-        dense = [(p.numel(), n) for n, p in model.named_parameters() if not any(p is d.weight for d in donors.values())]
+        for attention in selection.unpacked:
+            weights |= {id(getattr(attention, name)) for name in donors.projection_weights(attention)}
+        dense = [(p.numel(), n) for n, p in model.named_parameters() if id(p) not in weights]
         largest = f"; {max(dense)[1]!r} keeps {max(dense)[0]:,} of them dense" if dense else ""
         raise ValueError(
             f"target ratio {target} is below the floor: rank 1 everywhere leaves {floor:,} of {original:,} parameters, "
@@ -388,9 +455,9 @@ def rank_scale_for_ratio(
         )
     wanted = target * original
     limit = 1
-    while count(limit) < wanted:
+    while count(limit) < wanted and limit < 2**60:
         limit *= 2
     # First to the nearest whole scale, then among the steps around it: an overcomplete scale may have very many below.
     whole = closest_index(count, 0, limit, wanted)
-    scales = step_midpoints((dimension for _, dimension in free), max(0, whole - 2), whole + 2)
+    scales = step_midpoints((dimension for _, dimension, _ in free), max(0, whole - 2), whole + 2)
     return scales[closest_index(lambda step: count(scales[step]), 0, len(scales) - 1, wanted)]

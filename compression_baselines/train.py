@@ -51,7 +51,7 @@ class BudgetExperiment(CompressionExperiment[LowRankBudgetConfig], LowRankExperi
         # Regular factors of VGG have the deviation of the 3x3 convolution that they make.
         fan_out = config.init == "regular" and config.network == "vgg" and not config.kaiming
         init = partial(fan_out_init, kernel=3) if fan_out else config.init
-        return model, factorize_(model, LowRankConfig(scale, init=init), filter_fn=is_factorized)
+        return model, factorize_(model, LowRankConfig(scale, init=init), filter_fn=is_factorized, skip_growing=False)
 
     def make_trainer(self) -> Trainer:
         config = self.config

@@ -57,7 +57,7 @@ class ResNetExperiment(LowRankExperiment[ResNetConfig]):
         scale = config.rank_scale or rank_scale_for_ratio(model, config.target_ratio, filter_fn=is_factorized, depth=depth)
         # init "spectral" takes the factors from the truncated SVD of each layer's weight (common/linalg.py: spectral_init).
         low_rank = LowRankConfig(scale, init=config.init, depth=depth, residual=config.residual)
-        return model, factorize_(model, low_rank, filter_fn=is_factorized)
+        return model, factorize_(model, low_rank, filter_fn=is_factorized, skip_growing=False)
 
     def make_trainer(self) -> Trainer:
         config = self.config

@@ -40,7 +40,7 @@ def make_model(config: WideResNetConfig, architecture: dict[str, Any]) -> tuple[
 
         inits = {"regular": partial(fan_out_init, kernel=kernel), "norm-matched": partial(norm_matched_init, kernel=kernel)}
         init = inits.get(config.init, config.init)
-        layers += factorize_(model, LowRankConfig(scale, init=init), filter_fn=of_kernel).layers
+        layers += factorize_(model, LowRankConfig(scale, init=init), filter_fn=of_kernel, skip_growing=False).layers
     return model, FactorizationReport(tuple(layers), original, count_parameters(model))
 
 

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 
 from common import (
+    FactorizedConv1d,
     FactorizedConv2d,
     FactorizedEmbedding,
     FactorizedLinear,
@@ -164,6 +165,7 @@ def test_any_command_line_starts_or_is_refused_in_one_line(program, examples, re
 # The public functions
 
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
+pytestmark = pytest.mark.filterwarnings("ignore:.* layers have more parameters than before")
 fuzzed = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -251,15 +253,27 @@ def test_surgery_of_any_setting(dtype, frozen, scale, depth, init, channels_last
     torch.testing.assert_close(made(input), outputs, rtol=1e-4, atol=1e-4)
 
 
-def test_tied_weights_are_refused_and_shared_modules_shared():
-    embedding, head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
-    head.weight = embedding.weight
-    with pytest.raises(ValueError, match="its weight is tied to"):
-        factorize_(nn.Sequential(embedding, head), LowRankConfig(0.5))
+def test_modules_that_are_used_twice_stay_shared():
     layer = nn.Linear(4, 4)
     twice = nn.Sequential(layer, nn.ReLU(), layer)
     factorize_(twice, LowRankConfig(0.5))
     assert twice[0] is twice[2]
+
+
+@fuzzed
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4), st.sampled_from([(1, 1), (3, 3), (1, 3), (2, 3)]), DTYPES,
+       st.integers(1, 4), st.integers(1, 3), st.integers(0, 2), st.sampled_from(["thin", "composed"]),
+       st.booleans())  # fmt: skip
+def test_convolutions_of_any_groups(groups, inputs, outputs, kernel, dtype, rank, stride, padding, contraction, flat):
+    torch.manual_seed(0)
+    options = {"groups": groups, "contraction": contraction, "dtype": dtype}
+    channels = groups * inputs, groups * outputs
+    if flat:
+        layer = FactorizedConv1d(*channels, kernel[1], rank, stride, padding, **options)
+        assert_like_dense(layer, torch.randn(2, channels[0], 9, dtype=dtype), dtype)
+    else:
+        layer = FactorizedConv2d(*channels, kernel, rank, stride, padding, **options)
+        assert_like_dense(layer, torch.randn(2, channels[0], 7, 6, dtype=dtype), dtype)
 
 
 def test_checkpoints_of_another_version(tmp_path):

@@ -5,6 +5,7 @@ import math
 import random
 import re
 import time
+import warnings
 
 import pytest
 import torch
@@ -29,6 +30,9 @@ from common.layers import Factorized
 from common.linalg import frobenius_norm, unroll
 from resnet_cifar.models import build, is_factorized
 from resnet_cifar.rows import PARAMETERS
+
+# The layers here are so small that many have more parameters in factors; the warning of it has a test of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:.* layers have more parameters than before")
 
 
 def small_model():
@@ -192,18 +196,14 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def tied():
-    model = nn.ModuleDict({"in": nn.Embedding(5, 4), "out": nn.Linear(4, 5)})
-    model["out"].weight = model["in"].weight
-    return model
-
-
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "'0': it has groups=2"),
         (nn.Sequential(nn.ConvTranspose2d(4, 4, 3)), "'0': ConvTranspose2d is not"),
-        (nn.Sequential(nn.Conv1d(4, 4, 3)), "'0': Conv1d is not"),
+        (nn.Sequential(nn.ConvTranspose1d(4, 4, 3)), "'0': ConvTranspose1d is not"),
+        (nn.Sequential(nn.Conv3d(4, 4, 3)), "'0': Conv3d is not"),
+        (nn.Sequential(nn.EmbeddingBag(4, 4)), "'0': EmbeddingBag is not"),
+        (nn.Sequential(nn.Linear(4, 4).to(torch.complex64)), "'0': its weight is torch.complex64, not floating point"),
         (nn.Sequential(Scaled(4, 4)), "'0': Scaled has a forward of its own"),
         (nn.Sequential(nn.LazyLinear(4)), "has no weight yet"),
         (nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))), "parametriz"),
@@ -211,7 +211,6 @@ def tied():
         (nn.Sequential(prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5)), "'0': a hook computes its weight"),
         (nn.Sequential(nn.Embedding(4, 4, sparse=True)), "embedding with sparse"),
         (nn.Sequential(nn.Embedding(4, 4, max_norm=1.0)), "embedding with max_norm"),
-        (tied(), "'in': its weight is tied to 'out'"),
         (nn.Linear(4, 4), "inside a container"),
         (nn.Sequential(nn.ReLU()), "nothing to factorize"),
     ],
@@ -221,6 +220,317 @@ def test_refusals_leave_the_model_as_it_was(model, message):
     with pytest.raises(ValueError, match=message):
         factorize_(model, LowRankConfig(0.5))
     assert [type(module) for module in model.modules()] == kinds
+
+
+def altered(**changes):
+    layer = nn.Linear(8, 8)
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def with_state_dict_hook():
+    layer = nn.Linear(8, 8)
+    layer.register_state_dict_post_hook(lambda *args: None)
+    return layer
+
+
+def with_weight_hook():
+    layer = nn.Linear(8, 8)
+    layer.weight.register_hook(lambda grad: grad)
+    return layer
+
+
+def with_accumulation_hook():
+    layer = nn.Linear(8, 8)
+    layer.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    return layer
+
+
+def compiled():
+    layer = nn.Linear(8, 8)
+    layer.compile(backend="eager")
+    return layer
+
+
+class InList(nn.Module):
+    def __init__(self, registered):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8))
+        self.taps = [self.body[0] if registered else nn.Linear(8, 8)]
+
+
+class Nested(nn.Parameter):
+    """A weight of another class than Parameter, as sharded and quantized ones are."""
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (altered(forward=lambda x: x), "its forward is overridden on the instance; undo that first"),
+        (with_state_dict_hook(), "it has state dict hooks"),
+        (with_weight_hook(), "its weight has gradient hooks"),
+        (with_accumulation_hook(), "its weight has gradient hooks"),
+        (altered(weight=Nested(torch.ones(8, 8))), "its weight is a Nested"),
+        (compiled(), "it was compiled by its method compile"),
+        (altered(rank=3), "cannot take over the attribute 'rank' of Linear: rename it"),
+    ],
+)
+def test_what_would_be_lost_is_refused_by_name(layer, message):
+    model = nn.Sequential(nn.Linear(8, 8), layer)
+    with pytest.raises(ValueError, match=message):
+        factorize_(model, LowRankConfig(0.25))
+    assert type(model[0]) is nn.Linear
+    assert model[1] is layer
+
+
+def test_layers_in_a_plain_list_are_refused_by_their_place():
+    model = InList(registered=True)
+    message = "'body.0': taps.0. holds it outside of the registered modules, and would keep it; register it"
+    with pytest.raises(ValueError, match=message):
+        factorize_(model, LowRankConfig(0.25))
+    model = InList(registered=False)
+    with pytest.raises(ValueError, match=r"'taps\[0\]': it is held outside of the registered modules; register it"):
+        factorize_(model, LowRankConfig(0.25))
+    report = factorize_(model, LowRankConfig(0.25), unsupported="skip")
+    assert [layer.name for layer in report.layers] == ["body.0"]
+    assert [layer.name for layer in report.skipped] == ["taps[0]"]
+    model.taps = {"first": model.body[0]}
+    with pytest.raises(ValueError, match=r"cannot fold 'body.0': taps\['first'\] holds it"):
+        densify_(model)
+    with pytest.raises(ValueError, match=r"cannot load 'body.0': taps\[0\] holds it"):
+        load_factorized_(InList(registered=True), model.state_dict())
+    model.taps = [model]  # a parent is not replaced
+    densify_(model)
+    factorize_(model, LowRankConfig(0.25))
+
+
+def test_attention_in_a_plain_list_is_refused_by_its_place():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    model.taps = (model[0],)
+    with pytest.raises(ValueError, match=r"'0.q_proj': taps\[0\] holds it"):
+        factorize_(model, LowRankConfig(0.25))
+    del model.taps
+    factorize_(model, LowRankConfig(0.25))
+    model.taps = (model[0],)
+    with pytest.raises(ValueError, match=r"cannot fold '0': taps\[0\] holds it"):
+        densify_(model)
+
+
+def test_hooks_attributes_and_what_was_added_move_with_the_layer():
+    """Through factorize_ and back through densify_; handles of the hooks keep working."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    layer, calls = model[0], []
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args: calls.append("before")),
+        layer.register_forward_hook(lambda module, args, kwargs, output: calls.append("after"), with_kwargs=True),
+        layer.register_full_backward_hook(lambda module, before, after: calls.append("backward")),
+    ]
+    layer.is_head = True
+    layer.register_buffer("mask", torch.ones(8))
+    layer.register_buffer("scratch", torch.ones(2), persistent=False)
+    layer.gain = nn.Parameter(torch.ones(1))
+    layer.inner = nn.Dropout()
+    layer.weight.no_decay = True
+    x = torch.randn(3, 8, requires_grad=True)
+    factorize_(model, LowRankConfig(0.25))
+    for _ in range(2):
+        calls.clear()
+        model(x).sum().backward()
+        assert calls == ["before", "after", "backward"]
+        assert model[0].is_head
+        assert {"0.mask", "0.gain"} <= set(model.state_dict())
+        assert "0.scratch" not in model.state_dict()
+        assert isinstance(model[0].inner, nn.Dropout)
+        parameter = model[0].u if isinstance(model[0], Factorized) else model[0].weight
+        assert parameter.no_decay
+        rebuilt = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+        rebuilt[0].register_buffer("mask", torch.zeros(8))
+        rebuilt[0].gain = nn.Parameter(torch.zeros(1))
+        load_factorized_(rebuilt, model.state_dict())
+        assert rebuilt[0].mask.all()
+        if isinstance(model[0], Factorized):
+            densify_(model)
+    assert type(model[0]) is nn.Linear
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    model(x).sum().backward()
+    assert calls == []
+
+
+def test_what_was_done_to_a_factorized_layer_is_kept_or_refused_by_densify():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    factorize_(model, LowRankConfig(0.25))
+    model[0].is_head = True
+    model[1].forward = lambda x: x
+    with pytest.raises(ValueError, match="cannot fold '1': its forward is overridden on the instance; undo that first"):
+        densify_(model)
+    assert isinstance(model[0], Factorized)
+    del model[1].forward
+    densify_(model)
+    assert model[0].is_head
+    assert not hasattr(model[0], "rank")
+    assert vars(model[1]).keys() == vars(nn.Linear(8, 8)).keys()
+
+
+@pytest.fixture
+def process_group():
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_wrapped_models_are_refused_by_name(process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = nn.Sequential(nn.Linear(8, 8))
+    wrapped = DistributedDataParallel(model)
+    for outer, where in ((wrapped, "the model"), (nn.Sequential(wrapped), "'0'")):
+        with pytest.raises(ValueError, match=rf"factorize inside DistributedDataParallel \({where}\): .*; factorize first"):
+            factorize_(outer, LowRankConfig(0.25))
+        with pytest.raises(ValueError, match="cannot load inside DistributedDataParallel"):
+            load_factorized_(outer, {})
+    factorize_(model, LowRankConfig(0.25))
+    with pytest.raises(ValueError, match="cannot densify inside DistributedDataParallel"):
+        densify_(DistributedDataParallel(model))
+    sharded = nn.Sequential(nn.Linear(8, 8))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="cannot factorize inside FSDPModule"):
+        factorize_(sharded, LowRankConfig(0.25))
+
+
+def test_an_optimizer_made_before_surgery_says_so_at_its_next_step():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(3, 8)
+
+    def step(optimizer):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+
+    early = torch.optim.AdamW(model.parameters())
+    step(early)
+    factorize_(model, LowRankConfig(0.25), filter_fn=lambda module, name: name == "0")
+    early.zero_grad()
+    model(x).sum().backward()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(
+        ValueError, match=r"this AdamW holds 1 Parameters, such as '0.weight', that were replaced .* make the opt"
+    ):
+        early.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    between = torch.optim.SGD(model.parameters(), lr=0.1)
+    step(between)
+    densify_(model)
+    with pytest.raises(ValueError, match=r"this SGD holds 2 Parameters, such as '0.u'"):
+        step(between)
+    step(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_replaced_layer_may_be_trained_elsewhere():
+    model = nn.Sequential(nn.Linear(8, 8))
+    donor = model[0]
+    factorize_(model, LowRankConfig(0.25))
+    optimizer = torch.optim.SGD(donor.parameters(), lr=0.1)
+    donor(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    lazy = torch.optim.LBFGS(donor.parameters(), max_iter=2)
+    donor.weight.grad = None
+
+    def closure():
+        loss = donor(torch.ones(1, 8)).square().sum()
+        loss.backward()
+        return loss
+
+    lazy.step(closure)
+
+
+def test_skipping_what_is_unsupported():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 3), Scaled(8, 8), nn.Linear(8, 8))
+    expected = [type(module) for module in model]
+    report = factorize_(model, LowRankConfig(0.25), unsupported="skip")
+    assert [type(module) for module in model] == [FactorizedConv2d, *expected[1:3], FactorizedLinear]
+    assert [(layer.name, layer.reason) for layer in report.skipped] == [
+        ("1", "ConvTranspose2d is not a Linear, Conv1d, Conv2d, Embedding or MultiheadAttention"),
+        ("2", "Scaled has a forward of its own"),
+    ]
+    assert "2: left dense, Scaled has a forward of its own" in str(report).splitlines()
+    assert report.to_dict()["skipped"][1] == {"name": "2", "reason": "Scaled has a forward of its own"}
+    with pytest.raises(ValueError, match=r"nothing to factorize .* selected 1 .*; 1 are not supported, such as '0': Scaled"):
+        factorize_(nn.Sequential(Scaled(4, 4)), LowRankConfig(0.5), unsupported="skip")
+    with pytest.raises(ValueError, match="unsupported must be 'raise' or 'skip', got 'ignore'"):
+        factorize_(model, LowRankConfig(0.5), unsupported="ignore")
+
+
+def growing_model():
+    """At half of the rows, factors take 16 * (32 + 8) = 640, 4 * (8 + 32) = 160 and 8 * 2 * (3 + 3) = 96 parameters."""
+    depthwise = nn.Conv2d(8, 8, 3, groups=8, bias=False)
+    return nn.Sequential(nn.Conv2d(8, 32, 1, bias=False), nn.Conv2d(32, 8, 1, bias=False), depthwise)
+
+
+def test_layers_that_grow_are_warned_of_once_or_left_dense():
+    model = growing_model()
+    message = (
+        "2 of 3 layers have more parameters than before, such as '0', and the model has 1.53 times as many: pass skip_grow"
+    )
+    with pytest.warns(UserWarning, match=message) as warned:
+        report = factorize_(model, LowRankConfig(0.5))
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert [(layer.name, layer.parameters_before, layer.parameters_after) for layer in report.growing] == [
+        ("0", 256, 640),
+        ("2", 72, 96),
+    ]
+    assert [line.endswith(" grows") for line in str(report).splitlines()] == [False, True, False, True, True]
+    model = growing_model()
+    report = factorize_(model, LowRankConfig(0.5), skip_growing=True)
+    assert [layer.name for layer in report.layers] == ["1"]
+    assert report.compressed == 256 + 4 * 40 + 72
+    assert [(layer.name, layer.reason) for layer in report.skipped] == [
+        ("0", "rank 16 would take 640 parameters instead of 256"),
+        ("2", "rank 2 would take 96 parameters instead of 72"),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert factorize_(growing_model(), LowRankConfig(0.5), skip_growing=False).growing
+        factorize_(growing_model(), LowRankConfig(0.5, rank_of="min"), filter_fn=lambda module, name: name != "2")
+
+
+def test_what_a_rank_scale_multiplies():
+    ranks = {"released": [8, 2, 1, 2], "min": [2, 2, 1, 2]}
+    for rank_of, expected in ranks.items():
+        model = growing_model().append(nn.Linear(8, 100))
+        report = factorize_(model, LowRankConfig(0.25, rank_of=rank_of), skip_growing=False)
+        assert [layer.rank for layer in report.layers] == expected
+    with pytest.raises(ValueError, match="rank_of must be 'released' or 'min', got 'max'"):
+        LowRankConfig(0.25, rank_of="max")
+
+
+@pytest.mark.parametrize("skip_growing", [False, True])
+@pytest.mark.parametrize("rank_of", ["released", "min"])
+@pytest.mark.parametrize("target", [0.3, 0.55, 0.9])
+def test_the_scale_for_a_ratio_follows_what_it_multiplies(target, rank_of, skip_growing):
+    options = {"filter_fn": lambda module, name: name != "2", "skip_growing": skip_growing}
+    scale = rank_scale_for_ratio(growing_model(), target, rank_of=rank_of, **options)
+
+    def ratio(scale):
+        return factorize_(growing_model(), LowRankConfig(scale, rank_of=rank_of), **options).ratio
+
+    grid = [ratio(step / 200) for step in range(1, 400)]
+    assert abs(ratio(scale) - target) == pytest.approx(min(abs(each - target) for each in grid))
+    with pytest.raises(ValueError, match=r"target ratio 1.5 is above 1, and with skip_growing no layer grows"):
+        rank_scale_for_ratio(growing_model(), 1.5, skip_growing=True)
+
+
+def test_the_floor_of_a_ratio_names_no_projection_of_attention():
+    model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 5))
+    with pytest.raises(ValueError, match=r"is below the floor: .* keeps 24 of them dense"):
+        rank_scale_for_ratio(model, 0.01)
 
 
 def test_no_match_is_an_error_that_says_so():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
@@ -254,14 +254,18 @@ class Transformer(nn.Module):
         for kind, draw_ in ((nn.Embedding, draw_embedding_), (nn.Linear, draw_linear_)):
             init = partial(_draw_factors, draw_) if config.init == "regular" else config.init
             how = LowRankConfig(config.rank_scale, init)
-            chosen = [m for m in self.modules() if isinstance(m, kind) and id(m) not in heads]
-            reports.append(factorize_(self, how, filter_fn=lambda module, name, chosen=chosen: module in chosen))
+            chosen = {id(m) for m in self.modules() if isinstance(m, kind) and id(m) not in heads}
+            reports.append(factorize_(self, how, filter_fn=partial(_is_chosen, chosen), skip_growing=False))
         full = count_full(config)
         return FactorizationReport((*reports[0].layers, *reports[1].layers), full, count_parameters(self))
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Scores (batch, target length, target_words) of the word after each of ``target``; see encoder and decoder."""
         return self.decoder(target, self.decoder.start(*self.encoder(source)))
+
+
+def _is_chosen(chosen: Set[int], module: nn.Module, name: str) -> bool:
+    return id(module) in chosen
 
 
 def _draw_factors(draw_: Callable[[Tensor], Tensor], matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,291 @@
+"""Attention: torch's, with input projections that can be factorized, and the two products of its heads as factor pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .decay import FactorPair
+from .layers import Factorized
+
+
+class UnpackedMultiheadAttention(nn.MultiheadAttention):
+    """torch's MultiheadAttention with ``q_proj``, ``k_proj`` and ``v_proj`` as layers, made from an ordinary one.
+
+    The layers have copies of the weights; biases and the output projection are those of the original. Forward is torch's own,
+    with the weights of factorized projections composed, which ``in_proj_weight`` or, where query, key and value differ in
+    size, ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight`` read as.
+    """
+
+    _packed: Tensor | None = None  # the packed weight, during forward, which reads it several times
+
+    def __init__(self, packed: nn.MultiheadAttention) -> None:
+        nn.Module.__init__(self)
+        for name in ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn"):
+            setattr(self, name, getattr(packed, name))
+        self._qkv_same_embed_dim = packed._qkv_same_embed_dim
+        self.own_attributes = frozenset(vars(self)) | {"own_attributes"}
+        if packed._qkv_same_embed_dim:
+            assert packed.in_proj_weight is not None
+            weights = packed.in_proj_weight.chunk(3)
+        else:
+            weights = (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)
+        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights)
+        for name in ("in_proj_bias", "bias_k", "bias_v"):
+            self.register_parameter(name, packed._parameters.get(name))
+        self.out_proj = packed.out_proj
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        self._packed = self.in_proj_weight
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._packed = None
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:
+        if not self._qkv_same_embed_dim:
+            return None
+        if self._packed is not None:
+            return self._packed
+        return torch.cat((self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
+
+    @property
+    def q_proj_weight(self) -> Tensor:
+        return _weight(self.q_proj)
+
+    @property
+    def k_proj_weight(self) -> Tensor:
+        return _weight(self.k_proj)
+
+    @property
+    def v_proj_weight(self) -> Tensor:
+        return _weight(self.v_proj)
+
+    def to_layer(self) -> nn.MultiheadAttention:
+        """torch's attention of the same function; its projections must be ordinary layers."""
+        layer = nn.MultiheadAttention(
+            self.embed_dim,
+            self.num_heads,
+            self.dropout,
+            bias=self.in_proj_bias is not None,
+            add_bias_kv=self.bias_k is not None,
+            add_zero_attn=self.add_zero_attn,
+            kdim=self.kdim,
+            vdim=self.vdim,
+            batch_first=self.batch_first,
+            device="meta",
+        )
+        weights: list[Any] = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
+        if layer._qkv_same_embed_dim:
+            trainable = any(weight.requires_grad for weight in weights)
+            layer.in_proj_weight = nn.Parameter(torch.cat(weights).detach(), requires_grad=trainable)
+        else:
+            layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight = weights
+        layer.in_proj_bias, layer.bias_k, layer.bias_v = self.in_proj_bias, self.bias_k, self.bias_v
+        layer.out_proj = self.out_proj
+        return layer.train(self.training)
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    """A linear layer without bias of a copy of a weight."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    return layer
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    if isinstance(layer, Factorized):
+        return layer.weight_in_use()
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
+
+
+# The two products of the heads of an attention, as factor pairs
+
+View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A Parameter, and its view as the matrix (outputs, inputs) of a linear map."""
+
+    parameter: nn.Parameter
+    view: View
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """The projections of one attention.
+
+    inputs:         of query, key and value.
+    groups:         number of heads of keys and values, each of which serves ``heads // groups`` heads of queries.
+    biased:         whether query or key have biases.
+    between:        what stands between query and key, beside their product.
+    between_value:  what stands between value and output.
+    """
+
+    inputs: Sequence[_Projection]
+    output: _Projection
+    heads: int
+    groups: int
+    biased: bool
+    between: str | None = None
+    between_value: str | None = None
+
+
+def attention_pairs(
+    model: nn.Module, *, query_key: bool = True, output_value: bool = True, ignore_biases: bool = False
+) -> list[FactorPair]:
+    """The products of the heads of every attention of a model, for :class:`FrobeniusDecay`, which then decays them.
+
+    Of each head, query-key is W_Q^T W_K, (inputs, inputs), which scores a pair of positions, and output-value is W_O W_V,
+    (outputs, inputs), which maps what is attended to. Attentions are torch's MultiheadAttention, those of BERT, GPT-2, ViT
+    and Llama of transformers, and timm's Attention. Where heads of keys and values serve several of queries, there is a pair
+    for each of these. Every attention that is decayed so must be left out of :func:`factorize_`.
+
+    Raises ValueError, naming the attention, where there is none, where a product is not what acts (between query and key
+    stand rotary positions or normalizations, or, without ``ignore_biases``, both or one have biases, which add terms to the
+    scores), or where a projection is factorized already.
+    """
+    pairs = []
+    for name, module in model.named_modules():
+        heads = _read(name, module, model)
+        if heads is None:
+            continue
+        query, key, value = heads.inputs
+        if query_key:
+            remedy = "pass query_key=False"
+            if heads.between:
+                raise ValueError(f"W_Q^T W_K is not what scores in attention {name!r}: {heads.between} stand between; {remedy}")
+            if heads.biased and not ignore_biases:
+                raise ValueError(
+                    f"W_Q^T W_K is not all that scores in attention {name!r}: query or key have biases; "
+                    f"pass ignore_biases=True to decay it all the same, or {remedy}"
+                )
+            pairs += _pairs(f"{name}.query_key", heads, query, key, _transposed_heads)
+        if output_value:
+            if heads.between_value:
+                reason = f"{heads.between_value} stands between; pass output_value=False"
+                raise ValueError(f"W_O W_V is not what acts in attention {name!r}: {reason}")
+            pairs += _pairs(f"{name}.output_value", heads, heads.output, value, _output_heads)
+    if not pairs:
+        known = "torch's MultiheadAttention, BERT, GPT-2, ViT and Llama of transformers, timm's Attention"
+        raise ValueError(f"no attention was found in {type(model).__name__}, or no product was asked for: known are {known}")
+    return pairs
+
+
+def _transposed_heads(matrix: Tensor, heads: int) -> Tensor:
+    """(heads * head_dim, inputs) -> (heads, inputs, head_dim)."""
+    return matrix.unflatten(0, (heads, -1)).mT
+
+
+def _output_heads(matrix: Tensor, heads: int) -> Tensor:
+    """(outputs, heads * head_dim) -> (heads, outputs, head_dim)."""
+    return matrix.unflatten(1, (heads, -1)).transpose(0, 1)
+
+
+def _pairs(
+    name: str, heads: _Heads, left: _Projection, right: _Projection, by_head: Callable[[Tensor, int], Tensor]
+) -> list[FactorPair]:
+    """The product of ``left``, taken apart by head, and ``right``: a pair for each head that shares keys and values."""
+    shared = heads.heads // heads.groups
+
+    def pair(index: int) -> FactorPair:
+        def view(u: Tensor, vt: Tensor) -> tuple[Tensor, Tensor]:
+            return by_head(left.view(u), heads.heads)[index::shared], right.view(vt).unflatten(0, (heads.groups, -1))
+
+        return FactorPair(f"{name}.{index}" if shared > 1 else name, left.parameter, right.parameter, view)
+
+    return [pair(index) for index in range(shared)]
+
+
+def _read(name: str, module: Any, model: nn.Module) -> _Heads | None:
+    """The projections of a module that is an attention of a known kind, else None."""
+    names = {kind.__name__ for kind in type(module).__mro__}
+    if isinstance(module, nn.MultiheadAttention):
+        return _read_torch(name, module)
+    if names & {"BertSelfAttention", "BertCrossAttention", "ViTSelfAttention"}:
+        parent: Any = model.get_submodule(name.rpartition(".")[0])
+        return _read_separate(name, module, ("query", "key", "value"), parent.output.dense)
+    if names & {"ViTAttention", "LlamaAttention"} and hasattr(module, "q_proj"):
+        between = "rotary positions" if "LlamaAttention" in names else None
+        return _read_separate(name, module, ("q_proj", "k_proj", "v_proj"), module.o_proj, between)
+    if "GPT2Attention" in names:
+        return _read_gpt2(name, module)
+    if names & {"Attention", "AttentionRope"} and any(kind.__module__.startswith("timm.") for kind in type(module).__mro__):
+        return _read_timm(name, module, "rotary positions" if "AttentionRope" in names else None)
+    return None
+
+
+def _parameter(name: str, layer: Any) -> nn.Parameter:
+    if not isinstance(layer, Factorized) and isinstance(layer.weight, nn.Parameter):
+        return layer.weight
+    raise ValueError(
+        f"a projection of attention {name!r} is no ordinary layer ({type(layer).__name__}): a factorized one decays by itself, "
+        "and products of heads take ordinary ones; leave attention out of factorize_ with filter_fn"
+    )
+
+
+def _rows(part: int, of: int) -> View:
+    """A view of one of several equal parts of the rows."""
+    return lambda weight: weight.unflatten(0, (of, -1))[part]
+
+
+def _columns(part: int, of: int) -> View:
+    """A view of one of several equal parts of the columns, transposed: of a weight (inputs, outputs)."""
+    return lambda weight: weight.unflatten(1, (of, -1))[:, part].mT
+
+
+def _read_torch(name: str, module: nn.MultiheadAttention) -> _Heads:
+    if isinstance(module, UnpackedMultiheadAttention):
+        inputs = [_Projection(_parameter(name, layer), _rows(0, 1)) for layer in (module.q_proj, module.k_proj, module.v_proj)]
+    elif module._qkv_same_embed_dim:
+        assert module.in_proj_weight is not None
+        inputs = [_Projection(module.in_proj_weight, _rows(part, 3)) for part in range(3)]
+    else:
+        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+        inputs = [_Projection(weight, _rows(0, 1)) for weight in weights]
+    output = _Projection(_parameter(name, module.out_proj), _rows(0, 1))
+    heads = module.num_heads
+    return _Heads(inputs, output, heads, heads, module.in_proj_bias is not None)
+
+
+def _read_separate(
+    name: str, module: Any, parts: tuple[str, str, str], output: nn.Module, between: str | None = None
+) -> _Heads:
+    layers = [getattr(module, part) for part in parts]
+    inputs = [_Projection(_parameter(name, layer), _rows(0, 1)) for layer in layers]
+    size = getattr(module, "head_dim", None) or module.attention_head_size
+    heads, groups = (len(projection.parameter) // size for projection in inputs[:2])
+    biased = any(layer.bias is not None for layer in layers[:2])
+    return _Heads(inputs, _Projection(_parameter(name, output), _rows(0, 1)), heads, groups, biased, between)
+
+
+def _read_gpt2(name: str, module: Any) -> _Heads:
+    packed = _parameter(name, module.c_attn)
+    if module.is_cross_attention:
+        inputs = [_Projection(_parameter(name, module.q_attn), _columns(0, 1))]
+        inputs += [_Projection(packed, _columns(part, 2)) for part in range(2)]
+    else:
+        inputs = [_Projection(packed, _columns(part, 3)) for part in range(3)]
+    output = _Projection(_parameter(name, module.c_proj), _columns(0, 1))
+    return _Heads(inputs, output, module.num_heads, module.num_heads, biased=True)
+
+
+def _read_timm(name: str, module: Any, between: str | None) -> _Heads | None:
+    if getattr(module, "qkv", None) is None or not hasattr(module, "proj"):
+        return None
+    inputs = [_Projection(_parameter(name, module.qkv), _rows(part, 3)) for part in range(3)]
+    if not all(isinstance(getattr(module, norm, nn.Identity()), nn.Identity) for norm in ("q_norm", "k_norm")):
+        between = "normalizations"
+    between_value = "a gate" if getattr(module, "gate", None) is not None else None
+    if not isinstance(getattr(module, "norm", nn.Identity()), nn.Identity):
+        between_value = "a normalization"
+    biased = module.qkv.bias is not None or getattr(module, "q_bias", None) is not None
+    output = _Projection(_parameter(name, module.proj), _rows(0, 1))
+    return _Heads(inputs, output, module.num_heads, module.num_heads, biased, between, between_value)

@@ -1,0 +1,40 @@
+"""Optimizers that were made before surgery: they still hold the weights that it replaced, and would train nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+_replaced = WeakIdKeyDictionary()  # Parameter -> its name; what only surgery knew is gone at once
+
+
+def remember(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Note Parameters that are no longer in their model, by name; an optimizer that holds them raises at its next step."""
+    _watch()
+    for name, parameter in parameters.items():
+        _replaced[parameter] = name
+
+
+@cache
+def _watch() -> None:
+    register_optimizer_step_pre_hook(_check)
+
+
+def _check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise ValueError where the optimizer holds replaced Parameters and none of them has a gradient.
+
+    One that has is trained elsewhere on purpose. With a closure, gradients are not known before the step.
+    """
+    if not _replaced or any(args[1:]) or kwargs.get("closure"):  # args begins with the optimizer
+        return
+    held = [p for group in optimizer.param_groups for p in group["params"] if p in _replaced]
+    if held and all(parameter.grad is None for parameter in held):
+        raise ValueError(
+            f"this {type(optimizer).__name__} holds {len(held)} Parameters, such as {_replaced[held[0]]!r}, that were replaced "
+            "in their model after it was made: make the optimizer after factorize_, load_factorized_ or densify_"
+        )
