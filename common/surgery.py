@@ -251,6 +251,8 @@ def factorize_(
     three dimensions, lazy, quantized, parametrized, of a class with a forward of its own, tied to one that is not selected),
     or an entry of ``config.rank_pattern`` matches no selected layer.
     """
+    if not isinstance(config, LowRankConfig):
+        raise TypeError(f"factorize_ takes a LowRankConfig, got {config!r}: write LowRankConfig(rank_scale=...)")
     _refuse_wrapped(model, "factorize")
     selection = select(model, filter_fn, unsupported)
     names, skipped = selection.names(), list(selection.skipped)
@@ -264,6 +266,7 @@ def factorize_(
         if scale == 0:
             continue
         donor = next(iter(group.values()))
+        _check_values(donor, next(iter(group)), config)
         rank = _rank(donors.rank_dimension(donor, config.rank_of), scale)
         before, after = donors.numel(donor), _factor_numel(donors.shape(donor), rank, config.depth)
         if skip_growing and after > before:
@@ -287,6 +290,20 @@ def factorize_(
     return report
 
 
+def _check_values(donor: nn.Module, name: str, config: LowRankConfig) -> None:
+    """Raise ValueError, naming the layer, where its weight has no values to start from, or not finite ones."""
+    weight = donor.weight
+    assert isinstance(weight, Tensor)
+    if weight.is_meta:
+        if config.init not in ("regular", "kaiming"):
+            raise ValueError(
+                f"cannot take factors from the weight of {name!r}: it is on the meta device and has no values; load weights "
+                "first, or use init='regular' and initialize the model after to_empty"
+            )
+    elif not weight.isfinite().all():
+        raise ValueError(f"cannot factorize {name!r}: its weight holds NaN or infinite values")
+
+
 def _scale(group: Donors, config: LowRankConfig) -> float:
     """The rank scale of layers that share one weight."""
     scales = {name: config.scale_for(name) for name in group}
@@ -301,7 +318,8 @@ def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Fact
     ``model`` is the dense architecture; ranks and depth come from the shapes in the state dict, so that a factorized
     model is rebuilt from its checkpoint alone. A dense state dict is loaded as it is. What wrappers such as DataParallel add
     is removed (:func:`common.state_dicts.unwrap`). As in ``load_state_dict``, normalizations may lack the count of batches
-    that torch has had since 0.4.1. Raises ValueError, with the model as it was, naming the first mismatch.
+    that torch has had since 0.4.1. A model on the meta device gets the state dict's own tensors. Raises ValueError, with
+    the model as it was, naming the first mismatch.
     """
     _refuse_wrapped(model, "load")
     state_dict = unwrap(state_dict, model.state_dict())
@@ -356,8 +374,23 @@ def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Fact
     for group in tied.values():
         _tie(group)
     _replace(model, unpacked, dict(layers.values()))
-    model.load_state_dict(state_dict)
+    if any(each.is_meta for each in (*model.parameters(), *model.buffers())):
+        _assign(model, state_dict)
+    else:
+        model.load_state_dict(state_dict)
     return _report(model, layers, original)
+
+
+def _assign(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Give a model without values the tensors of a state dict; Parameters that modules shared they share again."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            places.setdefault(id(parameter), []).append((module, key))
+    model.load_state_dict(state_dict, assign=True)
+    for (owner, name), *others in places.values():
+        for module, key in others:
+            module._parameters[key] = owner._parameters[name]
 
 
 def densify_(model: nn.Module) -> list[str]:

@@ -18,6 +18,7 @@ from common import (
     FactorizedConv2d,
     FactorizedEmbedding,
     FactorizedLinear,
+    FrobeniusDecay,
     LowRankConfig,
     densify_,
     factorize_,
@@ -789,3 +790,63 @@ def test_readme_lines_on_a_transformer_encoder():
         torch.testing.assert_close(model(x), slow, rtol=1e-4, atol=1e-5)
         mask = torch.zeros(3, 7, dtype=torch.bool)
         torch.testing.assert_close(model(x, src_key_padding_mask=mask), slow, rtol=1e-4, atol=1e-5)
+
+
+def test_a_rank_scale_in_place_of_a_configuration_is_refused():
+    with pytest.raises(TypeError, match=r"takes a LowRankConfig, got 0\.25: write LowRankConfig\(rank_scale=\.\.\.\)"):
+        factorize_(nn.Sequential(nn.Linear(4, 4)), 0.25)
+
+
+@pytest.mark.parametrize("init", ["spectral", "regular", "norm-matched"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(value, init):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)))
+    with torch.no_grad():
+        model[1][0].weight[1, 2] = value
+    before = list(model)
+    with pytest.raises(ValueError, match=r"cannot factorize '1\.0': its weight holds NaN or infinite values"):
+        factorize_(model, LowRankConfig(0.5, init=init))
+    assert list(model) == before
+
+
+@pytest.mark.parametrize("init", ["spectral", "norm-matched"])
+def test_a_spectral_start_of_weights_without_values_is_refused_by_name(init):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(3, 4, 3))
+    with pytest.raises(ValueError, match=r"weight of '0': it is on the meta device"):
+        factorize_(model, LowRankConfig(0.5, init=init))
+    report = factorize_(model, LowRankConfig(0.5, init="regular"))
+    assert [layer.rank for layer in report.layers] == [2, 6]
+    model.to_empty(device="cpu")
+
+
+def test_a_model_without_values_gets_those_of_the_state_dict():
+    torch.manual_seed(0)
+    trained = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    factorize_(trained, LowRankConfig(0.5))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2))
+    assert len(load_factorized_(model, trained.state_dict()).layers) == 2
+    input = torch.randn(2, 3, 4, 4)
+    assert torch.equal(model(input), trained(input))
+    assert all(isinstance(parameter, nn.Parameter) and parameter.requires_grad for parameter in model.parameters())
+    FrobeniusDecay(model, 0.1).step()
+
+
+@pytest.mark.parametrize("factorized", [False, True])
+def test_tied_weights_of_a_model_without_values_stay_tied(factorized):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.out = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+            self.out.weight = self.words.weight
+
+    trained = Tied()
+    if factorized:
+        factorize_(trained, LowRankConfig(0.5))
+    with torch.device("meta"):
+        model = Tied()
+    load_factorized_(model, trained.state_dict())
+    name = "u" if factorized else "weight"
+    assert getattr(model.out, name) is getattr(model.words, name)
+    assert torch.equal(getattr(model.out, name), getattr(trained.out, name))
