@@ -219,7 +219,7 @@ transformer_iwslt/train.py {{run}}/numbers {translation} --save-dir {{run}}"
 
 def run_program(steps: Sequence[str], amp: str, run: Path, device: torch.device) -> str:
     """Run a program's commands; returns the final score of the last one's result."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for step in steps:
         words = step.format(run=run).split()
         if "transformer_iwslt/train.py" in words[0]:
@@ -240,7 +240,10 @@ def run_program(steps: Sequence[str], amp: str, run: Path, device: torch.device)
 def programs(report: Report) -> None:
     title = "Every program for two epochs of embedded data: final score"
     amps = list(PRECISIONS) if report.device.type == "cuda" else ["off"]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(8 if report.device.type == "cuda" else 1) as pool:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(os.cpu_count() if report.device.type == "cuda" else 1) as pool,
+    ):
         found = {
             (name, amp): pool.submit(run_program, steps, amp, Path(folder) / f"{name}-{amp}".replace(" ", ""), report.device)
             for name, steps in commands(report.device).items()
