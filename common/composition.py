@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class _Separate(torch.autograd.Function):
             torch.add(stacked, weights, alpha=group.coef, out=total)
         else:
             torch.addcmul(stacked, weights, ctx.scale, value=group.coef, out=total)
-        group.decayed = True
+        group.decayed = group.decay is not None
         return total, None, None, None
 
 
@@ -63,12 +63,13 @@ def _channels_first(weights: Tensor, planar: bool) -> Tensor:
 class _Group:
     """Layers of one kind whose factors have equal shapes.
 
-    coef:     of the Frobenius decay that joins the gradients of their weights; 0 for none.
-    decayed:  whether it has, since the weights were composed.
+    decay:    the Frobenius decay that joins the gradients of their weights, if any.
+    coef:     its coefficient when the weights were composed.
+    decayed:  whether the decay has joined the gradients, since :meth:`Composition.decay_rest`.
     """
 
-    def __init__(self, layers: list[Factorized], coef: float) -> None:
-        self.layers, self.coef, self.decayed = layers, coef, False
+    def __init__(self, layers: list[Factorized], decay: FrobeniusDecay | None) -> None:
+        self.layers, self.decay, self.coef, self.decayed = layers, decay, 0.0, False
 
     def compose(self, dtype: torch.dtype | None, scale: Tensor | None) -> None:
         """Give each layer its weight, in ``dtype`` (None: that of its factors)."""
@@ -79,7 +80,7 @@ class _Group:
         with torch.autocast(columns[0][0].device.type, enabled=False):
             stacked = [torch.stack(linalg.at_least_float32(column)) for column in columns]
             weights = self.layers[0].compose(stacked)
-        self.decayed = False
+        self.coef = self.decay.coef if self.decay is not None else 0.0
         for layer, weight in zip(self.layers, _Separate.apply(weights, dtype, self, scale), strict=True):
             layer._composed = weight
 
@@ -111,34 +112,56 @@ class Composition:
         for layer in model.modules():
             if isinstance(layer, Factorized) and layer.contraction == "composed":
                 alike.setdefault(_kind(layer, decay), []).append(layer)
-        self._groups = [_Group(layers, decay.coef if decay is not None and decay.covers(layers[0]) else 0.0)
-                        for layers in alike.values()]  # fmt: skip
+        covered = decay.covers if decay is not None else lambda layer: False
+        self._groups = [_Group(layers, decay if covered(layers[0]) else None) for layers in alike.values()]
 
     @contextmanager
     def active(self, dtype: torch.dtype | None = None, scale: Tensor | None = None) -> Generator[None]:
         """Compose the weights now, and have forward passes use them until the end of the block: forward and backward.
 
-        dtype:  of the weights, where autocast computes in one (None: that of the factors). For one of half precision, a GPU
-                takes the products in TF32, whose 10 bits are no fewer than those that the weights are rounded to.
+        dtype:  of the weights, where autocast computes in one (None: that of the factors). In half precision on a GPU, float32
+                products run in TF32 within the block: its mantissa of 10 bits is at least as precise as the weights.
         scale:  what the loss is multiplied by (a scalar on the device), for the decay to be multiplied alike.
+
+        Raises RuntimeError where gradients have been decayed and :meth:`decay_rest` has not been called since.
         """
-        matmul = torch.backends.cuda.matmul
-        before = matmul.allow_tf32
+        if any(group.decayed for group in self._groups):
+            raise RuntimeError(
+                "a composition decays once a step: call decay_rest() after the backward pass, then the optimizer"
+            )
+        on_gpu = any(group.layers[0].factors()[0].is_cuda for group in self._groups)
         try:
-            matmul.allow_tf32 = before or dtype in (torch.float16, torch.bfloat16)
-            for group in self._groups:
-                group.compose(dtype, scale)
-            yield
+            with _tf32() if on_gpu and dtype in (torch.float16, torch.bfloat16) else nullcontext():
+                for group in self._groups:
+                    group.compose(dtype, scale)
+                yield
         finally:
-            matmul.allow_tf32 = before
             for group in self._groups:
                 for layer in group.layers:
                     layer._composed = None
 
     def decay_rest(self) -> None:
         """Decay what the last backward pass has not: layers that are not composed, or were not used, and factor pairs."""
+        done = [layer for group in self._groups if group.decayed for layer in group.layers]
+        for group in self._groups:
+            group.decayed = False
         if self.decay is not None:
-            self.decay.step_without(layer for group in self._groups if group.decayed for layer in group.layers)
+            self.decay.step_without(done)
+
+
+@contextmanager
+def _tf32() -> Generator[None]:
+    """Let float32 matrix products run in TF32, unless the user has chosen a precision by torch's newer settings."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # which do not mix with these
+        yield
+        return
+    try:
+        torch.set_float32_matmul_precision("high" if before == "highest" else before)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _kind(layer: Factorized, decay: FrobeniusDecay | None) -> Any:

@@ -112,6 +112,7 @@ class FrobeniusDecay:
         self._model = model
         found = [module for module in model.modules() if isinstance(module, Factorized)]
         self._layers = list({tuple(map(id, layer.factors())): layer for layer in reversed(found)}.values())[::-1]
+        self._factors = [(layer, layer.factors()) for layer in self._layers]
         self._places = list(_places(model, found, self.parameters()))
         if not self._layers and not self.pairs:
             raise ValueError(f"nothing to decay: {type(model).__name__} has no factorized layer and no factor pair was given")
@@ -124,7 +125,6 @@ class FrobeniusDecay:
 
     def penalty(self) -> Tensor:
         """coef/2 times the sum of ||W||_F^2: a scalar, differentiable, for a loss or a log."""
-        self.check()
         alike, others = _grouped(self._layers)
         products = [*self.pairs, *map(_Stack, alike), *others]
         return self.coef / 2 * torch.stack([product.squared_norm() for product in products]).sum()
@@ -146,13 +146,18 @@ class FrobeniusDecay:
 
     def check(self) -> None:
         """Raise RuntimeError, by name, where a covered layer or Parameter is not in its place any more."""
-        for holder, key, held, name in self._places:
-            if holder.get(key) is not held:
-                raise RuntimeError(
-                    f"{name} was replaced since the Frobenius decay was made, which would miss what is there now: make the "
-                    "decay and the optimizer after what replaced it (load_state_dict with assign, to_empty, fully_shard, "
-                    "parametrizations, pruning, densify_)"
-                )
+        moved = next((name for holder, key, held, name in self._places if holder.get(key) is not held), None)
+        if moved is None:
+            return
+        here = {*map(id, self._model.modules()), *map(id, self._model.parameters())}
+        same = [now is then for layer, factors in self._factors for now, then in zip(layer.factors(), factors, strict=True)]
+        if not all(same) or not all(id(each) in here for each in (*self._layers, *self.parameters())):
+            raise RuntimeError(
+                f"{moved} was replaced after this FrobeniusDecay was created, so its decay would not reach the replacement: "
+                "create the decay and the optimizer after what replaced it (load_state_dict with assign, to_empty, "
+                "fully_shard, parametrizations, pruning, densify_)"
+            )
+        self._places = list(_places(self._model, self._layers, self.parameters()))  # all are there, some within a wrapper
 
     def covers(self, layer: Factorized) -> bool:
         """Whether the layer is one of those that decay."""
@@ -173,10 +178,11 @@ class FrobeniusDecay:
 
     def _finite(self) -> Tensor:
         """Whether all gradients of the model are finite; a scalar on their device."""
-        grads = [parameter.grad for parameter in self._model.parameters() if parameter.grad is not None]
+        device = self.parameters()[0].device
+        grads = [each.grad for each in self._model.parameters() if each.grad is not None and each.numel()]
         if not grads:
-            return torch.ones((), dtype=torch.bool, device=self.parameters()[0].device)
-        return torch.stack(torch._foreach_norm(grads, float("inf"))).isfinite().all()
+            return torch.ones((), dtype=torch.bool, device=device)
+        return torch.stack([norm.to(device) for norm in torch._foreach_norm(grads, float("inf"))]).isfinite().all()
 
     def _products(self, layers: Sequence[Factorized], *, alone: bool) -> Iterator[Factorized | _Stack | FactorPair]:
         """What decays: layers of equal shapes as one batch or, in full precision and if ``alone``, one at a time."""
@@ -249,7 +255,7 @@ def _places(
         for holder in (module._modules, module._parameters):
             for key, held in holder.items():
                 around = isinstance(held, nn.Module) and any(id(each) in wanted for each in held.parameters())
-                if around or id(held) in wanted:
+                if id(held) in wanted or around:
                     yield holder, key, held, f"{name}.{key}" if name else key
 
 

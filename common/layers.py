@@ -23,7 +23,7 @@ class Factorized(nn.Module):
     from these, and a subclass that knows a cheaper way overrides it.
 
     ``.weight`` reads as the dense weight, because other code looks for it, and cannot be assigned or changed in place. It is
-    composed once something computes with it (:class:`common.weight.ComposedWeight`).
+    composed when something computes with it (:class:`common.weight.ComposedWeight`).
 
     A subclass whose forward pass multiplies by :meth:`weight_in_use` and whose weight :meth:`compose` makes says so by
     ``contraction = "composed"``: :class:`common.composition.Composition` then makes the weights of many layers at once.
@@ -32,7 +32,6 @@ class Factorized(nn.Module):
     contraction: str = "thin"  # how forward uses the factors: "thin" one after the other, "composed" as one weight
     contraction_is_automatic = False  # whether it was left to the layer, so that measuring may change it
     _composed: Tensor | None = None  # the weight that a Composition made, while it is active
-    _weight_shape: tuple[tuple[torch.Size, ...], torch.Size] | None = None  # the last one found, and the factors' shapes
 
     def factors(self) -> tuple[nn.Parameter, ...]:
         """The Parameters whose product is the weight, left to right."""
@@ -49,7 +48,8 @@ class Factorized(nn.Module):
     def compose(self, factors: Sequence[Tensor]) -> Tensor:
         """The weight that given factors make, in the shape that the ordinary layer stores; differentiable.
 
-        Leading dimensions of the factors, equal in all of them, lead the weight: those of several layers of equal shapes.
+        Leading dimensions of the factors, equal in all of them, lead the weight: those of several layers of equal shapes. So
+        the weight may depend on the factors and their shapes alone, and on no other state of the layer.
         """
         raise NotImplementedError
 
@@ -100,19 +100,14 @@ class Factorized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        shape = None if torch.compiler.is_compiling() else self.weight_shape()
+        transforms = torch._C._are_functorch_transforms_active()
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms
+        shape = None if tracing else self.weight_shape()
         return self.to_dense() if shape is None else ComposedWeight.of(self, shape)
 
     def weight_shape(self) -> torch.Size | None:
-        """Shape of the weight, found without composing; None where the layer does not define :meth:`compose`."""
-        shapes = tuple(factor.shape for factor in self.factors())
-        if self._weight_shape is None or self._weight_shape[0] != shapes:
-            try:
-                shape = self.compose([torch.empty(shape, device="meta") for shape in shapes]).shape
-            except NotImplementedError:
-                return None
-            self._weight_shape = shapes, shape
-        return self._weight_shape[1]
+        """Shape of the weight. A subclass that defines it and :meth:`compose` lets ``.weight`` wait for its first use."""
+        return None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -149,7 +144,7 @@ class FactorizedMatrix(Factorized):
             self.register_parameter("bias", None)
         else:
             self.bias = nn.Parameter(torch.zeros(bias, device=device, dtype=dtype))
-        self.own_attributes = frozenset(vars(self)) | {"own_attributes", "_composed", "_weight_shape"}
+        self.own_attributes = frozenset(vars(self)) | {"own_attributes", "_composed"}
         if not self.u.is_meta:  # there is nothing to draw there, and drawing would load torch's compiler, which takes seconds
             self.reset_parameters()
 
@@ -268,6 +263,9 @@ class FactorizedLinear(FactorizedMatrix):
         u, vt = self._two_factors()
         return F.linear(F.linear(input, vt), u, self.bias)
 
+    def weight_shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
+
     def to_layer(self) -> nn.Module:
         return self._dense_layer(nn.Linear, self.in_features, self.out_features)
 
@@ -305,6 +303,9 @@ class FactorizedTransposedLinear(FactorizedLinear):
 
     def compose(self, factors: Sequence[Tensor]) -> Tensor:
         return super().compose(factors).mT
+
+    def weight_shape(self) -> torch.Size:
+        return torch.Size((self.in_features, self.out_features))
 
     def forward(self, input: Tensor) -> Tensor:
         if self.contraction == "composed":
@@ -376,6 +377,9 @@ class FactorizedEmbedding(FactorizedMatrix):
         if self.padding_idx is None or not self.padding_row_is_shared:
             return output
         return torch.where((input == self.padding_idx).unsqueeze(-1), output.detach(), output)
+
+    def weight_shape(self) -> torch.Size:
+        return torch.Size((self.num_embeddings, self.embedding_dim))
 
     def to_layer(self) -> nn.Module:
         return self._dense_layer(nn.Embedding, self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx)
@@ -463,6 +467,9 @@ class _FactorizedConv(FactorizedMatrix):
         """The kernel (..., out, in / groups, kh, kw) of two dimensions."""
         matrix = linalg.compose(factors)
         return linalg.roll(matrix if self.groups == 1 else matrix.flatten(-3, -2), _plane(self.kernel_size, 1))
+
+    def weight_shape(self) -> torch.Size:
+        return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
 
     def _to_convolution(self, kind: type[nn.Module]) -> nn.Module:
         return self._dense_layer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,67 +11,140 @@ from torch.utils._pytree import tree_leaves, tree_map
 if TYPE_CHECKING:
     from .layers import Factorized
 
-_METADATA = {
-    getattr(Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu", "is_sparse", "is_meta",
-                 "is_quantized", "is_nested", "is_mps", "is_xpu", "is_mkldnn", "itemsize", "nbytes")
-} | {
-    getattr(Tensor, name)
-    for name in ("size", "dim", "numel", "nelement", "ndimension", "element_size", "is_floating_point", "is_complex",
-                 "get_device", "__len__", "__hash__")
-}  # fmt: skip
-_DETACHED = {Tensor.detach, *(getattr(Tensor, name).__get__ for name in ("data",))}
-
 
 class ComposedWeight(Tensor):
-    """The product of a layer's factors, composed once something computes with it.
+    """The product of a layer's factors, composed when something first computes with it.
 
-    Shape, dtype and device are known without composing. What computes with it gets the product, differentiable with respect
-    to the factors. A change in place would change the product and not the factors: it raises AttributeError.
+    Shape, dtype and device are known without composing; for autograd it is the product in every way. It is composed once for
+    each read of ``layer.weight``, and :meth:`detach` gives it as an ordinary tensor.
+
+    A change in place, of this tensor, its ``.data`` or a view of it, raises AttributeError: it would change the product and
+    not the factors. Computing with it after the factors were changed raises RuntimeError.
     """
 
     _layer: Factorized
-    _detached: bool
+    _factors: tuple[Tensor, ...]
+    _versions: list[int]
+    _product: Tensor | None
 
     @classmethod
-    def of(cls, layer: Factorized, shape: torch.Size, *, detached: bool = False) -> ComposedWeight:
-        """The weight of a layer, whose shape is known; ``detached`` from what autograd records."""
-        factors = layer.factors()
-        trained = not detached and any(factor.requires_grad for factor in factors)
-        options: dict[str, Any] = {"dtype": factors[0].dtype, "device": factors[0].device, "requires_grad": trained}
-        made = Tensor._make_wrapper_subclass(cls, shape, **options)
-        made._layer, made._detached = layer, detached
+    def of(cls, layer: Factorized, shape: torch.Size) -> Tensor:
+        """The weight of a layer, whose shape is known."""
+        return _Composed.apply(layer, shape, *layer.factors())
+
+    @classmethod
+    def _make(
+        cls, layer: Factorized, factors: tuple[Tensor, ...], shape: torch.Size, product: Tensor | None = None
+    ) -> ComposedWeight:
+        """A tensor of this shape that holds no values: those of the product, which is composed later unless it is given."""
+        like = factors[0] if product is None else product
+        strides = torch.empty(shape, device="meta").stride() if product is None else product.stride()
+        made = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=like.dtype, device=like.device)
+        made._layer, made._factors, made._product = layer, factors, product
+        made._versions = list(map(_version, factors))
         return made
 
     def composed(self) -> Tensor:
-        """The product, as an ordinary tensor."""
-        weight = self._layer.to_dense()
-        return weight.detach() if self._detached else weight
+        """The product, as an ordinary tensor that autograd does not record."""
+        if self._product is None:
+            if list(map(_version, self._factors)) != self._versions:
+                name = type(self._layer).__name__
+                raise RuntimeError(f"the factors of a {name} were changed after its weight was read: read layer.weight again")
+            with torch.no_grad():
+                self._product = self._layer.compose(self._factors).contiguous()
+        return self._product
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if func in _DETACHED:
-            weight = args[0]
-            return cls.of(weight._layer, weight.shape, detached=True)
-        name = getattr(func, "__name__", "")
-        in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__set__", "__setitem__", "__delete__")
-        in_place = in_place or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-        changed = [*args, *kwargs.values()][:1] if in_place else tree_leaves(kwargs.get("out"))
-        if any(isinstance(each, ComposedWeight) for each in changed):
-            layer = next(each for each in changed if isinstance(each, ComposedWeight))._layer
-            raise AttributeError(
-                f"{type(layer).__name__}.weight is the product of its factors, and {name} would not change them: change the "
-                "factors (set_factors, reset_parameters), or densify_ the model first"
-            )
-        return func(*tree_map(_composed, args), **tree_map(_composed, kwargs))
+    def detach(self) -> Tensor:
+        return self.composed().detach()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("data", "requires_grad"):
+            _refuse(self, f"setting {name}")
+        super().__setattr__(name, value)
+
+    def requires_grad_(self, mode: bool = True) -> NoReturn:
+        _refuse(self, "requires_grad_")
+
+    def __setitem__(self, index: Any, value: Any) -> NoReturn:
+        _refuse(self, "setting entries")
+
+    # What torch refuses to do with a subclass.
+
+    def numpy(self, *, force: bool = False) -> Any:
+        if self.requires_grad and not force:
+            raise RuntimeError("cannot call numpy() on a weight that requires grad: use weight.detach().numpy()")
+        return self.composed().numpy(force=force)
+
+    def __array__(self, dtype: Any = None) -> Any:
+        return self.numpy().astype(dtype) if dtype is not None else self.numpy()
+
+    def tolist(self) -> Any:
+        return self.composed().tolist()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return repr(self.composed())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.composed().clone()
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        return self.composed().__reduce_ex__(proto)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # ty: ignore[incompatible-method-override]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # ty: ignore[incompatible-method-override]
-        return func(*tree_map(_composed, args), **tree_map(_composed, kwargs or {}))
+        kwargs = kwargs or {}
+        given = {spec.name: value for spec, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        own = [each for each in tree_leaves(given) if isinstance(each, ComposedWeight)]
+        for spec in func._schema.arguments:
+            if spec.alias_info is not None and spec.alias_info.is_write:
+                for each in tree_leaves(given.get(spec.name)):
+                    if isinstance(each, ComposedWeight):
+                        _refuse(each, func._schema.name.removeprefix("aten::"))
+        if func is torch.ops.aten.detach.default:  # of .data
+            (weight,) = own
+            return cls._make(weight._layer, weight._factors, weight.shape, weight._product)
+        result = func(*tree_map(_composed, args), **tree_map(_composed, kwargs))
+        is_view = any(returned.alias_info is not None for returned in func._schema.returns)
+        return tree_map(lambda each: _view(own[0], each), result) if is_view else result
+
+
+class _Composed(torch.autograd.Function):
+    """A :class:`ComposedWeight`, for autograd a function of the factors."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Factorized, shape: torch.Size, *factors: Tensor) -> ComposedWeight:
+        ctx.layer = layer
+        ctx.save_for_backward(*factors)
+        return ComposedWeight._make(layer, factors, shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        factors, wanted = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        trained = [factor for factor, needed in zip(factors, wanted, strict=True) if needed]
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad():
+            product = ctx.layer.compose(factors)
+        found = iter(torch.autograd.grad(product, trained, grads[0], create_graph=twice))
+        return None, None, *(next(found) if needed else None for needed in wanted)
+
+
+def _refuse(weight: ComposedWeight, name: str) -> NoReturn:
+    raise AttributeError(
+        f"{type(weight._layer).__name__}.weight is the product of its factors, and {name} would not change them: change the "
+        "factors (set_factors, reset_parameters), or densify_ the model first"
+    )
+
+
+def _view(weight: ComposedWeight, view: Any) -> Any:
+    """A view of a weight's product, that cannot be changed in place either."""
+    return ComposedWeight._make(weight._layer, weight._factors, view.shape, view) if isinstance(view, Tensor) else view
+
+
+def _version(factor: Tensor) -> int:
+    """How often a factor was changed in place; tensors of inference mode do not count that."""
+    return 0 if factor.is_inference() else factor._version
 
 
 def _composed(value: Any) -> Any:

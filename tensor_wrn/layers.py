@@ -134,6 +134,9 @@ class TensorPointwise(Factorized):
     def compose(self, factors: Sequence[Tensor]) -> Tensor:
         return self.tensor(factors).flatten(-3).unflatten(-1, (self.out_channels, self.in_channels, 1, 1))
 
+    def weight_shape(self) -> torch.Size:
+        return torch.Size((self.out_channels, self.in_channels, 1, 1))
+
     def to_dense(self) -> Tensor:
         return self.compose(self.factors())
 

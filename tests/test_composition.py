@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, FrobeniusDecay, LowRankConfig, factorize_
-from common.composition import Composition
+from common.composition import Composition, _tf32
 from common.contraction import automatic_layers, measure_contractions, set_contractions_
+from common.layers import FactorizedConv1d
 from resnet_cifar import models
 from tensor_wrn.layers import FORMS
 
@@ -293,3 +294,59 @@ def test_trained_alike_over_steps():
             optimizer.step()
     for one, other in zip(model.parameters(), alone.parameters(), strict=True):
         assert torch.linalg.vector_norm(one - other) <= 1e-10 * torch.linalg.vector_norm(other)
+
+
+def test_decay_follows_its_coefficient():
+    model = Convolutions(2).double()
+    alone = copy.deepcopy(model)
+    input = torch.randn(2, 4, 8, 8, dtype=torch.double)
+    decay = FrobeniusDecay(model, COEF)
+    composition = Composition(model, decay)
+    decay.coef = 10 * COEF
+    alone(input).backward()
+    FrobeniusDecay(alone, 10 * COEF).step()
+    with composition.active():
+        model(input).backward()
+    composition.decay_rest()
+    assert_near(gradients(model), gradients(alone))
+
+
+def test_two_backward_passes_before_a_step_are_refused():
+    """Gradients would be decayed twice."""
+    model = Convolutions(2)
+    composition = Composition(model, FrobeniusDecay(model, COEF))
+    with composition.active():
+        model(torch.randn(2, 4, 8, 8)).backward()
+    with pytest.raises(RuntimeError, match="decays once a step"), composition.active():
+        pass
+    composition.decay_rest()
+    with composition.active():
+        pass
+
+
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (4, 3, 2)])
+def test_weights_of_three_dimensions(kernel):
+    out, channels, size = kernel
+    torch.manual_seed(0)
+    model = nn.Sequential(*(FactorizedConv1d(channels, out, size, 2, contraction="composed") for _ in range(2))).double()
+    alone = copy.deepcopy(model)
+    input = torch.randn(2, channels, 9, dtype=torch.double)
+    sum(layer(input).square().mean() for layer in alone).backward()
+    FrobeniusDecay(alone, COEF).step()
+    composition = Composition(model, FrobeniusDecay(model, COEF))
+    with composition.active():
+        sum(layer(input).square().mean() for layer in model).backward()
+    composition.decay_rest()
+    assert_near(gradients(model), gradients(alone))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_the_precision_of_products_is_put_back(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with _tf32():
+            assert torch.get_float32_matmul_precision() == ("high" if precision == "highest" else precision)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)

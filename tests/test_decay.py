@@ -281,7 +281,7 @@ def given_memory(model):
 
 
 def parametrized(model):
-    parametrize.register_parametrization(model.layer(), "u", nn.Identity())
+    parametrize.register_parametrization(model.layer(), "u", nn.Softplus())
 
 
 def pruned(model):
@@ -318,8 +318,8 @@ def test_decay_of_parameters_that_were_replaced_is_an_error_by_name(replace):
     groups = param_groups(model, weight_decay=0.1, decay=decay)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     replace(model)
-    for use in (decay.step, decay.penalty, lambda: param_groups(model, weight_decay=0.1, decay=decay)):
-        with pytest.raises(RuntimeError, match=f"^{REPLACED[replace]} was replaced since the Frobenius decay was made"):
+    for use in (decay.step, lambda: param_groups(model, weight_decay=0.1, decay=decay)):
+        with pytest.raises(RuntimeError, match=f"^{REPLACED[replace]} was replaced after this FrobeniusDecay was created"):
             use()
     if replace in (assigned, given_memory):
         FrobeniusDecay(model, 0.1).step()
@@ -398,3 +398,32 @@ def test_copies_of_model_and_decay_go_on_together():
     both[1].step()
     assert both[0].layer().u.grad is not None
     assert model.layer().u.grad is None
+
+
+def test_wrapping_and_moving_layers_replaces_nothing():
+    model = nn.Sequential(FactorizedLinear(4, 4, 2), FactorizedLinear(4, 4, 2))
+    decay = FrobeniusDecay(model, 0.1)
+    model.insert(0, nn.Identity())
+    decay.step()
+    model[1] = nn.DataParallel(model[1])
+    decay.step()
+    model[2] = torch.compile(model[2], backend="eager")
+    decay.step()
+    values = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    assert torch.func.functional_call(Penalized(model, decay), {f"model.{name}": v for name, v in values.items()}, ()) == 0
+
+
+class Penalized(nn.Module):
+    def __init__(self, model, decay):
+        super().__init__()
+        self.model, self.decay = model, decay
+
+    def forward(self):
+        return self.decay.penalty()
+
+
+def test_decoupled_decay_takes_empty_gradients():
+    model = nn.Sequential(FactorizedLinear(4, 4, 2), nn.Linear(4, 0))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    FrobeniusDecay(model, 0.1, decoupled=True).step(lr=0.1)

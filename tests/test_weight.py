@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from common import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, LowRankConfig, factorize_
@@ -63,8 +64,23 @@ def test_what_computes_with_it_gets_the_differentiable_product(layer):
         torch.testing.assert_close(factor.grad, grad)
     assert repr(layer.weight).startswith("tensor(")
     assert layer.weight.detach().numpy().shape == tuple(dense.shape)
-    assert torch.equal(copy.deepcopy(layer.weight.detach()) * 1, dense)
-    assert torch.equal(pickle.loads(pickle.dumps(layer.weight.data)) * 1, dense)
+    assert torch.equal(copy.deepcopy(layer.weight.detach()), dense)
+    assert torch.equal(pickle.loads(pickle.dumps(layer.weight.detach())), dense)
+    with torch.no_grad():
+        weight = layer.weight
+    assert not weight.requires_grad
+    assert not (weight * 1).requires_grad
+
+
+class Shows(nn.Module):
+    """A model whose output is a weight."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self):
+        return self.layer.weight
 
 
 CHANGES = {
@@ -74,9 +90,13 @@ CHANGES = {
     "constant": lambda layer: nn.init.constant_(layer.weight, 1.0),
     "data in place": lambda layer: layer.weight.data.mul_(2),
     "data filled": lambda layer: layer.weight.data.fill_(0),
-    "detached in place": lambda layer: layer.weight.detach().add_(1),
     "data assigned": lambda layer: setattr(layer.weight, "data", torch.zeros(1)),
-    "gradient assigned": lambda layer: setattr(layer.weight, "grad", torch.zeros(1)),
+    "row of data": lambda layer: layer.weight.data[0].zero_(),
+    "view": lambda layer: layer.weight.view(-1).zero_(),
+    "transposed": lambda layer: layer.weight.T.copy_(torch.zeros(layer.weight.T.shape)),
+    "one of several views": lambda layer: layer.weight.unbind()[0].zero_(),
+    "among others": lambda layer: torch._foreach_mul_([layer.weight], 2.0),
+    "activation": lambda layer: F.relu(layer.weight, inplace=True),
     "frozen": lambda layer: layer.weight.requires_grad_(False),
     "frozen by attribute": lambda layer: setattr(layer.weight, "requires_grad", False),
     "item": lambda layer: layer.weight.__setitem__(0, 1.0),
@@ -93,6 +113,91 @@ def test_changes_in_place_are_refused(change, layer):
         CHANGES[change](layer)
     assert all(torch.equal(one, other) for one, other in zip(before, layer.factors(), strict=True))
     assert all(factor.requires_grad for factor in layer.factors())
+
+
+def test_it_is_composed_once_for_each_read_and_keeps_its_gradient(layer, monkeypatch):
+    made = []
+    compose = type(layer).compose
+    monkeypatch.setattr(type(layer), "compose", lambda self, factors: made.append(1) or compose(self, factors))
+    weight, seen = layer.weight, []
+    weight.retain_grad()
+    weight.register_hook(lambda grad: seen.append(grad))
+    loss = (weight * 2).sum() + weight.mean()
+    assert len(made) == 1
+    (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    torch.testing.assert_close(grad, torch.full_like(grad, 2 + 1 / grad.numel()))
+    weight.grad = None
+    loss.backward()
+    torch.testing.assert_close(weight.grad, grad)
+    assert len(seen) == 2
+    weight.grad = None
+    assert weight.grad is None
+
+
+def test_a_detached_weight_is_a_snapshot(layer):
+    held = layer.weight.detach()
+    before = held.clone()
+    with torch.no_grad():
+        layer.factors()[0].mul_(2)
+    assert torch.equal(held, before)
+    assert not torch.equal(layer.weight.detach(), before)
+    dense = nn.Parameter(layer.weight.detach())
+    assert torch.equal(dense, layer.to_dense())
+    buffers = nn.Module()
+    buffers.register_buffer("w", layer.weight.detach())
+    buffers.load_state_dict({"w": before})
+    assert torch.equal(buffers.w, before)
+
+
+def test_factors_that_change_between_reading_and_computing_are_an_error(layer):
+    weight = layer.weight
+    with torch.no_grad():
+        layer.factors()[0].mul_(2)
+    with pytest.raises(RuntimeError, match=r"read layer\.weight again"):
+        weight.sum()
+
+
+def test_functions_of_autograd_pass_the_gradient_on(layer):
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            ctx.save_for_backward(weight)
+            return weight * weight
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * ctx.saved_tensors[0] * grad
+
+    expected = torch.autograd.grad(Square.apply(layer.to_dense()).sum(), layer.factors())
+    found = torch.autograd.grad(Square.apply(layer.weight).sum(), layer.factors())
+    assert all(map(torch.equal, found, expected))
+    torch.utils.checkpoint.checkpoint(Square.apply, layer.weight, use_reentrant=True).sum().backward()
+    assert all(torch.equal(factor.grad, grad) for factor, grad in zip(layer.factors(), expected, strict=True))
+
+
+def test_it_is_differentiated_twice(layer):
+    def curvature(weight):
+        grads = torch.autograd.grad((weight**3).sum(), layer.factors(), create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), layer.factors())
+
+    for one, other in zip(curvature(layer.weight), curvature(layer.to_dense()), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_transforms_of_functions_see_the_product():
+    layer = FactorizedLinear(6, 5, 2)
+    values = dict(layer.named_parameters())
+
+    def norm(values):
+        return torch.func.functional_call(Shows(layer), {f"layer.{name}": value for name, value in values.items()}, ()).sum()
+
+    assert torch.func.grad(norm)(values)["u"].shape == (5, 2)
+
+
+def test_functional_calls_have_the_weight_of_their_factors():
+    model = Shows(FactorizedLinear(6, 5, 2))
+    zeros = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    assert not (torch.func.functional_call(model, zeros, ()) * 1).any()
 
 
 def test_the_usual_initialization_loop_is_refused_and_not_ignored():
