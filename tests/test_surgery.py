@@ -421,7 +421,7 @@ def test_an_optimizer_made_before_surgery_says_so_at_its_next_step():
     model(x).sum().backward()
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.raises(
-        ValueError, match=r"this AdamW holds 1 Parameters, such as '0.weight', that were replaced .* make the opt"
+        ValueError, match=r"this AdamW holds 1 Parameters, such as '0.weight', that were replaced .* make it after factorize_"
     ):
         early.step()
     assert all(map(torch.equal, before, model.parameters()))
@@ -431,6 +431,18 @@ def test_an_optimizer_made_before_surgery_says_so_at_its_next_step():
     with pytest.raises(ValueError, match=r"this SGD holds 2 Parameters, such as '0.u'"):
         step(between)
     step(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_decay_made_before_surgery_says_so_at_its_next_step():
+    model = nn.Sequential(nn.Linear(8, 8))
+    factorize_(model, LowRankConfig(0.25))
+    decay = FrobeniusDecay(model, 0.1)
+    model(torch.ones(2, 8)).sum().backward()
+    decay.step()
+    model.zero_grad()
+    densify_(model)
+    with pytest.raises(ValueError, match=r"this FrobeniusDecay holds 2 Parameters, such as '0.u', that were replaced"):
+        decay.step()
 
 
 def test_a_replaced_layer_may_be_trained_elsewhere():
