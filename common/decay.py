@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import linalg, replaced
+from . import linalg
 from .layers import Factorized
 
 
@@ -102,8 +102,7 @@ class FrobeniusDecay:
     ``fully_shard``, and before the optimizer. A step raises RuntimeError once a covered layer or Parameter has been
     replaced, because neither it nor the optimizer would reach the new one.
 
-    Raises ValueError for a coefficient that is negative or not finite, or where there is nothing to decay, and at a step for
-    layers that were replaced in their model since.
+    Raises ValueError for a coefficient that is negative or not finite, or where there is nothing to decay.
     """
 
     def __init__(self, model: nn.Module, coef: float, *, pairs: Sequence[FactorPair] = (), decoupled: bool = False) -> None:
@@ -168,7 +167,6 @@ class FrobeniusDecay:
         self.check()
         if self.coef == 0 or not (layers or self.pairs):
             return
-        replaced.refuse(self, self.parameters())
         device_type = self.parameters()[0].device.type
         in_place = device_type == "cpu" and not self.decoupled
         updates = _Updates(self.coef if lr is None else -lr * self.coef, in_place=in_place)

@@ -1,8 +1,8 @@
-"""Optimizers and decays that were made before surgery: they still hold the weights that it replaced, and would do nothing."""
+"""Optimizers that were made before surgery: they still hold the weights that it replaced, and would train nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -26,20 +26,12 @@ def _watch() -> None:
 
 
 def _check(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse an optimizer that would train nothing. With a closure, gradients are not known before the step."""
+    """Raise ValueError for an optimizer that would train nothing. With a closure, gradients are not known before the step."""
     if not _replaced or any(args[1:]) or kwargs.get("closure"):  # args begins with the optimizer
         return
-    refuse(optimizer, (parameter for group in optimizer.param_groups for parameter in group["params"]))
-
-
-def refuse(holder: object, parameters: Iterable[nn.Parameter]) -> None:
-    """Raise ValueError where some of a holder's Parameters were replaced and none of these has a gradient.
-
-    One that has is trained elsewhere on purpose.
-    """
-    held = [parameter for parameter in parameters if parameter in _replaced] if _replaced else []
-    if held and all(parameter.grad is None for parameter in held):
+    held = [p for group in optimizer.param_groups for p in group["params"] if p in _replaced]
+    if held and all(parameter.grad is None for parameter in held):  # one that has a gradient is trained elsewhere on purpose
         raise ValueError(
-            f"this {type(holder).__name__} holds {len(held)} Parameters, such as {_replaced[held[0]]!r}, that were replaced "
+            f"this {type(optimizer).__name__} holds {len(held)} Parameters, such as {_replaced[held[0]]!r}, that were replaced "
             "in their model after it was made: make it after factorize_, load_factorized_ or densify_"
         )
