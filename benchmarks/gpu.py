@@ -21,6 +21,7 @@ times mean nothing.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -134,9 +135,9 @@ class Report:
             write_json(self.out / "gpu.json", {"head": self.head, "tables": self.tables, "left_out": self.left_out})
 
 
-def images(device: torch.device) -> Data:
-    """As many random images as CIFAR-10 has; on a CPU, a few."""
-    count = 50_000 if device.type == "cuda" else 300
+def images(device: torch.device, count: int | None = None) -> Data:
+    """Random images: by default as many as CIFAR-10 has; on a CPU, a few."""
+    count = count or (50_000 if device.type == "cuda" else 300)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (count,), generator=generator)
@@ -144,9 +145,23 @@ def images(device: torch.device) -> Data:
 
 
 def make_trainer(
-    network: str, factorized: bool, data: Data, *, amp: str = "bf16", decayed: bool = True, before: bool = False, **flags: Any
+    network: str,
+    factorized: bool,
+    data: Data,
+    *,
+    amp: str = "bf16",
+    decayed: bool = True,
+    before: bool = False,
+    checkpoint: dict[str, Any] | None = None,
+    contractions: dict[str, str] | None = None,
+    **flags: Any,
 ) -> Trainer:
-    """Training as the programs do it; ``before``: as they did it before steps were recorded and weights composed in groups."""
+    """Training as the programs do it, ready for its next step; the learning rate falls after the third and the sixth epoch.
+
+    before:        as it was before steps were recorded and weights composed in groups.
+    checkpoint:    to resume from.
+    contractions:  to use in place of those that would be measured.
+    """
     seed_everything(0)
     made = NETWORKS[network]
     model = (made.factorized("regular") if factorized else made.dense()).to(data.device)
@@ -162,9 +177,12 @@ def make_trainer(
         processes=Processes(data.device),
         architecture={},
         optimizer=torch.optim.SGD(groups, lr=0.01, momentum=0.9) if before else sgd(groups, config, data.device),
-        schedule=lambda epoch: 0.01,
+        schedule=lambda epoch: 0.01 * 0.1 ** (epoch // 3),
         decay=decay,
     )
+    trainer.contractions = contractions
+    if checkpoint is not None:
+        trainer.load_state_dict(checkpoint)
     if before:
         model.to(memory_format=torch.contiguous_format)
     else:
@@ -174,8 +192,9 @@ def make_trainer(
 
 def train(trainer: Trainer, steps: int) -> None:
     """Make some steps, wherever in an epoch the trainer is."""
-    for _ in range(steps):
-        if trainer.step % trainer.steps_per_epoch == 0:
+    trainer.begin_epoch()
+    for step in range(steps):
+        if step and trainer.step % trainer.steps_per_epoch == 0:
             trainer.begin_epoch()
         trainer.next_step()
 
@@ -258,28 +277,30 @@ def programs(report: Report) -> None:
 
 
 def losses(trainer: Trainer, steps: int) -> Tensor:
-    """The loss of each step."""
+    """The loss of each step, times the size of its batch."""
     found = []
     for _ in range(steps):
-        before = trainer.totals[0].clone() if trainer.step % trainer.steps_per_epoch else torch.zeros((), device="cpu")
+        before = trainer.totals[0].clone()
         train(trainer, 1)
-        found.append((trainer.totals[0].cpu() - before.cpu()) / trainer.config.batch_size)
+        found.append((trainer.totals[0] - before).cpu())
     return torch.stack(found)
 
 
 def compare(network: str, amp: str, data: Data, steps: int) -> tuple[str, str]:
     """Largest relative difference of a loss, recorded against kernel by kernel; and of a weight, resumed against not.
 
-    With those algorithms of cuDNN that add up in the same order every time: the others differ from themselves.
+    Over several epochs, each with a smaller last batch, and changes of the learning rate. With those algorithms of cuDNN that
+    add up in the same order every time: the others differ from themselves.
     """
     torch.backends.cudnn.deterministic = True
-    recorded, eager = (losses(make_trainer(network, True, data, amp=amp, eager=eager), steps) for eager in (False, True))
+    whole = make_trainer(network, True, data, amp=amp)
+    recorded = losses(whole, steps)
+    same: dict[str, Any] = {"amp": amp, "contractions": whole.contractions}
+    eager = losses(make_trainer(network, True, data, eager=True, **same), steps)
     difference = ((recorded - eager).abs() / eager.abs()).max().item()
-    whole, first, second = (make_trainer(network, True, data, amp=amp) for _ in range(3))
-    train(whole, steps)
+    first = make_trainer(network, True, data, **same)
     train(first, steps // 2)
-    second.load_state_dict(json_free_copy(first.state_dict()))
-    second.begin_epoch()
+    second = make_trainer(network, True, data, amp=amp, checkpoint=saved_and_loaded(first.state_dict()))
     train(second, steps - steps // 2)
     pairs = zip(whole.model.state_dict().values(), second.model.state_dict().values(), strict=True)
     largest = max((one - other).abs().max().item() for one, other in pairs)
@@ -287,7 +308,7 @@ def compare(network: str, amp: str, data: Data, steps: int) -> tuple[str, str]:
     return f"{difference:.1e}", "equal" if largest == 0 else f"{largest:.1e}"
 
 
-def json_free_copy(state: dict[str, Any]) -> dict[str, Any]:
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint as it is after saving and loading."""
     with tempfile.TemporaryFile() as file:
         torch.save(state, file)
@@ -296,10 +317,11 @@ def json_free_copy(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def agreement(report: Report) -> None:
-    data, steps = images(report.device), 50 if report.device.type == "cuda" else 6
+    cuda = report.device.type == "cuda"
+    data, steps = images(report.device, 1000 if cuda else 30), 50 if cuda else 12
     title = f"{steps} recorded steps against the same kernel by kernel, and stopped and resumed against not"
     for network in (RESNET20, TENSOR_TRAIN):
-        for amp, words in PRECISIONS.items() if report.device.type == "cuda" else [("off", "float32")]:
+        for amp, words in PRECISIONS.items() if cuda else [("off", "float32")]:
             found = report.case(f"agreement: {network}, {words}", partial(compare, network, amp, data, steps))
             header = ["network", "precision", "largest relative difference of a loss", "weights, resumed against not"]
             report.add(title, header, found and [network, words, *found])
@@ -371,6 +393,7 @@ def time_step(network: str, factorized: bool, data: Data, rate: float, dense: di
     eager = make_trainer(network, factorized, data, eager=True, amp=amp)
     one_by_one, traffic, new_kernels = milliseconds(eager, steps, 3), gigabytes(eager), kernels(eager)
     del eager
+    gc.collect()  # recordings hold memory
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -539,6 +562,8 @@ def main() -> None:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA GPU on this machine: --device cpu tries the command without one")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     report = Report(device, args.out, args.minutes)
     for part in args.only or [name for name in PARTS if name != "compile"]:
         PARTS[part](report)

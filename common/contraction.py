@@ -44,7 +44,8 @@ def set_contractions_(model: nn.Module, choices: dict[str, str]) -> None:
     layers = automatic_layers(model)
     for name, choice in choices.items():
         if name not in layers or choice not in ("thin", "composed"):
-            raise ValueError(f"contraction {choice!r} of {name!r}: expected thin or composed, of {len(layers)} layers")
+            known = f"one of the {len(layers)} layers whose contraction is 'auto'"
+            raise ValueError(f"expected 'thin' or 'composed' for {known}, got {choice!r} for {name!r}")
         layers[name].contraction = choice
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from common.experiments import checkpoints
 from common.vision import training
+from compression_baselines import sparse
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")]
 
@@ -17,8 +17,8 @@ def data():
 
 @pytest.mark.parametrize("amp", gpu.PRECISIONS)
 @pytest.mark.parametrize("network", [gpu.RESNET20, gpu.TENSOR_TRAIN])
-def test_recorded_steps_are_the_steps_and_a_resumed_run_the_uninterrupted_one(network, amp, data):
-    difference, resumed = gpu.compare(network, amp, data, 20)
+def test_recorded_steps_are_the_steps_and_a_resumed_run_the_uninterrupted_one(network, amp):
+    difference, resumed = gpu.compare(network, amp, gpu.images(torch.device("cuda"), 1000), 30)
     assert float(difference) <= {"off": 1e-3, "fp16": 2e-2, "bf16": 5e-2}[amp]
     assert resumed == "equal"
 
@@ -72,18 +72,21 @@ def test_a_loss_that_waits_runs_kernel_by_kernel(amp, data, capsys):
     assert trainer.totals[2].item() == 12 * gpu.BATCH
 
 
-def test_measured_contractions_are_kept_and_reused(data, monkeypatch, tmp_path):
+def test_measured_contractions_are_kept_and_reused(data, monkeypatch):
     first = gpu.make_trainer(gpu.RESNET20, True, data)
     assert set(first.contractions.values()) <= {"thin", "composed"}
     assert len(first.contractions) == 18
-    checkpoints.save_file(tmp_path / "checkpoint.pt", first.state_dict())
     flipped = {name: {"thin": "composed", "composed": "thin"}[choice] for name, choice in first.contractions.items()}
-    state = checkpoints.load(tmp_path / "checkpoint.pt") | {"contractions": flipped}
+    state = gpu.saved_and_loaded(first.state_dict()) | {"contractions": flipped}
     monkeypatch.setattr(training, "measure_contractions", lambda *args, **options: pytest.fail("measured again"))
-    monkeypatch.setattr(training.Trainer, "prepare", lambda self: None)
-    second = gpu.make_trainer(gpu.RESNET20, True, data)
-    monkeypatch.undo()
-    monkeypatch.setattr(training, "measure_contractions", lambda *args, **options: pytest.fail("measured again"))
-    second.load_state_dict(state)
-    second.prepare()
+    second = gpu.make_trainer(gpu.RESNET20, True, data, checkpoint=state)
     assert second.model.layer1[0].conv1.contraction == flipped["layer1.0.conv1"]
+
+
+def test_masked_networks_are_recorded(tmp_path, monkeypatch):
+    graphs = []
+    made = training.StepGraph
+    monkeypatch.setattr(training, "StepGraph", lambda *args, **options: graphs.append(made(*args, **options)) or graphs[-1])
+    flags = "--network resnet --depth 8 --data digits --image-size 8 --epochs 2 --method set --target-ratio 0.1 --device cuda"
+    sparse.main([*flags.split(), "--save-dir", str(tmp_path / "run")])
+    assert [graph.recordings for graph in graphs] == [1]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..state_dicts import unwrap
+from ..state_dicts import find
 from .files import write_atomic
 
 FORMAT = 1  # of training checkpoints; what an older one lacks, those who read it add
@@ -74,12 +74,12 @@ def newest(directory: Path) -> dict[str, Any] | None:
 
 
 def model_state(state: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    """The model's state dict in a checkpoint, of this project or of another: as :func:`common.state_dicts.unwrap` finds it.
+    """The model's state dict in a checkpoint, of this project or of another: as :func:`common.state_dicts.find` finds it.
 
     Masks of torch.nn.utils.prune are multiplied into their weights. Raises ValueError where there is none.
     """
     try:
-        tensors = unwrap(state)
+        tensors = find(state)
     except ValueError as error:
         raise ValueError(f"{path} is no checkpoint of a model: {error}") from error
     for name in [name.removesuffix("_mask") for name in tensors if name.endswith("_mask")]:

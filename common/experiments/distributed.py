@@ -104,6 +104,8 @@ def start(device_flag: str) -> Processes:
         device = find_device(device_flag)
         if device.type == "cpu":
             prepare_cpu()
+        elif device.type == "cuda":
+            torch.cuda.set_device(device)  # streams and graphs are of the current one
         return Processes(device)
     local_rank = os.environ.get("LOCAL_RANK", "0")
     flag = local_rank if device_flag == "cuda" or (device_flag == "auto" and torch.cuda.is_available()) else device_flag

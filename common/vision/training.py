@@ -107,8 +107,8 @@ class Trainer:
 
     On one GPU, before the first step, the faster contraction of each factorized layer is measured; weights are then composed
     in groups (:class:`Composition`), and a step is one CUDA graph, but for an epoch's smaller last batch. Hooks act between
-    two replays. A step runs kernel by kernel, and that is said once, where its hook is an :class:`UpdateHook`, which acts
-    within a step; where the learning rate is a number, which a graph would never see change (see :func:`sgd`); and where
+    two replays. In three cases steps run kernel by kernel, and one line says why: the hook is an :class:`UpdateHook`, which
+    acts within a step; the learning rate is a number, whose changes a graph would not see (:func:`sgd` makes it a tensor);
     recording fails.
 
     A stopped run resumes exactly where it was: batches are functions of seed, epoch and step, and a checkpoint holds the
@@ -135,7 +135,7 @@ class Trainer:
         best_from: int = 0,
         first_step: int = 0,
         seconds: float = 0.0,
-        record: Callable[[Step], Step] | None = None,
+        record: Callable[[Step, Any], Step] | None = None,
     ) -> None:
         self.model, self.data, self.run, self.config, self.processes = model, data, run, config, processes
         self.architecture, self.optimizer, self.schedule = dict(architecture), optimizer, schedule
@@ -189,7 +189,12 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; raises ValueError where it is of another configuration, seed or program."""
+        """Resume from a checkpoint, before :meth:`prepare`.
+
+        Raises ValueError where it is of another configuration, seed or program.
+        """
+        if self.composition is not None:
+            raise RuntimeError("load a checkpoint before prepare(): contractions are chosen there, and may be the checkpoint's")
         if "config" not in state or "optimizer" not in state:
             raise ValueError("the checkpoint to resume from holds no training state: it is a model only")
         differing = self.run.differing_values(
@@ -242,6 +247,7 @@ class Trainer:
                 record = {"epoch": epoch + 1, "step": self.step, "test_accuracy": self.final["accuracy"]}
                 self._log({**record, "partial": True, **self._epoch_metrics(epoch)}, writer)
         finally:
+            self._graph = None  # with the memory that it holds
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             if writer is not None:
@@ -312,7 +318,11 @@ class Trainer:
 
     def prepare(self) -> None:
         """Before the first step, on one GPU: choose contractions, group the layers that compose, and have steps recorded."""
-        if self.composition is not None or (self._record is None and not self._on_one_gpu):
+        if self.composition is not None:
+            return
+        if not self._on_one_gpu:
+            self.contractions = None  # of a run on one GPU that is resumed here: here the rule's are taken
+        if self._record is None and not self._on_one_gpu:
             return
         if self._on_one_gpu:
             self._choose_contractions()
@@ -321,7 +331,7 @@ class Trainer:
             self._say_eager()
         elif self._record is not None:
             self._feed = self.data.feed(self.config.batch_size)
-            self._graph = StepGraph(self._recorded_step, self._memory(), record=self._record)
+            self._graph = StepGraph(self._recorded_step, self._memory, record=self._record)
 
     def begin_epoch(self) -> None:
         """Get ready for the next step, in its epoch: learning rate, order of the samples, hook."""
@@ -349,6 +359,7 @@ class Trainer:
                 self._graph()
             except NotRecorded as error:
                 self._graph, self._eager_because = None, str(error)
+                self._forget_broken_step()
                 self._say_eager()
             else:
                 self._finish_step()
@@ -397,7 +408,7 @@ class Trainer:
         self.totals += sums
         self._bad.copy_(torch.where(sums[0].isfinite() | (self._bad >= 0), self._bad, number))
 
-    def _default_record(self) -> Callable[[Step], Step] | None:
+    def _default_record(self) -> Callable[[Step, Any], Step] | None:
         return record if self._on_one_gpu and not self.config.eager else None
 
     def _why_eager(self) -> str | None:
@@ -405,8 +416,16 @@ class Trainer:
         if isinstance(self.hook, UpdateHook):
             return f"{type(self.hook).__name__} acts between backward and the optimizer's step"
         if not all(isinstance(group["lr"], Tensor) for group in self.optimizer.param_groups):
-            return "the optimizer's learning rate is a number, which a graph would keep: give a tensor on the GPU"
+            return "the optimizer's learning rate is a number, whose changes a graph would not see (give a tensor on the GPU)"
         return None
+
+    def _forget_broken_step(self) -> None:
+        """Put back what a step that broke off leaves behind in scaler, gradients and composition. Parameters are untouched."""
+        scaler = torch.amp.GradScaler(self.processes.device.type, enabled=self.scaler.is_enabled())
+        scaler.load_state_dict(self.scaler.state_dict())
+        self.scaler = scaler
+        self.composition = Composition(self.model, self.decay)
+        self.optimizer.zero_grad()
 
     def _say_eager(self) -> None:
         print(f"steps are not recorded as a CUDA graph and run kernel by kernel: {self._eager_because}", file=sys.stderr)
@@ -426,18 +445,16 @@ class Trainer:
                 print(f"contraction {each}", file=sys.stderr)
         set_contractions_(self.model, self.contractions or {})
 
-    def _memory(self) -> Callable[[], Iterator[Tensor]]:
-        """What outlives a step and is read or written by it."""
-        own = [holder for module in self.model.modules() for holder in (module._parameters, module._buffers)]
-        places = [(holder, name) for holder in own for name, value in holder.items() if value is not None]
-
-        def memory() -> Iterator[Tensor]:
-            yield from (cast(Tensor, holder[name]) for holder, name in places)
-            for values in self.optimizer.state.values():
-                yield from (value for value in values.values() if isinstance(value, Tensor))
-            yield from (group["lr"] for group in self.optimizer.param_groups)
-
-        return memory
+    def _memory(self) -> Iterator[Any]:
+        """What a recorded step reads or writes and that outlives it, with the numbers that a recording keeps."""
+        yield from self.model.parameters()
+        yield from self.model.buffers()
+        for values in self.optimizer.state.values():
+            yield from (value for value in values.values() if isinstance(value, Tensor))
+        for group in self.optimizer.param_groups:
+            yield group["lr"]
+            yield tuple(value for key, value in group.items() if key not in ("params", "lr"))
+        yield self.decay.coef if self.decay is not None else None
 
     def _start_momentum(self) -> None:
         """Give momentum that is not there yet the value zero.

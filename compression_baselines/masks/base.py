@@ -35,8 +35,9 @@ class Masks:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.layers = model, maskable(model)
         self.optimizer: torch.optim.Optimizer | None = None
-        for layer in self.layers.values():
-            prune.identity(layer, "weight")
+        with torch.no_grad():  # or the first weights would tie the Parameters to this stream, and no graph could be recorded
+            for layer in self.layers.values():
+                prune.identity(layer, "weight")
 
     def mask(self, name: str) -> Tensor:
         """Which weights of a layer are in, bool."""
