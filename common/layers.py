@@ -454,14 +454,20 @@ class _FactorizedConv(FactorizedMatrix):
         stride_h, stride_w = stride_h // slice_h, stride_w // slice_w
         if self.contraction == "composed":
             kernel = self.weight_in_use()
-            kernel = kernel if kernel.ndim == 4 else kernel.unsqueeze(-2)
+            kernel = self._laid_out(kernel if kernel.ndim == 4 else kernel.unsqueeze(-2))
             strides, dilations = (stride_h, stride_w), (dilation_h, dilation_w)
             return F.conv2d(input, kernel, self.bias, strides, (pad_h, pad_w), dilations, self.groups)
         u, vt = self._two_factors()
         across = vt.view(self.groups * self.rank, self.in_channels // self.groups, 1, kw)
-        down = u.view(self.out_channels, kh, self.rank).transpose(1, 2).unsqueeze(-1)
+        down = self._laid_out(u.view(self.out_channels, kh, self.rank).transpose(1, 2).unsqueeze(-1))
         hidden = F.conv2d(input, across, None, (1, stride_w), (0, pad_w), (1, dilation_w), self.groups)
         return F.conv2d(hidden, down, self.bias, (stride_h, 1), (pad_h, 0), (dilation_h, 1), self.groups)
+
+    def _laid_out(self, kernel: Tensor) -> Tensor:
+        """The kernel, contiguous where there are groups: of a strided one, torch's CPU convolutions of channels-last input with
+        groups read other entries (torch 2.14), and the output is wrong.
+        """
+        return kernel if self.groups == 1 else kernel.contiguous()
 
     def _compose_kernel(self, factors: Sequence[Tensor]) -> Tensor:
         """The kernel (..., out, in / groups, kh, kw) of two dimensions."""

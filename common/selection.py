@@ -96,7 +96,8 @@ def _candidates(model: nn.Module) -> tuple[Donors, dict[str, Refusal], dict[tupl
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and not isinstance(module, UnpackedMultiheadAttention):
             refusal = donors.attention_refusal(module)
-            shared = [o for key in donors.projection_weights(module) for o in owners[id(getattr(module, key))] if o != name]
+            weights = [] if refusal else [getattr(module, key) for key in donors.projection_weights(module)]
+            shared = [owner for weight in weights for owner in owners[id(weight)] if owner != name]
             if refusal or shared:
                 found[name] = module
                 refusals[name] = refusal or Refusal(f"its weight is tied to {shared[0]!r}")

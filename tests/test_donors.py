@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from common import (
     FactorizedConv1d,
@@ -432,10 +433,14 @@ class OwnForward(nn.MultiheadAttention):
 def test_attention_that_cannot_be_unpacked_is_refused_by_name():
     one, two = nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 2)
     two.in_proj_weight = one.in_proj_weight
+    parametrized = parametrizations.weight_norm(nn.MultiheadAttention(4, 2), "in_proj_weight")
+    pruned = prune.random_unstructured(nn.MultiheadAttention(4, 2), "in_proj_weight", 0.5)
     for model, message in [
         (nn.ModuleList([OwnForward(4, 2)]), "'0': OwnForward has a forward of its own"),
         (nn.ModuleList([one, two]), "'0': its weight is tied to '1'"),
         (nn.MultiheadAttention(4, 2), "inside a container"),
+        (nn.ModuleList([parametrized]), "'0': its weight is parametrized"),
+        (nn.ModuleList([pruned]), "'0': a hook computes its"),
     ]:
         with pytest.raises(ValueError, match=message):
             factorize_(model, low_rank(0.5))

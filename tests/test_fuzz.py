@@ -273,7 +273,9 @@ def test_convolutions_of_any_groups(groups, inputs, outputs, kernel, dtype, rank
         assert_like_dense(layer, torch.randn(2, channels[0], 9, dtype=dtype), dtype)
     else:
         layer = FactorizedConv2d(*channels, kernel, rank, stride, padding, **options)
-        assert_like_dense(layer, torch.randn(2, channels[0], 7, 6, dtype=dtype), dtype)
+        input = torch.randn(2, channels[0], 7, 6, dtype=dtype)
+        assert_like_dense(layer, input, dtype)
+        assert_like_dense(layer, input.to(memory_format=torch.channels_last), dtype)
 
 
 def test_checkpoints_of_another_version(tmp_path):

@@ -81,6 +81,26 @@ def test_strided_pointwise_layers_train_at_small_ranks():
     torch.testing.assert_close(x.grad.double() / 5, exact.grad, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("contraction", ["thin", "composed"])
+@pytest.mark.parametrize(("channels", "groups", "kernel"), [((8, 8), 8, 7), ((4, 2), 2, (3, 1)), ((6, 12), 3, 3)])
+def test_grouped_convolution_of_channels_last_input(channels, groups, kernel, contraction, depth):
+    """torch's own would read a kernel that is not contiguous wrongly there, without an error."""
+    torch.manual_seed(0)
+    layer = FactorizedConv2d(*channels, kernel, rank=2, padding="same", groups=groups, contraction=contraction, depth=depth)
+    x = torch.randn(2, channels[0], 9, 8)
+    exact = F.conv2d(x.double(), layer.to_dense().double(), layer.bias.double(), padding="same", groups=groups)
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    torch.testing.assert_close(layer(x).double(), exact, rtol=1e-4, atol=1e-4)
+    weight = torch.randn_like(exact)
+    found = torch.autograd.grad(layer(x), [x, *layer.factors()], weight.float())
+    alone = copy.deepcopy(layer).double()
+    wide = x.detach().double().contiguous().requires_grad_()
+    output = F.conv2d(wide, alone.to_dense(), alone.bias, padding="same", groups=groups)
+    for one, two in zip(found, torch.autograd.grad(output, [wide, *alone.factors()], weight), strict=True):
+        torch.testing.assert_close(one.double(), two, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("channels", "stride", "rank", "expected"),
     [((64, 64), 1, 20, "thin"), ((64, 64), 1, 95, "thin"), ((64, 64), 1, 96, "composed"), ((64, 128), 2, 160, "composed")],
