@@ -295,7 +295,7 @@ def _check_values(donor: nn.Module, name: str, config: LowRankConfig) -> None:
     weight = donor.weight
     assert isinstance(weight, Tensor)
     if weight.is_meta:
-        if config.init not in ("regular", "kaiming"):
+        if config.init in ("spectral", "norm-matched"):
             raise ValueError(
                 f"cannot take factors from the weight of {name!r}: it is on the meta device and has no values; load weights "
                 "first, or use init='regular' and initialize the model after to_empty"

@@ -400,15 +400,20 @@ def test_processes_agree_on_masks(tmp_path):
 
 def test_hooks_act_between_backward_and_the_update(run, monkeypatch):
     seen = []
-    method = METHODS["snip"]
 
-    def snapshot(self, kind):
-        weights = {name: weight.clone() for name, weight in self.masks.weights().items()}
-        gradients = [self.masks.parameter(name).grad for name in self.masks.layers]
-        seen.append((kind, weights, all(gradient is not None and gradient.any() for gradient in gradients)))
+    class Watched(METHODS["snip"]):
+        def snapshot(self, kind):
+            weights = {name: weight.clone() for name, weight in self.masks.weights().items()}
+            gradients = [self.masks.parameter(name).grad for name in self.masks.layers]
+            seen.append((kind, weights, all(gradient is not None and gradient.any() for gradient in gradients)))
 
-    monkeypatch.setattr(method, "before_update", lambda self, step: snapshot(self, "before"), raising=False)
-    monkeypatch.setattr(method, "after_step", lambda self, step: snapshot(self, "after"))
+        def before_update(self, step):
+            self.snapshot("before")
+
+        def after_step(self, step):
+            self.snapshot("after")
+
+    monkeypatch.setitem(METHODS, "snip", Watched)
     run("--method snip --target-ratio 0.3 --max-steps 2")
     assert [kind for kind, _, _ in seen] == ["before", "after"] * 2
     (_, first, gradients), (_, second, _), (_, third, _), _ = seen

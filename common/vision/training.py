@@ -366,13 +366,12 @@ class Trainer:
                 return
         processes = self.processes
         batch = self.data.train_batch(self.config.seed, epoch, step, size, rank=processes.rank, world_size=processes.world_size)
-        # A smaller batch would be compiled again, for one step an epoch.
-        self._update(batch, self.step + 1, self.network if self._graph is None else self.model)
-        self._finish_step()
+        self.train_step(batch)
 
     def train_step(self, batch: Batch) -> None:
         """Make one optimizer step. The sums of losses, correct answers and samples join ``totals``, on the device."""
-        self._update(batch, self.step + 1, self.network)
+        # Beside recorded steps this is one of a smaller batch, for which the network would be compiled again.
+        self._update(batch, self.step + 1, self.network if self._graph is None else self.model)
         self._finish_step()
 
     def _recorded_step(self) -> None:
