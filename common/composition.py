@@ -112,8 +112,7 @@ class Composition:
         for layer in model.modules():
             if isinstance(layer, Factorized) and layer.contraction == "composed":
                 alike.setdefault(_kind(layer, decay), []).append(layer)
-        covered = decay.covers if decay is not None else lambda layer: False
-        self._groups = [_Group(layers, decay if covered(layers[0]) else None) for layers in alike.values()]
+        self._groups = [_Group(layers, decay if covered else None) for (covered, *_), layers in alike.items()]
 
     @contextmanager
     def active(self, dtype: torch.dtype | None = None, scale: Tensor | None = None) -> Generator[None]:
@@ -165,8 +164,8 @@ def _tf32() -> Generator[None]:
 
 
 def _kind(layer: Factorized, decay: FrobeniusDecay | None) -> Any:
-    """What layers of one group have in common."""
+    """What layers of one group have in common, first of all whether they decay."""
     factors = layer.factors()
     covered = decay is not None and decay.covers(layer)
     shapes = tuple(factor.shape for factor in factors), layer.weight_shape()
-    return type(layer), shapes, factors[0].dtype, factors[0].device, covered
+    return covered, type(layer), shapes, factors[0].dtype, factors[0].device

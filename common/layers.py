@@ -394,20 +394,33 @@ class FactorizedEmbedding(FactorizedMatrix):
 class _FactorizedConv(FactorizedMatrix):
     """What convolutions of one and two dimensions share; one dimension is a row of height 1."""
 
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding: str | tuple[int, ...]
+    _dense: type[nn.Module]  # the ordinary layer
+    _sides: Callable[[Any], tuple[int, ...]]  # one number, or one a side, as one a side
 
-    def _create_convolution(
-        self, in_channels: int, out_channels: int, groups: int, padding_mode: str, rank: int, bias: bool, depth: int,
-        contraction: Contraction, device: Any, dtype: Any,
-    ) -> None:  # fmt: skip
-        """The rest of initialization, after kernel size, stride, dilation and padding are set."""
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        rank: int,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        groups: int = 1,
+        depth: int = 2,
+        contraction: Contraction = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.dilation = map(self._sides, (kernel_size, stride, dilation))
+        self.padding = padding if isinstance(padding, str) else self._sides(padding)
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         if groups < 1 or in_channels % groups or out_channels % groups:
             raise ValueError(f"groups must divide {in_channels} input and {out_channels} output channels, got {groups}")
-        padding = self.padding
         if isinstance(padding, str) and (padding not in ("same", "valid") or (padding == "same" and max(self.stride) != 1)):
             raise ValueError(
                 f"padding must be numbers, 'valid', or 'same' at stride 1, got {padding!r} at stride {self.stride}"
@@ -477,9 +490,9 @@ class _FactorizedConv(FactorizedMatrix):
     def weight_shape(self) -> torch.Size:
         return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
 
-    def _to_convolution(self, kind: type[nn.Module]) -> nn.Module:
+    def to_layer(self) -> nn.Module:
         return self._dense_layer(
-            kind,
+            self._dense,
             self.in_channels,
             self.out_channels,
             self.kernel_size,
@@ -519,38 +532,13 @@ class FactorizedConv2d(_FactorizedConv):
     Shapes: input (N, in_channels, H, W) or (in_channels, H, W), output as that of ``nn.Conv2d``.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        rank: int,
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
-        groups: int = 1,
-        depth: int = 2,
-        contraction: Contraction = "auto",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        self.kernel_size, self.stride, self.dilation = _pair(kernel_size), _pair(stride), _pair(dilation)
-        self.padding = padding if isinstance(padding, str) else _pair(padding)
-        rest = (bias, depth, contraction, device, dtype)
-        self._create_convolution(in_channels, out_channels, groups, padding_mode, rank, *rest)
+    _dense, _sides = nn.Conv2d, staticmethod(_pair)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._convolve(input)
 
     def compose(self, factors: Sequence[Tensor]) -> Tensor:
         return self._compose_kernel(factors)
-
-    def to_layer(self) -> nn.Module:
-        return self._to_convolution(nn.Conv2d)
 
 
 class FactorizedConv1d(_FactorizedConv):
@@ -561,35 +549,10 @@ class FactorizedConv1d(_FactorizedConv):
     Shapes: input (N, in_channels, L) or (in_channels, L), output as that of ``nn.Conv1d``.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int],
-        rank: int,
-        stride: int | tuple[int] = 1,
-        padding: int | tuple[int] | str = 0,
-        dilation: int | tuple[int] = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        *,
-        groups: int = 1,
-        depth: int = 2,
-        contraction: Contraction = "auto",
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        self.kernel_size, self.stride, self.dilation = _single(kernel_size), _single(stride), _single(dilation)
-        self.padding = padding if isinstance(padding, str) else _single(padding)
-        rest = (bias, depth, contraction, device, dtype)
-        self._create_convolution(in_channels, out_channels, groups, padding_mode, rank, *rest)
+    _dense, _sides = nn.Conv1d, staticmethod(_single)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._convolve(input.unsqueeze(-2)).squeeze(-2)
 
     def compose(self, factors: Sequence[Tensor]) -> Tensor:
         return self._compose_kernel(factors).squeeze(-2)
-
-    def to_layer(self) -> nn.Module:
-        return self._to_convolution(nn.Conv1d)

@@ -23,7 +23,8 @@ from ..experiments.distributed import Processes
 from ..experiments.runs import REQUEUE, Run
 from .config import RunConfig, TrainingConfig
 from .data import Batch, Data
-from .graph import NotRecorded, Step, StepGraph, record
+from .graph import NotRecorded, Step, StepGraph
+from .graph import record as record_graph
 
 _EVALUATION_BATCH = 1000
 _CHECK_EVERY = 50  # steps between looking whether a loss or a weight is not finite: looking waits for the device
@@ -146,7 +147,8 @@ class Trainer:
         self._on_one_gpu = processes.device.type == "cuda" and processes.world_size == 1
         if self._on_one_gpu:
             model.to(memory_format=torch.channels_last)  # as the images are
-        self._record = record or self._default_record()
+        self._precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.amp)
+        self._record = record or (record_graph if self._on_one_gpu and not config.eager else None)
         self._eager_because = self._why_eager() if self._record is not None else None
         self._graph: StepGraph | None = None  # made by prepare()
         self.composition: Composition | None = None
@@ -385,10 +387,9 @@ class Trainer:
 
     def _update(self, batch: Batch, number: int | Tensor, network: nn.Module) -> None:
         """Learn from a batch, as step ``number`` counted from 1. Nothing here waits for the device."""
-        precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.amp)
         scale = self.scaler.scale(self._one) if self.scaler.is_enabled() else None
-        with self.composition.active(precision, scale) if self.composition is not None else nullcontext():
-            with torch.autocast(self.processes.device.type, precision) if precision else nullcontext():
+        with self.composition.active(self._precision, scale) if self.composition is not None else nullcontext():
+            with torch.autocast(self.processes.device.type, self._precision) if self._precision else nullcontext():
                 loss, logits = self.loss(network, batch)
             self.optimizer.zero_grad()
             self.scaler.scale(loss).backward()
@@ -406,9 +407,6 @@ class Trainer:
             sums = torch.stack([loss * samples, (logits.argmax(1) == batch.labels).sum().to(loss.dtype), samples])
         self.totals += sums
         self._bad.copy_(torch.where(sums[0].isfinite() | (self._bad >= 0), self._bad, number))
-
-    def _default_record(self) -> Callable[[Step, Any], Step] | None:
-        return record if self._on_one_gpu and not self.config.eager else None
 
     def _why_eager(self) -> str | None:
         """Why a step cannot be recorded, as far as that is known beforehand."""
@@ -433,9 +431,8 @@ class Trainer:
         """Take the contractions of the run that is resumed or, at a start, the faster ones by measurement."""
         if self.contractions is None and automatic_layers(self.model):
             batch = self.data.train_batch(self.config.seed, 0, 0, self.config.batch_size)
-            precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.amp)
             try:
-                found = measure_contractions(self.model, batch.images, dtype=precision)
+                found = measure_contractions(self.model, batch.images, dtype=self._precision)
             except Exception as error:
                 print(f"contractions were not measured, and the rule's are taken: {error}", file=sys.stderr)
                 return
