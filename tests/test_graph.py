@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import FrobeniusDecay, LowRankConfig, factorize_, param_groups
 from common.experiments import checkpoints
 from common.experiments.distributed import Processes
+from common.experiments.graph import NotRecorded, StepGraph
 from common.experiments.runs import Run
 from common.norms import NormRecorder
-from common.vision.config import RunConfig
+from common.vision.config import ImageRunConfig
 from common.vision.data import Data
-from common.vision.graph import NotRecorded, StepGraph
 from common.vision.training import Trainer
 from compression_baselines.masks.base import Masks, Settings
 from compression_baselines.masks.rigl import Rigl
@@ -69,7 +69,7 @@ def make_trainer(model, *, record=None, data=None, device=CPU, lr_tensor=None, h
         model,
         data or Data(images(), images(20), 10),
         Run(Path(run), {"program": "none"}, 0),
-        config=RunConfig(batch_size=20, **{"epochs": 8} | flags),
+        config=ImageRunConfig(batch_size=20, **{"epochs": 8} | flags),
         processes=Processes(device),
         architecture={},
         optimizer=optimizer,
