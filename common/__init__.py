@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .decay import FactorPair as FactorPair
     from .decay import FrobeniusDecay as FrobeniusDecay
     from .decay import param_groups as param_groups
+    from .lamb import Lamb as Lamb
     from .layers import Factorized as Factorized
     from .layers import FactorizedConv1d as FactorizedConv1d
     from .layers import FactorizedConv2d as FactorizedConv2d
@@ -35,6 +36,7 @@ _HOME = {
     "FactorPair": "decay",
     "FrobeniusDecay": "decay",
     "param_groups": "decay",
+    "Lamb": "lamb",
     "Factorized": "layers",
     "FactorizedConv1d": "layers",
     "FactorizedConv2d": "layers",

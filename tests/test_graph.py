@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import FrobeniusDecay, LowRankConfig, factorize_, param_groups
+from common import FactorizedLinear, FrobeniusDecay, Lamb, LowRankConfig, factorize_, param_groups
 from common.experiments import checkpoints
 from common.experiments.distributed import Processes
 from common.experiments.graph import NotRecorded, StepGraph
@@ -322,6 +322,21 @@ def test_nothing_in_a_step_waits_for_the_device_or_copies_from_the_host(network,
         trainer.next_step()
         trainer.next_step()
     assert strict.count > 300
+
+
+def test_a_step_of_lamb_with_decay_neither_waits_nor_copies(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    meta = torch.device("meta")
+    model = nn.Sequential(*(FactorizedLinear(8, 8, 2) for _ in range(2)), nn.LayerNorm(8)).to(meta)
+    decay = FrobeniusDecay(model, 0.1)
+    groups = param_groups(model, weight_decay=0.01, decay=decay) + [{"params": [nn.Parameter(torch.ones(3, device=meta))]}]
+    optimizer = Lamb([*groups[:2], {**groups[2], "adapt": False}], torch.empty((), device=meta), decay=decay)
+    for parameter in (p for group in groups for p in group["params"]):
+        parameter.grad = torch.empty_like(parameter)
+    with Strict(meta) as strict:
+        optimizer.step()
+        optimizer.step()
+    assert strict.count > 50
 
 
 def waits(trainer):
