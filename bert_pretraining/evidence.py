@@ -6,8 +6,8 @@ evidence/README.md has the command that prepares the books as data-bin/books.
 from __future__ import annotations
 
 from bert_pretraining.config import PretrainingConfig
-from bert_pretraining.rows import CURVES, FROBENIUS, MATCHED, OUTVAL, QUEKEY, SCORE
-from common.tables.rows import Contrast, ContrastFigure, Program, Row, SweepFigure, Table
+from bert_pretraining.rows import FROBENIUS, OUTVAL, QUEKEY, SCORE
+from common.tables.rows import Program, Row, Table
 
 _MODEL = ("data-bin/books", "--layers", "2", "--embed-dim", "128", "--heads", "4", "--positions", "alibi")
 _RECIPE = (*_MODEL, "--seq", "64", "--batch-size", "64")

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-import codecs
 import gzip
-import hashlib
 import io
 import itertools
 import lzma
-import os
-import shutil
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,12 +15,10 @@ from typing import IO, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
 import numpy as np
-from tqdm import tqdm
 
-from bert_pretraining.text import EOS, FILES, FORMAT, MOST_WORDS, PREPARED, SPLITS, TOKENIZER, learn_tokenizer, load_tokenizer
-from common.experiments.config import FlagParser, natural, positive_int, say_interrupted
-from common.experiments.files import ROOT, digest, read_json, write_atomic, write_json
-from common.experiments.runs import clean_errors
+from bert_pretraining.text import EOS, FILES, FORMAT, PREPARED, SPLITS, TOKENIZER, learn_tokenizer, load_tokenizer
+from common.experiments.config import FlagParser
+from common.experiments.files import digest, write_json
 
 OPENERS: dict[str, Callable[..., Any]] = {".txt": open, ".md": open, ".gz": gzip.open, ".xz": lzma.open}
 LEARNED = 10**8  # characters that a tokenizer is learned from; of longer text a part of the lines, evenly spread
@@ -78,8 +70,10 @@ def write_tokens(path: Path, documents: Iterable[Document], tokenizer: Any) -> i
 
 def main() -> None:
     import time
+
     parser = FlagParser(prog="x")
-    for s in SPLITS: parser.add_argument("--text" if s == "train" else f"--{s}", type=Path, nargs="+")
+    for s in SPLITS:
+        parser.add_argument("--text" if s == "train" else f"--{s}", type=Path, nargs="+")
     parser.add_argument("--words", type=int)
     parser.add_argument("--dest", type=Path)
     args = parser.parse_args()
@@ -95,7 +89,17 @@ def main() -> None:
         t = time.time()
         counts[s] = write_tokens(args.dest / f"{s}.bin", splits[s], tok)
         print(s, counts[s], time.time() - t)
-    write_json(args.dest / PREPARED, {"format": FORMAT, "corpus": "text", "words": args.words, "lower_case": False, "tokens": counts, "digests": {n: digest(args.dest / n) for n in FILES}})
+    write_json(
+        args.dest / PREPARED,
+        {
+            "format": FORMAT,
+            "corpus": "text",
+            "words": args.words,
+            "lower_case": False,
+            "tokens": counts,
+            "digests": {n: digest(args.dest / n) for n in FILES},
+        },
+    )
 
 
 if __name__ == "__main__":

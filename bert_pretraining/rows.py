@@ -7,8 +7,8 @@ run_pretraining.sh): two phases, of 7,038 steps of 65,536 sequences of 128 token
 
 from __future__ import annotations
 
-from common.tables.rows import CurveFigure, Program, Row, Table
 from bert_pretraining.config import PretrainingConfig
+from common.tables.rows import CurveFigure, Program, Row, Table
 
 DATA = "data-bin/wikitext-103"
 SCORE = "masked loss in nats (lower is better; final: test split, last weights; best: validation split, best epoch)"
@@ -22,7 +22,10 @@ INITS = {
     "spectral": (QUEKEY + OUTVAL, "spectral initialization of both products"),
 }
 # Of heads of full width the truncation keeps everything: what is left of spectral initialization is balance.
-FULL_INITS = {**INITS, "spectral": (QUEKEY + OUTVAL, "both products balanced, which is all that spectral initialization does here")}
+FULL_INITS = {
+    **INITS,
+    "spectral": (QUEKEY + OUTVAL, "both products balanced, which is all that spectral initialization does here"),
+}
 NARROW_INITS = {
     **INITS,
     "norm-matched": (MATCHED, "regular initialization at the norms of the spectral one"),
@@ -53,7 +56,10 @@ def methods() -> dict[str, tuple[tuple[str, ...], str]]:
         for init, (flags, words) in FULL_INITS.items():
             found[f"1-{optimizer}-{init}"] = ((*flags, *decay), f"full heads: {decayed}; {words}")
         for init, (flags, words) in NARROW_INITS.items():
-            found[f"0.5-{optimizer}-{init}"] = (("--rank-scale", "0.5", *flags, *decay), f"half-width heads: {decayed}; {words}")
+            found[f"0.5-{optimizer}-{init}"] = (
+                ("--rank-scale", "0.5", *flags, *decay),
+                f"half-width heads: {decayed}; {words}",
+            )
     for product, (flags, words) in _ONE_PRODUCT.items():
         found[f"0.5-flambe-{product}"] = (("--rank-scale", "0.5", *flags), f"half-width heads: {words}")
     return found
@@ -89,7 +95,11 @@ def two_phases(size: str) -> Table:
         before = Row(f"{name}-phase1", f"{words}; sequences of 128", (*shared, *_phase(first)), hours=_hours(size, first))
         start = ("--init-from", "{after}", "--pretraining", PretrainingConfig.parse(before.flags).config_hash())
         after = Row(
-            name, f"{words}; then sequences of 512", (*shared, *_phase(second), *start), hours=_hours(size, second), after=before
+            name,
+            f"{words}; then sequences of 512",
+            (*shared, *_phase(second), *start),
+            hours=_hours(size, second),
+            after=before,
         )
         rows += [before, after]
     return Table(f"pretraining-{size}", f"Pre-training of BERT-{size}, in two phases", tuple(rows), CURVES, SCORE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Iterable
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.experiments.files import digest, read_json
+from common.experiments.files import read_json
 
 PAD, UNK, BOS, EOS, MASK = range(5)
 SPECIALS = 5  # ids below this one are no text: they are never masked

@@ -68,7 +68,14 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         check_tokenizer(self.start, path, self.corpus)
         check_pretraining(self.start, path, config.pretraining)
         held, ours = self.start.get("architecture", {}), self.architecture()
-        drawn = {"dropout", "init_std", "init", "quekey_init", "outval_init", "spectral_from"}  # of no effect on trained weights
+        drawn = {
+            "dropout",
+            "init_std",
+            "init",
+            "quekey_init",
+            "outval_init",
+            "spectral_from",
+        }  # of no effect on trained weights
         differing = [f"{key} {held.get(key)!r} there, {ours[key]!r} here" for key in ours if held.get(key) != ours[key]]
         differing = [each for each in differing if each.partition(" ")[0] not in drawn]
         if differing:
@@ -181,7 +188,9 @@ def check_pretraining(state: dict[str, Any], path: Path, wanted: str | None) -> 
     """Raise ValueError where the checkpoint is of another configuration than the one whose hash --pretraining gives."""
     held = config_hash(identity(PretrainingConfig, state.get("config", {})))
     if wanted is not None and held != wanted:
-        raise ValueError(f"{path} is of the configuration {held}, and --pretraining asks for {wanted}: give that run, or leave it out")
+        raise ValueError(
+            f"{path} is of the configuration {held}, and --pretraining asks for {wanted}: give that run, or leave it out"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -58,7 +58,10 @@ def learning_rate(config: PretrainingConfig, step: int) -> float:
 @torch.no_grad()
 def product_norms(products: Mapping[str, Sequence[FactorPair]]) -> dict[str, float]:
     """Mean Frobenius norm of the heads' products, by kind of product: ``quekey_norm``, ``outval_norm``."""
-    norms = {name: [linalg.frobenius_norm([f.double() for f in pair.factors()]) for pair in pairs] for name, pairs in products.items()}
+    norms = {
+        name: [linalg.frobenius_norm([f.double() for f in pair.factors()]) for pair in pairs]
+        for name, pairs in products.items()
+    }
     return {f"{name}_norm": torch.cat(each).mean().item() for name, each in norms.items()}
 
 
