@@ -103,7 +103,7 @@ class PretrainingData:
     def _stream(self, corpus: Corpus, split: str) -> Tensor:
         """The tokens of a split, as int16, which torch can index; on a CPU they stay in their file until they are used."""
         tokens = corpus.tokens(split)
-        stream = torch.from_file(str(tokens.filename), shared=False, size=len(tokens), dtype=torch.int16)
+        stream = torch.from_file(str(corpus.folder / f"{split}.bin"), shared=False, size=len(tokens), dtype=torch.int16)
         return stream.to(self.device)
 
     def sequences(self, split: str) -> int:

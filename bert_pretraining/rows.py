@@ -56,10 +56,8 @@ def methods() -> dict[str, tuple[tuple[str, ...], str]]:
         for init, (flags, words) in FULL_INITS.items():
             found[f"1-{optimizer}-{init}"] = ((*flags, *decay), f"full heads: {decayed}; {words}")
         for init, (flags, words) in NARROW_INITS.items():
-            found[f"0.5-{optimizer}-{init}"] = (
-                ("--rank-scale", "0.5", *flags, *decay),
-                f"half-width heads: {decayed}; {words}",
-            )
+            label = f"half-width heads: {decayed}; {words}"
+            found[f"0.5-{optimizer}-{init}"] = (("--rank-scale", "0.5", *flags, *decay), label)
     for product, (flags, words) in _ONE_PRODUCT.items():
         found[f"0.5-flambe-{product}"] = (("--rank-scale", "0.5", *flags), f"half-width heads: {words}")
     return found
@@ -88,20 +86,13 @@ def _hours(size: str, phase: tuple[str, ...]) -> float:
 def two_phases(size: str) -> Table:
     """The rows of BERT-base or BERT-large; a row is a second phase, whose first phase runs before it."""
     rows: list[Row] = []
-    kinds = [(name, *method, _PHASES, _LAMB) for name, method in methods().items()]
-    kinds += [(name, *method, _ADAMW_PHASES, _ADAMW_RECIPE) for name, method in _ADAMW.items()]
-    for name, flags, words, (first, second), recipe in kinds:
+    for name, (flags, words) in {**methods(), **_ADAMW}.items():
+        (first, second), recipe = (_ADAMW_PHASES, _ADAMW_RECIPE) if name in _ADAMW else (_PHASES, _LAMB)
         shared = (DATA, "--model", size, "--amp", "bf16", *recipe, *flags, "--epoch-steps", "250", "--update-freq", "64")
         before = Row(f"{name}-phase1", f"{words}; sequences of 128", (*shared, *_phase(first)), hours=_hours(size, first))
         start = ("--init-from", "{after}", "--pretraining", PretrainingConfig.parse(before.flags).config_hash())
-        after = Row(
-            name,
-            f"{words}; then sequences of 512",
-            (*shared, *_phase(second), *start),
-            hours=_hours(size, second),
-            after=before,
-        )
-        rows += [before, after]
+        flags = (*shared, *_phase(second), *start)
+        rows += [before, Row(name, f"{words}; then sequences of 512", flags, hours=_hours(size, second), after=before)]
     return Table(f"pretraining-{size}", f"Pre-training of BERT-{size}, in two phases", tuple(rows), CURVES, SCORE)
 
 

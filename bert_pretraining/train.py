@@ -29,7 +29,7 @@ from bert_pretraining.text import TOKENIZER, Corpus
 from bert_pretraining.training import PretrainingLoop, evaluate, product_norms
 from common import FactorizationReport, FrobeniusDecay, Lamb, param_groups
 from common.experiments import checkpoints, distributed
-from common.experiments.config import config_hash, identity
+from common.experiments.config import config_hash, differing_values, identity
 from common.experiments.experiment import Experiment, find_checkpoint
 from common.experiments.files import write_atomic
 from common.experiments.runs import directory_of
@@ -68,18 +68,17 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         check_tokenizer(self.start, path, self.corpus)
         check_pretraining(self.start, path, config.pretraining)
         held, ours = self.start.get("architecture", {}), self.architecture()
-        drawn = {
+        for name in (
             "dropout",
             "init_std",
             "init",
             "quekey_init",
             "outval_init",
             "spectral_from",
-        }  # of no effect on trained weights
-        differing = [f"{key} {held.get(key)!r} there, {ours[key]!r} here" for key in ours if held.get(key) != ours[key]]
-        differing = [each for each in differing if each.partition(" ")[0] not in drawn]
-        if differing:
-            raise ValueError(f"--init-from {path} is of another model: {', '.join(differing)}")
+        ):  # which trained weights lack
+            held, ours = {**held, name: None}, {**ours, name: None}
+        if differing := differing_values(held, ours):
+            raise ValueError(f"--init-from {path} is of another model: {', '.join(differing.values())}")
 
     def load(self) -> None:
         config = self.config
@@ -129,8 +128,10 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         super().announce()
 
     def train(self) -> dict[str, float]:
-        """Train, and evaluate the last weights on the test split: its masked loss is the final one, that of ``best`` is the lowest
-        validation loss of an epoch."""
+        """Train, and evaluate the last weights on the test split, whose masked loss is ``final``.
+
+        ``best`` is the lowest masked loss of an epoch on the validation split.
+        """
         metrics = self.trainer.fit()
         tested = evaluate(self.trainer.model, self.data, "test", self.processes)
         metrics |= {"final": tested["loss"], "final_perplexity": tested["perplexity"], "final_accuracy": tested["accuracy"]}
