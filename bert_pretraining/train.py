@@ -75,7 +75,7 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
             "quekey_init",
             "outval_init",
             "spectral_from",
-        ):  # which trained weights lack
+        ):  # of no weight
             held, ours = {**held, name: None}, {**ours, name: None}
         if differing := differing_values(held, ours):
             raise ValueError(f"--init-from {path} is of another model: {', '.join(differing.values())}")
