@@ -14,7 +14,7 @@ from torch import nn
 
 from bert_pretraining import prepare
 from bert_pretraining.config import PretrainingConfig
-from bert_pretraining.data import IGNORED, Feed, Masks, PretrainingData, hashed
+from bert_pretraining.data import IGNORED, Feed, Masks, PretrainingData, hashed, read_streams
 from bert_pretraining.model import EncoderConfig, MaskedLanguageModel
 from bert_pretraining.rows import PROGRAM
 from bert_pretraining.text import BOS, EOS, MASK, SPECIALS, Corpus
@@ -49,7 +49,10 @@ def train(folder, capsys):
 
 
 def make_data(folder, **options):
-    return PretrainingData(Corpus(folder), **({"seq": 16, "predictions": 3, "batch_size": 8, "seed": 1} | options))
+    corpus = Corpus(folder)
+    return PretrainingData(
+        read_streams(corpus), corpus.words, **({"seq": 16, "predictions": 3, "batch_size": 8, "seed": 1} | options)
+    )
 
 
 def log(directory):
