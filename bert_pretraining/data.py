@@ -111,8 +111,8 @@ class PretrainingData:
         self._pass: tuple[int, Tensor] | None = None
         if not self.steps_per_pass:
             raise ValueError(
-                f"the corpus has {self.sequences('train')} training sequences of {seq} tokens, fewer than the {batch_size} of a "
-                "batch: lower --batch-size or --seq, or prepare more text"
+                f"the corpus has {self.sequences('train')} training sequences of {seq} tokens, fewer than the {batch_size} of "
+                "a batch: lower --batch-size or --seq, or prepare more text"
             )
         for split in streams:
             if not self.sequences(split):

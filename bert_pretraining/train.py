@@ -147,8 +147,8 @@ def make_loop(
 ) -> PretrainingLoop:
     """The loop that trains a model, with the optimizer and the decay of a configuration.
 
-    What Frobenius decay covers gets no weight decay. LAMB adds it to its update, before the trust ratio (FLAMBe); with AdamW it is
-    decoupled, as weight decay is there.
+    What Frobenius decay covers gets no weight decay. LAMB adds it to its update, before the trust ratio (FLAMBe); with AdamW
+    it is decoupled, as weight decay is there.
     """
     model.to(processes.device)
     kinds = (config.wd2fd, config.wd2fd_quekey, config.wd2fd_outval)
