@@ -305,7 +305,7 @@ def test_flags_that_do_not_fit_are_refused_in_one_line(folder, refuses, tmp_path
         ("--batch-size 8 --update-freq 3", "--batch-size 8 does not split into --update-freq 3 parts"),
         ("--positions learned --max-positions 8", "--seq 16 is longer than"),
         ("--rank-scale 0.01", "leaves none of the 16 dimensions of a head"),
-        ("--positions rotary", "rotation gives each distance a query-key product of its own"),
+        ("--positions rotary", "rotation makes the query-key product another matrix at every distance"),
         ("--predictions 16", "--predictions must be below --seq, got 16 of 16"),
         ("--wd2fd", "--wd2fd needs factorized layers"),
         ("--quekey-init norm-matched", "needs narrow heads"),
