@@ -52,7 +52,7 @@ from common.experiments.distributed import Processes
 from common.experiments.files import ROOT, write_atomic, write_json
 from common.experiments.runs import Run, seed_everything
 from common.tables.mps import shared_gpus
-from common.vision.config import RunConfig
+from common.vision.config import ImageRunConfig
 from common.vision.data import Data
 from common.vision.training import Trainer, sgd
 
@@ -168,7 +168,7 @@ def make_trainer(
     decay = FrobeniusDecay(model, 1e-4) if factorized and decayed else None
     groups = param_groups(model, weight_decay=1e-4, decay=decay)
     size = BATCH if data.device.type == "cuda" else 8
-    config = RunConfig(batch_size=size, epochs=100, amp=amp, **flags)
+    config = ImageRunConfig(batch_size=size, epochs=100, amp=amp, **flags)
     trainer = Trainer(
         model,
         data,

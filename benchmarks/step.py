@@ -34,7 +34,7 @@ from benchmarks.timing import Call, IsolatedCall, arguments, interleaved, ratio,
 from common import FrobeniusDecay, param_groups
 from common.experiments import distributed
 from common.experiments.runs import Run
-from common.vision.config import RunConfig
+from common.vision.config import ImageRunConfig
 from common.vision.data import Data
 from common.vision.training import Trainer
 
@@ -62,7 +62,7 @@ def ours(network: str, factorized: bool, *, compiled: bool = False, amp: str = "
         model,
         data,
         Run(Path("never written"), {}, 0),  # what a trainer writes, it writes in fit()
-        config=RunConfig(batch_size=BATCH, epochs=1, compile=compiled, amp=amp),
+        config=ImageRunConfig(batch_size=BATCH, epochs=1, compile=compiled, amp=amp),
         processes=processes,
         architecture={},
         optimizer=torch.optim.SGD(groups, lr=0.01, momentum=0.9),

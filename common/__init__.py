@@ -14,10 +14,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .attention import MultiheadAttention as MultiheadAttention
     from .attention import attention_pairs as attention_pairs
+    from .attention import balance_ as balance_
     from .decay import FactorPair as FactorPair
     from .decay import FrobeniusDecay as FrobeniusDecay
     from .decay import param_groups as param_groups
+    from .lamb import Lamb as Lamb
     from .layers import Factorized as Factorized
     from .layers import FactorizedConv1d as FactorizedConv1d
     from .layers import FactorizedConv2d as FactorizedConv2d
@@ -31,10 +34,13 @@ if TYPE_CHECKING:
     from .surgery import rank_scale_for_ratio as rank_scale_for_ratio
 
 _HOME = {
+    "MultiheadAttention": "attention",
     "attention_pairs": "attention",
+    "balance_": "attention",
     "FactorPair": "decay",
     "FrobeniusDecay": "decay",
     "param_groups": "decay",
+    "Lamb": "lamb",
     "Factorized": "layers",
     "FactorizedConv1d": "layers",
     "FactorizedConv2d": "layers",

@@ -1,4 +1,4 @@
-"""Attention: torch's, with input projections that can be factorized, and the two products of its heads as factor pairs."""
+"""Attention: one whose heads may be narrow, torch's with projections that can be factorized, and products of heads as pairs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,96 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import linalg
 from .decay import FactorPair
 from .layers import Factorized
+
+Heads = tuple[Tensor, Tensor]  # keys and values, (batch, heads, length, head_dim) each
+
+
+class MultiheadAttention(nn.Module):
+    """Attention without biases, of ``num_heads`` heads of ``head_dim`` dimensions each, by default ``embed_dim // num_heads``.
+
+    Of each head the two products are matrices of (embed_dim, embed_dim) and rank ``head_dim``: query-key, W_Q^T W_K,
+    which scores a pair of positions, and output-value, W_O W_V, which maps what is attended to. A head
+    narrower than usual is a low-rank factorization of both.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, head_dim: int | None = None, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        if head_dim is None:
+            if embed_dim % num_heads:
+                raise ValueError(f"embed_dim {embed_dim} does not split over {num_heads} heads: give head_dim")
+            head_dim = embed_dim // num_heads
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {head_dim}")
+        self.embed_dim, self.num_heads, self.head_dim, self.dropout = embed_dim, num_heads, head_dim, dropout
+        inner = num_heads * head_dim
+        self.query = nn.Linear(embed_dim, inner, bias=False)
+        self.key = nn.Linear(embed_dim, inner, bias=False)
+        self.value = nn.Linear(embed_dim, inner, bias=False)
+        self.output = nn.Linear(inner, embed_dim, bias=False)
+
+    def split(self, hidden: Tensor) -> Tensor:
+        """(batch, length, heads * head_dim) -> (batch, heads, length, head_dim)."""
+        return hidden.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def project(self, memory: Tensor) -> Heads:
+        """Keys and values of what is attended to, (batch, source length, embed_dim)."""
+        return self.split(self.key(memory)), self.split(self.value(memory))
+
+    def forward(
+        self, input: Tensor, memory: Heads | None = None, mask: Tensor | None = None, *, causal: bool = False
+    ) -> Tensor:
+        """Attend from ``input`` (batch, length, embed_dim) to projected ``memory``, or to itself where there is none.
+
+        Of ``input`` alone, queries, keys and values are one matrix product with their joined weights, which is faster.
+
+        ``mask`` is broadcast to (batch, heads, length, source length): boolean, True where attention is allowed, or numbers
+        that are added to the scores. ``causal`` allows each position itself and those before it.
+        """
+        if memory is None:
+            joined = torch.cat([_weight(self.query), _weight(self.key), _weight(self.value)])
+            query, keys, values = map(self.split, F.linear(input, joined).chunk(3, -1))
+        else:
+            query, (keys, values) = self.split(self.query(input)), memory
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        return self.output(attended.transpose(1, 2).flatten(2))
+
+    def _by_head(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (self.num_heads, self.head_dim, self.embed_dim)
+        return left.view(shape).mT, right.view(shape)
+
+    def _by_head_out(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        columns = left.view(self.embed_dim, self.num_heads, self.head_dim)
+        return columns.transpose(0, 1), right.view(self.num_heads, self.head_dim, self.embed_dim)
+
+    def query_key(self, name: str) -> FactorPair:
+        """The products W_Q^T W_K of all heads: factors (heads, embed_dim, head_dim) and (heads, head_dim, embed_dim).
+
+        ``name`` is that of the attention; raises ValueError where one of the projections is factorized.
+        """
+        query, key = _parameter(name, self.query), _parameter(name, self.key)
+        return FactorPair(f"{name}.query_key", query, key, self._by_head)
+
+    def output_value(self, name: str) -> FactorPair:
+        """The products W_O W_V of all heads, as :meth:`query_key` gives its own."""
+        output, value = _parameter(name, self.output), _parameter(name, self.value)
+        return FactorPair(f"{name}.output_value", output, value, self._by_head_out)
+
+
+@torch.no_grad()
+def balance_(pair: FactorPair) -> None:
+    """Spectral initialization of a factor pair, in place: the same product, from balanced factors.
+
+    The product has the rank of the factors already, so that its truncated SVD truncates nothing.
+    """
+    for factor, value in zip(pair.factors(), linalg.balance(*pair.factors()), strict=True):
+        factor.copy_(value)
 
 
 class UnpackedMultiheadAttention(nn.MultiheadAttention):
@@ -119,7 +205,7 @@ class _Projection:
 
 
 @dataclass(frozen=True)
-class _Heads:
+class _Attention:
     """The projections of one attention.
 
     inputs:         of query, key and value.
@@ -144,9 +230,9 @@ def attention_pairs(
     """The products of the heads of every attention of a model, for :class:`FrobeniusDecay`, which then decays them.
 
     Of each head, query-key is W_Q^T W_K, (inputs, inputs), which scores a pair of positions, and output-value is W_O W_V,
-    (outputs, inputs), which maps what is attended to. Attentions are torch's MultiheadAttention, those of BERT, GPT-2, ViT
-    and Llama of transformers, and timm's Attention. Where heads of keys and values serve several of queries, there is a pair
-    for each of these. Every attention that is decayed so must be left out of :func:`factorize_`.
+    (outputs, inputs), which maps what is attended to. Attentions are torch's MultiheadAttention and the one here, those of
+    BERT, GPT-2, ViT and Llama of transformers, and timm's Attention. Where heads of keys and values serve several of
+    queries, there is a pair for each of these. Every attention that is decayed so must be left out of :func:`factorize_`.
 
     Raises ValueError, naming the attention, where there is none, where a product is not what acts (between query and key
     stand rotary positions or normalizations, or, without ``ignore_biases``, both or one have biases, which add terms to the
@@ -174,7 +260,7 @@ def attention_pairs(
                 raise ValueError(f"W_O W_V is not what acts in attention {name!r}: {reason}")
             pairs += _pairs(f"{name}.output_value", heads, heads.output, value, _output_heads)
     if not pairs:
-        known = "torch's MultiheadAttention, BERT, GPT-2, ViT and Llama of transformers, timm's Attention"
+        known = "MultiheadAttention of torch and of this library, BERT, GPT-2, ViT and Llama of transformers, timm's Attention"
         raise ValueError(f"no attention was found in {type(model).__name__}, or no product was asked for: known are {known}")
     return pairs
 
@@ -190,7 +276,7 @@ def _output_heads(matrix: Tensor, heads: int) -> Tensor:
 
 
 def _pairs(
-    name: str, heads: _Heads, left: _Projection, right: _Projection, by_head: Callable[[Tensor, int], Tensor]
+    name: str, heads: _Attention, left: _Projection, right: _Projection, by_head: Callable[[Tensor, int], Tensor]
 ) -> list[FactorPair]:
     """The product of ``left``, taken apart by head, and ``right``: a pair for each head that shares keys and values."""
     shared = heads.heads // heads.groups
@@ -204,11 +290,13 @@ def _pairs(
     return [pair(index) for index in range(shared)]
 
 
-def _read(name: str, module: Any, model: nn.Module) -> _Heads | None:
+def _read(name: str, module: Any, model: nn.Module) -> _Attention | None:
     """The projections of a module that is an attention of a known kind, else None."""
     names = {kind.__name__ for kind in type(module).__mro__}
     if isinstance(module, nn.MultiheadAttention):
         return _read_torch(name, module)
+    if isinstance(module, MultiheadAttention):
+        return _read_separate(name, module, ("query", "key", "value"), module.output)
     if names & {"BertSelfAttention", "BertCrossAttention", "ViTSelfAttention"}:
         parent: Any = model.get_submodule(name.rpartition(".")[0])
         return _read_separate(name, module, ("query", "key", "value"), parent.output.dense)
@@ -241,7 +329,7 @@ def _columns(part: int, of: int) -> View:
     return lambda weight: weight.unflatten(1, (of, -1))[:, part].mT
 
 
-def _read_torch(name: str, module: nn.MultiheadAttention) -> _Heads:
+def _read_torch(name: str, module: nn.MultiheadAttention) -> _Attention:
     if isinstance(module, UnpackedMultiheadAttention):
         inputs = [_Projection(_parameter(name, layer), _rows(0, 1)) for layer in (module.q_proj, module.k_proj, module.v_proj)]
     elif module._qkv_same_embed_dim:
@@ -252,21 +340,21 @@ def _read_torch(name: str, module: nn.MultiheadAttention) -> _Heads:
         inputs = [_Projection(weight, _rows(0, 1)) for weight in weights]
     output = _Projection(_parameter(name, module.out_proj), _rows(0, 1))
     heads = module.num_heads
-    return _Heads(inputs, output, heads, heads, module.in_proj_bias is not None)
+    return _Attention(inputs, output, heads, heads, module.in_proj_bias is not None)
 
 
 def _read_separate(
     name: str, module: Any, parts: tuple[str, str, str], output: nn.Module, between: str | None = None
-) -> _Heads:
+) -> _Attention:
     layers = [getattr(module, part) for part in parts]
     inputs = [_Projection(_parameter(name, layer), _rows(0, 1)) for layer in layers]
     size = getattr(module, "head_dim", None) or module.attention_head_size
     heads, groups = (len(projection.parameter) // size for projection in inputs[:2])
     biased = any(layer.bias is not None for layer in layers[:2])
-    return _Heads(inputs, _Projection(_parameter(name, output), _rows(0, 1)), heads, groups, biased, between)
+    return _Attention(inputs, _Projection(_parameter(name, output), _rows(0, 1)), heads, groups, biased, between)
 
 
-def _read_gpt2(name: str, module: Any) -> _Heads:
+def _read_gpt2(name: str, module: Any) -> _Attention:
     packed = _parameter(name, module.c_attn)
     if module.is_cross_attention:
         inputs = [_Projection(_parameter(name, module.q_attn), _columns(0, 1))]
@@ -274,10 +362,10 @@ def _read_gpt2(name: str, module: Any) -> _Heads:
     else:
         inputs = [_Projection(packed, _columns(part, 3)) for part in range(3)]
     output = _Projection(_parameter(name, module.c_proj), _columns(0, 1))
-    return _Heads(inputs, output, module.num_heads, module.num_heads, biased=True)
+    return _Attention(inputs, output, module.num_heads, module.num_heads, biased=True)
 
 
-def _read_timm(name: str, module: Any, between: str | None) -> _Heads | None:
+def _read_timm(name: str, module: Any, between: str | None) -> _Attention | None:
     if getattr(module, "qkv", None) is None or not hasattr(module, "proj"):
         return None
     inputs = [_Projection(_parameter(name, module.qkv), _rows(part, 3)) for part in range(3)]
@@ -288,4 +376,4 @@ def _read_timm(name: str, module: Any, between: str | None) -> _Heads | None:
         between_value = "a normalization"
     biased = module.qkv.bias is not None or getattr(module, "q_bias", None) is not None
     output = _Projection(_parameter(name, module.proj), _rows(0, 1))
-    return _Heads(inputs, output, module.num_heads, module.num_heads, biased, between, between_value)
+    return _Attention(inputs, output, module.num_heads, module.num_heads, biased, between, between_value)

@@ -46,7 +46,7 @@ class _Separate(torch.autograd.Function):
             torch.add(stacked, weights, alpha=group.coef, out=total)
         else:
             torch.addcmul(stacked, weights, ctx.scale, value=group.coef, out=total)
-        group.decayed = group.decay is not None
+        group.decayed = group.decays
         return total, None, None, None
 
 
@@ -65,13 +65,14 @@ class _Group:
 
     decay:    the Frobenius decay that joins the gradients of their weights, if any.
     coef:     its coefficient when the weights were composed.
+    decays:   whether the decay joins the gradients of the weights composed last.
     decayed:  whether the decay has joined the gradients, since :meth:`Composition.decay_rest`.
     """
 
     def __init__(self, layers: list[Factorized], decay: FrobeniusDecay | None) -> None:
-        self.layers, self.decay, self.coef, self.decayed = layers, decay, 0.0, False
+        self.layers, self.decay, self.coef, self.decays, self.decayed = layers, decay, 0.0, False, False
 
-    def compose(self, dtype: torch.dtype | None, scale: Tensor | None) -> None:
+    def compose(self, dtype: torch.dtype | None, scale: Tensor | None, decays: bool) -> None:
         """Give each layer its weight, in ``dtype`` (None: that of its factors)."""
         columns = list(zip(*(layer.factors() for layer in self.layers), strict=True))
         own = columns[0][0].dtype
@@ -80,7 +81,8 @@ class _Group:
         with torch.autocast(columns[0][0].device.type, enabled=False):
             stacked = [torch.stack(linalg.at_least_float32(column)) for column in columns]
             weights = self.layers[0].compose(stacked)
-        self.coef = self.decay.coef if self.decay is not None else 0.0
+        self.decays = decays and self.decay is not None
+        self.coef = self.decay.coef if self.decays and self.decay is not None else 0.0
         for layer, weight in zip(self.layers, _Separate.apply(weights, dtype, self, scale), strict=True):
             layer._composed = weight
 
@@ -115,12 +117,14 @@ class Composition:
         self._groups = [_Group(layers, decay if covered else None) for (covered, *_), layers in alike.items()]
 
     @contextmanager
-    def active(self, dtype: torch.dtype | None = None, scale: Tensor | None = None) -> Generator[None]:
+    def active(self, dtype: torch.dtype | None = None, scale: Tensor | None = None, *, decays: bool = True) -> Generator[None]:
         """Compose the weights now, and have forward passes use them until the end of the block: forward and backward.
 
         dtype:  of the weights, where autocast computes in one (None: that of the factors). In half precision on a GPU, float32
                 products run in TF32 within the block: its mantissa of 10 bits is at least as precise as the weights.
         scale:  what the loss is multiplied by (a scalar on the device), for the decay to be multiplied alike.
+        decays: whether the decay joins the gradients. Where the gradients of several backward passes are summed before the
+                optimizer's step, it joins those of one of them.
 
         Raises RuntimeError where gradients have been decayed and :meth:`decay_rest` has not been called since.
         """
@@ -132,7 +136,7 @@ class Composition:
         try:
             with _tf32() if on_gpu and dtype in (torch.float16, torch.bfloat16) else nullcontext():
                 for group in self._groups:
-                    group.compose(dtype, scale)
+                    group.compose(dtype, scale, decays)
                 yield
         finally:
             for group in self._groups:

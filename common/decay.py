@@ -96,7 +96,8 @@ class FrobeniusDecay:
 
     With ``decoupled`` the gradient is not added to ``.grad`` but applied to the weights, times the learning rate given to
     :meth:`step`, as AdamW does with weight decay. Where the gradient of a Parameter of the model is not finite, nothing is
-    applied: that is when a GradScaler skips the optimizer's step.
+    applied: that is when a GradScaler skips the optimizer's step. An optimizer that takes the decay into its own update
+    calls :meth:`add_to` instead, as :class:`Lamb` does.
 
     Make it when the model has its final Parameters: after ``load_state_dict(..., assign=True)``, ``to_empty`` and
     ``fully_shard``, and before the optimizer. A step raises RuntimeError once a covered layer or Parameter has been
@@ -130,13 +131,23 @@ class FrobeniusDecay:
         return self.coef / 2 * torch.stack([product.squared_norm() for product in products]).sum()
 
     @torch.no_grad()
-    def step(self, lr: float | None = None) -> None:
-        """Add the decay to the gradients or, decoupled, subtract lr times the decay from the weights."""
+    def step(self, lr: float | Tensor | None = None) -> None:
+        """Add the decay to the gradients or, decoupled, subtract lr (a number or 0-d tensor) times it from the weights."""
         if self.decoupled == (lr is None):
             raise ValueError(
                 "decoupled decay needs step(lr)" if self.decoupled else "lr is for decoupled decay, which this is not"
             )
         self._step(self._layers, lr)
+
+    @torch.no_grad()
+    def add_to(self, updates: Mapping[nn.Parameter, Tensor]) -> None:
+        """Add the decay to updates that an optimizer has computed, each of its Parameter's shape, instead of to gradients.
+
+        A covered Parameter that has no update gets none. Raises ValueError for decoupled decay.
+        """
+        if self.decoupled:
+            raise ValueError("decoupled decay is applied to the weights by step(lr), and not added to updates")
+        self._step(self._layers, None, updates)
 
     @torch.no_grad()
     def step_without(self, layers: Iterable[Factorized]) -> None:
@@ -163,7 +174,12 @@ class FrobeniusDecay:
         """Whether the layer is one of those that decay."""
         return any(layer is covered for covered in self._layers)
 
-    def _step(self, layers: Sequence[Factorized], lr: float | None) -> None:
+    def _step(
+        self,
+        layers: Sequence[Factorized],
+        lr: float | Tensor | None,
+        given: Mapping[nn.Parameter, Tensor] | None = None,
+    ) -> None:
         self.check()
         if self.coef == 0 or not (layers or self.pairs):
             return
@@ -172,7 +188,8 @@ class FrobeniusDecay:
         updates = _Updates(self.coef if lr is None else -lr * self.coef, in_place=in_place)
         with torch.autocast(device_type, enabled=False):
             for product in self._products(layers, alone=in_place):
-                for target, gradient in zip(product.map_factors(self._target), product.frobenius_grad_products(), strict=True):
+                targets = product.map_factors(lambda parameter: self._target(parameter, given))
+                for target, gradient in zip(targets, product.frobenius_grad_products(), strict=True):
                     updates.add(target, gradient)  # of W = U V^T: coef U V^T V to the gradient of U, coef V U^T U to that of V
         updates.apply(self._finite() if self.decoupled else None)
 
@@ -193,10 +210,15 @@ class FrobeniusDecay:
         yield from others
         yield from self.pairs
 
-    def _target(self, parameter: nn.Parameter) -> Tensor:
-        """Where the update of a Parameter goes: its gradient or, decoupled, itself; of a frozen one, a scratch tensor."""
-        if not parameter.requires_grad:
+    def _target(self, parameter: nn.Parameter, given: Mapping[nn.Parameter, Tensor] | None) -> Tensor:
+        """Where the decay of a Parameter goes: to its update if ``given``, to its gradient or, decoupled, to itself.
+
+        Of a frozen one, or one that is not given, to a scratch tensor.
+        """
+        if not parameter.requires_grad or (given is not None and parameter not in given):
             return torch.empty_like(parameter)
+        if given is not None:
+            return given[parameter]
         if self.decoupled:
             return parameter
         if parameter.grad is None:
@@ -223,14 +245,15 @@ class _Updates:
     for :meth:`apply`, which adds it in few launches.
     """
 
-    def __init__(self, scale: float, *, in_place: bool) -> None:
+    def __init__(self, scale: float | Tensor, *, in_place: bool) -> None:
         self.scale, self.in_place = scale, in_place
         self.targets: list[Tensor] = []
         self.updates: list[Tensor] = []
 
     def add(self, target: Tensor | tuple[Tensor, ...], gradient: tuple[Tensor, ...]) -> None:
         """Add a gradient to a target of its shape, or a batch of gradients to a tuple of targets."""
-        if self.in_place and isinstance(target, Tensor) and target.ndim == len(gradient) == 2:
+        alone = self.in_place and isinstance(target, Tensor) and target.ndim == len(gradient) == 2
+        if alone and not isinstance(self.scale, Tensor):
             target.addmm_(*gradient, alpha=self.scale)
             return
         scaled = linalg.compose(gradient) * self.scale  # before it is cast: half precision would overflow

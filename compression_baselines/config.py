@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from common.experiments.config import REQUIRED, flag, natural, non_negative, override, positive_int
-from common.vision.config import DataConfig, LowRankTrainingConfig, RunConfig, TrainingConfig
+from common.experiments.run_config import TrainingConfig
+from common.vision.config import DataConfig, ImageRunConfig, LowRankTrainingConfig
 
 VGG_DEPTHS = (11, 13, 16, 19)
 PRUNERS = ("c-obd", "c-obs", "kron-obd", "kron-obs", "eigendamage", "eigendamage-separable")
@@ -36,7 +37,7 @@ def _share(text: str) -> float:
 
 
 @dataclass(kw_only=True)
-class CompressionConfig(RunConfig):
+class CompressionConfig(ImageRunConfig):
     """What the three programs share: the network, and its recipe."""
 
     program: ClassVar[str] = "compression_baselines"
@@ -117,7 +118,7 @@ class PruningConfig(CompressionConfig):
     description: ClassVar[str] = "Prune the channels of a trained network, then fine-tune it."
     group: ClassVar[str | None] = "pruning"
 
-    epochs: int = override(TrainingConfig, "epochs", 150)
+    epochs: int = override(ImageRunConfig, "epochs", 150)
     lr: float = override(TrainingConfig, "lr", 1e-3)  # as EigenDamage fine-tunes
     method: str = flag(REQUIRED, choices=PRUNERS, help="what is pruned, and by which score")
     pretrained: Path | None = flag(

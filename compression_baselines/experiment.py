@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common.vision.data import CIFAR10, CIFAR100
-from common.vision.experiment import Experiment
+from common.vision.experiment import ImageExperiment
 from compression_baselines import measure, structure
 from compression_baselines.config import CompressionConfig, FreshNetworkConfig
 
@@ -19,7 +19,7 @@ _TINY_IMAGENET = ((0.48024579, 0.44807218, 0.39754775), (0.27698641, 0.26906449,
 NORMALIZATIONS = {"cifar100": CIFAR100, "tiny_imagenet": _TINY_IMAGENET}  # digits and image folders: as CIFAR-10
 
 
-class CompressionExperiment(Experiment[C]):
+class CompressionExperiment(ImageExperiment[C]):
     """A run on ResNet or VGG."""
 
     def make_architecture(self) -> dict[str, Any]:

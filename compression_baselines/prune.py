@@ -40,7 +40,7 @@ TUNING_SEED = 1 << 32  # is added to --seed: the dense run with it, most likely,
 
 
 class PruningExperiment(CompressionExperiment[PruningConfig]):
-    """One run: the steps that :class:`common.vision.experiment.Experiment` leaves to a program."""
+    """One run: the steps that :class:`common.vision.experiment.ImageExperiment` leaves to a program."""
 
     config_class = PruningConfig
 

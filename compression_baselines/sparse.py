@@ -36,7 +36,7 @@ from compression_baselines.masks.base import Masks, Settings, weights_of
 
 
 class SparseExperiment(CompressionExperiment[SparseConfig]):
-    """One run: the steps that :class:`common.vision.experiment.Experiment` leaves to a program."""
+    """One run: the steps that :class:`common.vision.experiment.ImageExperiment` leaves to a program."""
 
     config_class = SparseConfig
 

@@ -32,7 +32,7 @@ from compression_baselines.models import is_factorized
 
 
 class BudgetExperiment(CompressionExperiment[LowRankBudgetConfig], LowRankExperiment[LowRankBudgetConfig]):
-    """One run: the steps that :class:`common.vision.experiment.Experiment` leaves to a program."""
+    """One run: the steps that :class:`common.vision.experiment.ImageExperiment` leaves to a program."""
 
     config_class = LowRankBudgetConfig
 

@@ -33,7 +33,7 @@ NORMS = "frobnorms.tensor"  # written by --dump-frobnorms
 
 
 class ResNetExperiment(LowRankExperiment[ResNetConfig]):
-    """One run: the steps that :class:`common.vision.experiment.Experiment` leaves to a program."""
+    """One run: the steps that :class:`common.vision.experiment.ImageExperiment` leaves to a program."""
 
     config_class = ResNetConfig
 

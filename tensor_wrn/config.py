@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from common.experiments.config import REQUIRED, derived, flag, natural, non_negative, override
-from common.vision.config import DataConfig, FactorizationConfig, RunConfig, TrainingConfig
+from common.experiments.run_config import RunConfig, TrainingConfig
+from common.vision.config import DataConfig, FactorizationConfig
 from tensor_wrn.shapes import RULES, alike
 
 DATASETS = ("cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder")

@@ -27,15 +27,15 @@ from common import FactorizationReport, FrobeniusDecay, param_groups
 from common.experiments import checkpoints
 from common.norms import norm_metrics
 from common.vision.data import CIFAR10, CIFAR100, Batch
-from common.vision.experiment import Experiment, rebuild
+from common.vision.experiment import ImageExperiment, rebuild
 from common.vision.training import Trainer, sgd
 from tensor_wrn.distillation import distillation_loss
 from tensor_wrn.factorize import factorized_layers, make_model
 from tensor_wrn.models import BasicBlock, build
 
 
-class WideResNetExperiment(Experiment[WideResNetConfig]):
-    """One run: the steps that :class:`common.vision.experiment.Experiment` leaves to a program."""
+class WideResNetExperiment(ImageExperiment[WideResNetConfig]):
+    """One run: the steps that :class:`common.vision.experiment.ImageExperiment` leaves to a program."""
 
     config_class = WideResNetConfig
 

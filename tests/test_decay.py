@@ -72,6 +72,23 @@ def test_step_adds_the_gradient_of_the_penalty():
     torch.testing.assert_close(decay.penalty(), penalty)
 
 
+def test_decay_may_be_added_to_given_updates():
+    """Those of Parameters that are frozen or not given stay as they are, and so do all gradients."""
+    model = make_model()
+    model[0].u.requires_grad_(False)
+    penalty = 0.3 * dense_penalty(model)
+    given = {parameter: torch.randn_like(parameter) for parameter in model.parameters() if parameter is not model[1].vt}
+    before = {parameter: update.clone() for parameter, update in given.items()}
+    trained = [parameter for parameter in given if parameter.requires_grad]
+    expected = dict(zip(trained, torch.autograd.grad(penalty, trained, allow_unused=True), strict=True))
+    FrobeniusDecay(model, 0.3).add_to(given)
+    for parameter, update in given.items():
+        new = expected.get(parameter)
+        torch.testing.assert_close(update, before[parameter] if new is None else before[parameter] + new)
+        assert parameter.grad is None
+    assert model[1].vt.grad is None
+
+
 def test_missing_gradients_are_made_and_frozen_factors_left_alone():
     model = nn.Sequential(FactorizedLinear(4, 4, 2), FactorizedLinear(4, 4, 2))
     model[1].u.requires_grad_(False)
@@ -144,10 +161,11 @@ def test_half_precision_accumulates_in_float32():
     torch.testing.assert_close(layer.u.grad.double(), 1e-4 * u @ vt @ vt.T, rtol=1e-3, atol=0)
 
 
-def test_decoupled_decay_changes_weights_and_not_gradients():
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01, dtype=torch.float64)])
+def test_decoupled_decay_changes_weights_and_not_gradients(lr):
     model, reference = make_model(), make_model()
     decay = FrobeniusDecay(model, 0.3, decoupled=True)
-    decay.step(lr=0.01)
+    decay.step(lr)
     gradients = torch.autograd.grad(dense_penalty(reference), list(reference.parameters()), allow_unused=True)
     for new, old, gradient in zip(model.parameters(), reference.parameters(), gradients, strict=True):
         assert new.grad is None

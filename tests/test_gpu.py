@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from common.experiments import training as loop
 from common.vision import training
 from compression_baselines import sparse
 
@@ -85,8 +86,8 @@ def test_measured_contractions_are_kept_and_reused(data, monkeypatch):
 
 def test_masked_networks_are_recorded(tmp_path, monkeypatch):
     graphs = []
-    made = training.StepGraph
-    monkeypatch.setattr(training, "StepGraph", lambda *args, **options: graphs.append(made(*args, **options)) or graphs[-1])
+    made = loop.StepGraph
+    monkeypatch.setattr(loop, "StepGraph", lambda *args, **options: graphs.append(made(*args, **options)) or graphs[-1])
     flags = "--network resnet --depth 8 --data digits --image-size 8 --epochs 2 --method set --target-ratio 0.1 --device cuda"
     sparse.main([*flags.split(), "--save-dir", str(tmp_path / "run")])
     assert [graph.recordings for graph in graphs] == [1]

@@ -16,14 +16,14 @@ import torch.utils._pytree as pytree
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import FrobeniusDecay, LowRankConfig, factorize_, param_groups
+from common import FactorizedLinear, FrobeniusDecay, Lamb, LowRankConfig, factorize_, param_groups
 from common.experiments import checkpoints
 from common.experiments.distributed import Processes
+from common.experiments.graph import NotRecorded, StepGraph
 from common.experiments.runs import Run
 from common.norms import NormRecorder
-from common.vision.config import RunConfig
+from common.vision.config import ImageRunConfig
 from common.vision.data import Data
-from common.vision.graph import NotRecorded, StepGraph
 from common.vision.training import Trainer
 from compression_baselines.masks.base import Masks, Settings
 from compression_baselines.masks.rigl import Rigl
@@ -69,7 +69,7 @@ def make_trainer(model, *, record=None, data=None, device=CPU, lr_tensor=None, h
         model,
         data or Data(images(), images(20), 10),
         Run(Path(run), {"program": "none"}, 0),
-        config=RunConfig(batch_size=20, **{"epochs": 8} | flags),
+        config=ImageRunConfig(batch_size=20, **{"epochs": 8} | flags),
         processes=Processes(device),
         architecture={},
         optimizer=optimizer,
@@ -322,6 +322,21 @@ def test_nothing_in_a_step_waits_for_the_device_or_copies_from_the_host(network,
         trainer.next_step()
         trainer.next_step()
     assert strict.count > 300
+
+
+def test_a_step_of_lamb_with_decay_neither_waits_nor_copies(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    meta = torch.device("meta")
+    model = nn.Sequential(*(FactorizedLinear(8, 8, 2) for _ in range(2)), nn.LayerNorm(8)).to(meta)
+    decay = FrobeniusDecay(model, 0.1)
+    groups = param_groups(model, weight_decay=0.01, decay=decay) + [{"params": [nn.Parameter(torch.ones(3, device=meta))]}]
+    optimizer = Lamb([*groups[:2], {**groups[2], "adapt": False}], torch.empty((), device=meta), decay=decay)
+    for parameter in (p for group in groups for p in group["params"]):
+        parameter.grad = torch.empty_like(parameter)
+    with Strict(meta) as strict:
+        optimizer.step()
+        optimizer.step()
+    assert strict.count > 50
 
 
 def waits(trainer):

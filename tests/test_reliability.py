@@ -17,11 +17,10 @@ import torch
 from torch import nn
 
 from common import FactorizedLinear, linalg
-from common.experiments import checkpoints
+from common.experiments import checkpoints, training
 from common.experiments.distributed import Processes
 from common.experiments.files import ROOT, read_json
 from common.experiments.runs import Run
-from common.vision import training
 from common.vision.data import load
 from common.vision.training import Trainer
 from resnet_cifar.config import ResNetConfig

@@ -12,11 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from common import FactorizedEmbedding, FactorizedLinear
+from common import FactorizedEmbedding, FactorizedLinear, MultiheadAttention, balance_
 from common.budget import count_parameters
 from common.linalg import balance, compose, spectral_init
 from transformer_iwslt import corpora, prepare
-from transformer_iwslt.attention import MultiheadAttention, balance_
 from transformer_iwslt.beam import search
 from transformer_iwslt.model import (
     EOS,

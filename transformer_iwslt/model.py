@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import FactorizationReport, FactorPair, FrobeniusDecay, LowRankConfig, factorize_
+from common import FactorizationReport, FactorPair, FrobeniusDecay, LowRankConfig, MultiheadAttention, balance_, factorize_
+from common.attention import Heads
 from common.budget import count_parameters
-from transformer_iwslt.attention import Heads, MultiheadAttention, balance_
 
 INITS = ("regular", "spectral", "norm-matched")
 PAD, EOS = 1, 2  # indices of a fairseq dictionary: <s>, <pad>, </s>, <unk>, then words

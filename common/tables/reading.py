@@ -62,7 +62,7 @@ class Results:
         for run, found in self.runs:
             if not wanted.isdisjoint(found):
                 first = first or run
-                if any(first.inputs.get(split) != run.inputs.get(split) for split in ("train", "test", "val", "data")):
+                if any(first.inputs.get(split) != run.inputs.get(split) for split in ("train", "valid", "test", "val", "data")):
                     raise ValueError(
                         f"table {table.id} has runs on different data: {first.path} and {run.path}; move one of them away"
                     )

@@ -1,4 +1,4 @@
-"""Configurations of the image programs: data, training, run and factorization. Loads without torch."""
+"""Configurations of the image programs: data, run and factorization. Loads without torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from ..experiments.config import Config, a_path, flag, natural, non_negative, positive_int
+from ..experiments.config import Config, flag, non_negative, positive_int
 from ..experiments.files import ROOT
+from ..experiments.run_config import RunConfig
 
 DATASETS: dict[str, tuple[int | None, int | None]] = {  # name: (classes, image size in pixels); None: as on disk
     "digits": (10, 8),
@@ -64,87 +65,18 @@ class DataConfig(Config):
 
 
 @dataclass(kw_only=True)
-class TrainingConfig(DataConfig):
-    """The training loop."""
+class ImageRunConfig(RunConfig, DataConfig):
+    """A run of an image program."""
 
     group: ClassVar[str | None] = "training"
 
     epochs: int = flag(200, "--epochs", "--epoch", type=positive_int, metavar="N", help="passes over the training images")
-    max_steps: int | None = flag(None, type=positive_int, metavar="N", help="stop after N optimizer steps in all")
-    batch_size: int = flag(128, "-b", "--batch-size", type=positive_int, metavar="N", help="over all processes together")
-    lr: float = flag(0.1, "--lr", "--learning-rate", type=non_negative, help="initial learning rate")
     momentum: float = flag(0.9, type=non_negative, help="of SGD, in [0, 1)")
-    weight_decay: float = flag(1e-4, "--weight-decay", "--wd", type=non_negative, help="also the strength of --wd2fd")
-    amp: str = flag("off", choices=("off", "bf16", "fp16"), help="mixed precision")
-    half: bool = flag(False, changes_result=False, help="the same as --amp fp16")
-    compile: bool = flag(False, help="compile the network with torch.compile")
-    seed: int = flag(0, type=natural, changes_result=False, help="of initialization, order and augmentation")
 
     def resolve(self) -> None:
         super().resolve()
-        if self.half:
-            if self.amp == "bf16":
-                raise ValueError("--half is fp16: it and --amp bf16 exclude each other")
-            self.amp, self.half = "fp16", False
         if not 0 <= self.momentum < 1:
             raise ValueError(f"--momentum must be in [0, 1), got {self.momentum}")
-
-
-def _checkpoint(text: str) -> str:
-    return text if text == "auto" else str(a_path(text))
-
-
-@dataclass(kw_only=True)
-class RunConfig(TrainingConfig):
-    """Where and how a run is made; nothing here changes its result."""
-
-    group: ClassVar[str | None] = "run"
-
-    device: str = flag("auto", changes_result=False, help="auto, cpu, cuda, cuda:1, mps, or the number of a GPU")
-    save_dir: Path | None = flag(
-        None,
-        "--save-dir",
-        "--log-dir",
-        type=Path,
-        changes_result=False,
-        help="directory of the run (default: results/<program>/<row or run>/<configuration>)",
-    )
-    save_every: int = flag(1, type=positive_int, metavar="N", changes_result=False, help="epochs between checkpoints")
-    resume: str | None = flag(
-        None,
-        type=_checkpoint,
-        metavar="PATH",
-        changes_result=False,
-        help="resume from a checkpoint, of a folder the newest good one; 'auto': the newest good one of the save-dir, if any",
-    )
-    evaluate: bool = flag(
-        False, "-e", "--evaluate", changes_result=False, help="only evaluate the checkpoint that --resume names"
-    )
-    dry_run: bool = flag(False, changes_result=False, help="build the model, print it as JSON and stop; needs no data")
-    eager: bool = flag(
-        False,
-        changes_result=False,
-        help="on a GPU, launch the kernels of a training step one by one, instead of recording them once as a CUDA graph",
-    )
-    tensorboard: bool = flag(False, changes_result=False, help="also write TensorBoard events to the save-dir")
-    print_freq: int = flag(
-        50,
-        "-p",
-        "--print-freq",
-        type=positive_int,
-        metavar="N",
-        changes_result=False,
-        help="steps between progress updates",
-    )
-    row: str | None = flag(None, changes_result=False, help="name of the table row this run is for")
-    row_config: str | None = flag(
-        None, changes_result=False, help="hash that the row's configuration has; with another the result is of no row"
-    )
-
-    def resolve(self) -> None:
-        super().resolve()
-        if self.evaluate and not self.resume:
-            raise ValueError("--evaluate needs --resume PATH: the checkpoint to evaluate")
         if self.dry_run and self.data == "tiny_imagenet":
             self.num_classes = self.num_classes or 200
         if self.dry_run and self.num_classes is None:
@@ -155,7 +87,7 @@ class RunConfig(TrainingConfig):
 
 
 @dataclass(kw_only=True)
-class FactorizationConfig(RunConfig):
+class FactorizationConfig(ImageRunConfig):
     """Which layers are factorized, and how; ``layers`` says in words which ones a program factorizes."""
 
     group: ClassVar[str | None] = "factorization ({cls.layers})"

@@ -117,9 +117,9 @@ class Data:
             images *= (outside[0][:, :, None] | outside[1][:, None, :])[:, None]
         return Batch(images, self.train_labels[index])
 
-    def feed(self, batch_size: int) -> Feed:
+    def feed(self, seed: int, batch_size: int) -> Feed:
         """Batches from tensors that stay where they are."""
-        return Feed(self, batch_size)
+        return Feed(self, seed, batch_size)
 
     def _outside(self, center: Tensor) -> Tensor:
         """Which pixels (B, size) along one side are outside of each image's cutout."""
@@ -143,16 +143,17 @@ class Feed:
     :meth:`next` gives the batches of :meth:`Data.train_batch`, and can be part of a CUDA graph.
     """
 
-    def __init__(self, data: Data, batch_size: int) -> None:
-        self.data, self.batch_size = data, batch_size
+    def __init__(self, data: Data, seed: int, batch_size: int) -> None:
+        self.data, self.seed, self.batch_size = data, seed, batch_size
         self.order = torch.empty(len(data), dtype=torch.int64, device=data.device)
         self.augmentation = torch.empty(len(data), 5, dtype=torch.int64, device=data.device)
         self.place = torch.zeros((), dtype=torch.int64, device=data.device)  # of the next batch's first sample in the order
         self._within = torch.arange(batch_size, device=data.device)
 
-    def start(self, seed: int, epoch: int, step: int) -> None:
-        """Go to a step of an epoch."""
-        order, augmentation = self.data._plan(seed, epoch)
+    def start(self, step: int) -> None:
+        """Go to a step of the run, and to the order of its epoch."""
+        epoch, step = divmod(step, self.data.steps_per_epoch(self.batch_size))
+        order, augmentation = self.data._plan(self.seed, epoch)
         self.order.copy_(order)
         self.augmentation.copy_(augmentation)
         self.place.fill_(step * self.batch_size)

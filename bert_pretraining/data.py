@@ -1,0 +1,172 @@
+"""Batches of masked sequences, each a function of seed, step and position alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bert_pretraining.text import BOS, MASK, SPECIALS, Corpus
+
+IGNORED = -100  # target of a position that is not scored
+_EVALUATION_TOKENS = 8192  # in a batch
+_SIGN = 2**63
+
+
+@dataclass(frozen=True)
+class Batch:
+    tokens: Tensor  # (B, seq) int64, some of them masked or replaced
+    positions: Tensor  # (B, predictions) int64, in ascending order: those to predict
+    targets: Tensor  # (B * predictions) int64: the original tokens, or IGNORED
+
+    def chunk(self, parts: int) -> list[Batch]:
+        """The batch in parts of equal size."""
+        pieces = (self.tokens.chunk(parts), self.positions.chunk(parts), self.targets.chunk(parts))
+        return [Batch(*each) for each in zip(*pieces, strict=True)]
+
+
+def _signed(value: int) -> int:
+    """A 64-bit number as torch's int64 has it."""
+    return (value + _SIGN) % (2 * _SIGN) - _SIGN
+
+
+def hashed(key: int, counters: Tensor) -> Tensor:
+    """Numbers of 63 random bits, each a function of the key and a counter (int64): splitmix64, the same on every device."""
+    mixed = counters * _signed(0x9E3779B97F4A7C15) + _signed(key)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        mixed = (mixed ^ ((mixed >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
+    return mixed & (_SIGN - 1)
+
+
+def _key(seed: int, *words: int) -> int:
+    """A 64-bit key of a seed and what is drawn."""
+    return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0])
+
+
+class Masks:
+    """Which positions are predicted and what stands there: functions of the seed and of a counter of all positions.
+
+    In every sequence ``predictions`` positions are drawn among those that hold text. Of these, 80 in 100 hold MASK, 10 in 100
+    a random word and 10 in 100 what they held (Devlin et al. 2019). Where a sequence has less text, the rest is not scored.
+    """
+
+    def __init__(self, seed: int, predictions: int, words: int) -> None:
+        self.predictions, self.words = predictions, words
+        self._order, self._kind, self._word = (_key(seed, 1, number) for number in range(3))
+
+    def __call__(self, tokens: Tensor, first: Tensor | int) -> Batch:
+        """Mask sequences (B, seq), of which the first is number ``first`` among all."""
+        sequences, length = tokens.shape
+        counters = torch.arange(sequences * length, device=tokens.device).view(sequences, length) + first * length
+        order = hashed(self._order, counters).masked_fill(tokens < SPECIALS, _SIGN - 1)
+        positions = order.topk(self.predictions, largest=False).indices.sort().values
+        held, counters = tokens.gather(1, positions), counters.gather(1, positions)
+        kind = hashed(self._kind, counters) % 10
+        word = hashed(self._word, counters) % (self.words - SPECIALS) + SPECIALS
+        put = torch.where(kind < 8, MASK, torch.where(kind == 8, word, held))
+        text = held >= SPECIALS
+        masked = tokens.scatter(1, positions, torch.where(text, put, held))
+        return Batch(masked, positions, torch.where(text, held, IGNORED).flatten())
+
+
+class PretrainingData:
+    """Sequences of a prepared corpus: BOS and the next ``seq - 1`` tokens of a split's stream.
+
+    Every pass over the training split has an order of its own; what does not fill a batch is left out of a pass. On a GPU the
+    training stream is kept there, in two bytes a token.
+
+    Raises ValueError where the training split has no whole batch, or another split no whole sequence.
+    """
+
+    def __init__(
+        self, corpus: Corpus, *, seq: int, predictions: int, batch_size: int, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.words, self.seq, self.predictions, self.batch_size, self.seed = corpus.words, seq, predictions, batch_size, seed
+        self.device = torch.device(device)
+        self._streams = {split: self._stream(corpus, split) for split in ("train", "valid", "test")}
+        self._offsets = torch.arange(seq - 1, device=self.device)
+        self.masks = Masks(seed, predictions, corpus.words)
+        self.steps_per_pass = self.sequences("train") // batch_size
+        self._pass: tuple[int, Tensor] | None = None
+        if not self.steps_per_pass:
+            raise ValueError(
+                f"{corpus.folder} has {self.sequences('train')} training sequences of {seq} tokens, fewer than the "
+                f"{batch_size} of a batch: lower --batch-size or --seq, or prepare more text"
+            )
+        for split in ("valid", "test"):
+            if not self.sequences(split):
+                raise ValueError(f"the {split} split of {corpus.folder} has no sequence of {seq} tokens: lower --seq")
+
+    def _stream(self, corpus: Corpus, split: str) -> Tensor:
+        """The tokens of a split, as int16, which torch can index; on a CPU they stay in their file until they are used."""
+        tokens = corpus.tokens(split)
+        stream = torch.from_file(str(tokens.filename), shared=False, size=len(tokens), dtype=torch.int16)
+        return stream.to(self.device)
+
+    def sequences(self, split: str) -> int:
+        """Number of whole sequences in a split."""
+        return len(self._streams[split]) // (self.seq - 1)
+
+    def order(self, number: int) -> Tensor:
+        """Order of the training sequences in a pass, counted from 0."""
+        if self._pass is None or self._pass[0] != number:
+            generator = torch.Generator().manual_seed(_key(self.seed, 0, number) >> 1)
+            self._pass = number, torch.randperm(self.sequences("train"), generator=generator).to(self.device)
+        return self._pass[1]
+
+    def _sequences(self, split: str, index: Tensor) -> Tensor:
+        """The sequences (B, seq) of an index (B)."""
+        tokens = self._streams[split][index[:, None] * (self.seq - 1) + self._offsets].to(torch.int64) & 0xFFFF
+        return torch.cat([tokens.new_full((len(index), 1), BOS), tokens], dim=1)
+
+    def masked(self, index: Tensor, first: Tensor | int) -> Batch:
+        """The training sequences of an index, the first of which is number ``first`` among all that were trained on."""
+        return self.masks(self._sequences("train", index), first)
+
+    def train_batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> Batch:
+        """The batch of a step or, in parallel, the part of it that process ``rank`` trains on."""
+        number, place = divmod(step, self.steps_per_pass)
+        share = self.batch_size // world_size
+        start = place * self.batch_size + rank * share
+        return self.masked(self.order(number)[start : start + share], step * self.batch_size + rank * share)
+
+    def evaluation_batches(self, split: str, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """All sequences of a split in order, under masks that are the same in all runs; in parallel, a part of the batches."""
+        size = max(1, _EVALUATION_TOKENS // self.seq)
+        masks = Masks(0, self.predictions, self.words)
+        index = torch.arange(self.sequences(split), device=self.device)
+        for number, part in enumerate(index.split(size)):
+            if number % world_size == rank:
+                yield masks(self._sequences(split, part), number * size)
+
+
+class Feed:
+    """Batches of one step after another, from tensors that stay where they are; can be part of a CUDA graph.
+
+    :meth:`next` gives the batches of :meth:`PretrainingData.train_batch` within a pass; :meth:`start` must be called at the
+    beginning of each.
+    """
+
+    def __init__(self, data: PretrainingData) -> None:
+        self.data = data
+        self.order = torch.empty(data.sequences("train"), dtype=torch.int64, device=data.device)
+        self.place = torch.zeros((), dtype=torch.int64, device=data.device)  # of the next batch in the order
+        self.first = torch.zeros((), dtype=torch.int64, device=data.device)  # number of its first sequence among all
+        self._within = torch.arange(data.batch_size, device=data.device)
+
+    def start(self, step: int) -> None:
+        """Go to a step of the run, and to the order of its pass."""
+        number, place = divmod(step, self.data.steps_per_pass)
+        self.order.copy_(self.data.order(number))
+        self.place.fill_(place * self.data.batch_size)
+        self.first.fill_(step * self.data.batch_size)
+
+    def next(self) -> Batch:
+        """The next batch."""
+        batch = self.data.masked(self.order[self.place + self._within], self.first)
+        self.place += self.data.batch_size
+        self.first += self.data.batch_size
+        return batch

@@ -1,0 +1,126 @@
+"""The pre-training rows: both schemes in attention, under LAMB, FLAMBe and AdamW, at the size of BERT and at smaller ones.
+
+The paper claims that both schemes help unsupervised pre-training; its code for it was never released, and its recipe is not
+known. The recipe of the base and large rows is the one that NVIDIA published for BERT with LAMB (DeepLearningExamples,
+run_pretraining.sh): two phases, of 7,038 steps of 65,536 sequences of 128 tokens and of 1,563 steps of 32,768 sequences of 512.
+"""
+
+from __future__ import annotations
+
+from common.tables.rows import CurveFigure, Program, Row, Table
+from bert_pretraining.config import PretrainingConfig
+
+DATA = "data-bin/wikitext-103"
+SCORE = "masked loss in nats (lower is better; final: test split, last weights; best: validation split, best epoch)"
+CURVES = (CurveFigure("curves", ("valid_loss", "quekey_norm", "outval_norm")),)
+QUEKEY, OUTVAL = ("--spectral-quekey",), ("--spectral-outval",)
+FLAMBE_QUEKEY, FLAMBE_OUTVAL = ("--wd2fd-quekey",), ("--wd2fd-outval",)
+FROBENIUS = FLAMBE_QUEKEY + FLAMBE_OUTVAL
+MATCHED = ("--quekey-init", "norm-matched", "--outval-init", "norm-matched")
+INITS = {
+    "regular": ((), "regular initialization"),
+    "spectral": (QUEKEY + OUTVAL, "spectral initialization of both products"),
+}
+# Of heads of full width the truncation keeps everything: what is left of spectral initialization is balance.
+FULL_INITS = {**INITS, "spectral": (QUEKEY + OUTVAL, "both products balanced, which is all that spectral initialization does here")}
+NARROW_INITS = {
+    **INITS,
+    "norm-matched": (MATCHED, "regular initialization at the norms of the spectral one"),
+    "narrow": ((*QUEKEY, *OUTVAL, "--spectral-from", "narrow"), "narrow heads drawn regularly and balanced"),
+}
+OPTIMIZERS = {
+    "lamb": ((), "LAMB, weight decay"),
+    "flambe": (FROBENIUS, "FLAMBe: LAMB with Frobenius decay of both products"),
+}
+_ONE_PRODUCT = {
+    "quekey": (QUEKEY + FLAMBE_QUEKEY, "FLAMBe and spectral initialization of query-key products alone"),
+    "outval": (OUTVAL + FLAMBE_OUTVAL, "FLAMBe and spectral initialization of output-value products alone"),
+}
+_ADAMW = {
+    "adamw-full": ((), "full heads, AdamW"),
+    "adamw-0.5": (("--rank-scale", "0.5"), "half-width heads, AdamW"),
+    "adamw-0.5-both": (
+        ("--rank-scale", "0.5", *QUEKEY, *OUTVAL, *FROBENIUS),
+        "half-width heads, AdamW, spectral initialization and decoupled Frobenius decay of both products",
+    ),
+}
+
+
+def methods() -> dict[str, tuple[tuple[str, ...], str]]:
+    """The rows of a size by name: what differs from the recipe for LAMB, and the row in words."""
+    found = {}
+    for optimizer, (decay, decayed) in OPTIMIZERS.items():
+        for init, (flags, words) in FULL_INITS.items():
+            found[f"1-{optimizer}-{init}"] = ((*flags, *decay), f"full heads: {decayed}; {words}")
+        for init, (flags, words) in NARROW_INITS.items():
+            found[f"0.5-{optimizer}-{init}"] = (("--rank-scale", "0.5", *flags, *decay), f"half-width heads: {decayed}; {words}")
+    for product, (flags, words) in _ONE_PRODUCT.items():
+        found[f"0.5-flambe-{product}"] = (("--rank-scale", "0.5", *flags), f"half-width heads: {words}")
+    return found
+
+
+# Batch, learning rate, warm-up, steps, length and predictions of both phases; weight decay, bound on gradients and power.
+_PHASES = (("65536", "6e-3", "0.2843", "7038", "128", "20"), ("32768", "4e-3", "0.128", "1563", "512", "80"))
+_LAMB = ("--weight-decay", "0.01", "--clip-norm", "1", "--lr-power", "0.5", "--dropout", "0.1")
+# AdamW at the batch, rate and warm-up of Izsak et al. 2021, for as many sequences as LAMB.
+_ADAMW_PHASES = (("4096", "1e-3", "0.06", "112608", "128", "20"), ("4096", "1e-3", "0.06", "12504", "512", "80"))
+_ADAMW_RECIPE = ("--optimizer", "adamw", "--beta2", "0.98", "--weight-decay", "0.01", "--clip-norm", "1", "--dropout", "0.1")
+
+
+def _phase(values: tuple[str, ...]) -> tuple[str, ...]:
+    names = ("--batch-size", "--lr", "--warmup", "--steps", "--seq", "--predictions")
+    return tuple(word for pair in zip(names, values, strict=True) for word in pair)
+
+
+def _hours(size: str, phase: tuple[str, ...]) -> float:
+    """GPU-hours at 10^14 operations a second, counting 6 for each token and weight outside of the embeddings."""
+    weights = {"base": 85e6, "large": 302e6}[size]
+    batch, steps, length = int(phase[0]), int(phase[3]), int(phase[4])
+    return 6 * weights * batch * steps * length / 1e14 / 3600
+
+
+def two_phases(size: str) -> Table:
+    """The rows of BERT-base or BERT-large; a row is a second phase, whose first phase runs before it."""
+    rows: list[Row] = []
+    kinds = [(name, *method, _PHASES, _LAMB) for name, method in methods().items()]
+    kinds += [(name, *method, _ADAMW_PHASES, _ADAMW_RECIPE) for name, method in _ADAMW.items()]
+    for name, flags, words, (first, second), recipe in kinds:
+        shared = (DATA, "--model", size, "--amp", "bf16", *recipe, *flags, "--epoch-steps", "250", "--update-freq", "64")
+        before = Row(f"{name}-phase1", f"{words}; sequences of 128", (*shared, *_phase(first)), hours=_hours(size, first))
+        start = ("--init-from", "{after}", "--pretraining", PretrainingConfig.parse(before.flags).config_hash())
+        after = Row(
+            name, f"{words}; then sequences of 512", (*shared, *_phase(second), *start), hours=_hours(size, second), after=before
+        )
+        rows += [before, after]
+    return Table(f"pretraining-{size}", f"Pre-training of BERT-{size}, in two phases", tuple(rows), CURVES, SCORE)
+
+
+def mini() -> Table:
+    """The same at the size of BERT-mini, for one GPU and an hour."""
+    recipe = (DATA, "--model", "mini", "--positions", "alibi", "--seq", "128", "--batch-size", "512", "--steps", "20000")
+    recipe += ("--epoch-steps", "1000", "--amp", "bf16", "--clip-norm", "1")
+    rows = [Row(name, words, (*recipe, "--lr", "1e-2", *flags), hours=1) for name, (flags, words) in methods().items()]
+    adamw = ("--optimizer", "adamw", "--lr", "2e-3", "--beta2", "0.98")
+    rows += [Row(name, words, (*recipe, *adamw, *flags), hours=1) for name, (flags, words) in _ADAMW.items()]
+    return Table("pretraining-mini", "Pre-training of BERT-mini on WikiText-103, one GPU", tuple(rows), CURVES, SCORE)
+
+
+def quickstart() -> Table:
+    recipe = ("data-bin/pretraining-numbers", "--layers", "2", "--embed-dim", "128", "--heads", "4", "--positions", "alibi")
+    recipe += ("--seq", "64", "--batch-size", "32", "--steps", "400", "--epoch-steps", "100", "--lr", "1e-2")
+    rows = [Row("dense", "full heads, LAMB", recipe, seeds=(1,))]
+    for name, flags, words in (
+        ("regular", (), "LAMB, regular initialization"),
+        ("spectral", QUEKEY + OUTVAL, "LAMB, spectral initialization of both products"),
+        ("both", (*QUEKEY, *OUTVAL, *FROBENIUS), "FLAMBe, spectral initialization of both products"),
+    ):
+        rows.append(Row(name, f"half-width heads: {words}", (*recipe, "--rank-scale", "0.5", *flags), seeds=(1,)))
+    title = "Quickstart of pre-training: sentences about numbers, minutes on a laptop; not a result"
+    return Table("quickstart-pretraining", title, tuple(rows), CURVES, SCORE)
+
+
+PROGRAM = Program(
+    PretrainingConfig.program,
+    {"train.py": PretrainingConfig},
+    (two_phases("base"), two_phases("large"), mini(), quickstart()),
+)

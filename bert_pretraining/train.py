@@ -1,0 +1,193 @@
+"""Pre-train an encoder with masked-language modeling: with spectral initialization, Frobenius decay, or neither.
+
+Prints the path of the run's result.json on stdout; all else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
+
+from bert_pretraining.config import PretrainingConfig
+from common.experiments.config import say_interrupted
+
+if __name__ == "__main__":
+    say_interrupted(PretrainingConfig.prog())
+    PretrainingConfig.parse()  # --help and wrong flags are answered before torch, which takes seconds, is loaded
+
+import torch
+from torch import nn
+
+from bert_pretraining.data import PretrainingData
+from bert_pretraining.model import EncoderConfig, MaskedLanguageModel, frobenius_decay, from_checkpoint, products
+from bert_pretraining.text import TOKENIZER, Corpus
+from bert_pretraining.training import PretrainingLoop, evaluate, product_norms
+from common import FactorizationReport, FrobeniusDecay, Lamb, param_groups
+from common.experiments import checkpoints, distributed
+from common.experiments.config import config_hash, identity
+from common.experiments.experiment import Experiment, find_checkpoint
+from common.experiments.files import write_atomic
+from common.experiments.runs import directory_of
+
+
+class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
+    """One run: the steps that :class:`common.experiments.experiment.Experiment` leaves to a program."""
+
+    config_class = PretrainingConfig
+
+    def __init__(self, config: PretrainingConfig) -> None:
+        super().__init__(config)
+        self.corpus = Corpus(config.data)
+        self.start: dict[str, Any] | None = None  # the checkpoint of --init-from
+
+    def architecture(self) -> dict[str, Any]:
+        return self.config.architecture(self.corpus.words)
+
+    def make_model(self) -> tuple[MaskedLanguageModel, FactorizationReport]:
+        """The encoder, its products and layers initialized as the flags say."""
+        model = MaskedLanguageModel(EncoderConfig(**self.architecture()))
+        if self.start is not None:
+            model.load_state_dict(checkpoints.model_state(self.start, self._start_path()))
+        return model, model.report
+
+    def _start_path(self) -> Path:
+        assert self.config.init_from is not None
+        return self.config.init_from
+
+    def read_inputs(self) -> None:
+        """Read the checkpoint of --init-from; raises ValueError where its run, tokenizer or model is another."""
+        path, config = self.config.init_from, self.config
+        if path is None:
+            return
+        self.start = checkpoints.load(path)
+        check_tokenizer(self.start, path, self.corpus)
+        check_pretraining(self.start, path, config.pretraining)
+        held, ours = self.start.get("architecture", {}), self.architecture()
+        drawn = {"dropout", "init_std", "init", "quekey_init", "outval_init", "spectral_from"}  # of no effect on trained weights
+        differing = [f"{key} {held.get(key)!r} there, {ours[key]!r} here" for key in ours if held.get(key) != ours[key]]
+        differing = [each for each in differing if each.partition(" ")[0] not in drawn]
+        if differing:
+            raise ValueError(f"--init-from {path} is of another model: {', '.join(differing)}")
+
+    def load(self) -> None:
+        config = self.config
+        self.data = PretrainingData(
+            self.corpus,
+            seq=config.seq,
+            predictions=config.predictions,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=self.processes.device,
+        )
+        if config.batch_size % (config.update_freq * self.processes.world_size):
+            raise ValueError(
+                f"--batch-size {config.batch_size} does not split into --update-freq {config.update_freq} parts "
+                f"in each of {self.processes.world_size} processes"
+            )
+
+    def make_trainer(self) -> PretrainingLoop:
+        config, device = self.config, self.processes.device
+        model, self.report = self.make_model()
+        model.to(device)
+
+        # What Frobenius decay covers gets no weight decay. LAMB adds it to its update, before the trust ratio; with AdamW it is
+        # decoupled, as its weight decay is.
+        adamw = config.optimizer == "adamw"
+        kinds = (config.wd2fd, config.wd2fd_quekey, config.wd2fd_outval)
+        decay = frobenius_decay(model, config.frobenius_decay, *kinds, decoupled=adamw)
+        pairs = products(model)
+        self.trainer = PretrainingLoop(
+            model,
+            self.data,
+            self.run,
+            tokenizer=self.corpus.digest,
+            config=config,
+            processes=self.processes,
+            architecture=self.architecture(),
+            optimizer=make_optimizer(model, config, decay, device),
+            decay=decay,
+            epoch_metrics=lambda lr: product_norms(pairs),
+        )
+        return self.trainer
+
+    def announce(self) -> None:
+        """Also keep the tokenizer in the run's directory, which later programs need no more than."""
+        if self.processes.main:
+            write_atomic(self.run.path / TOKENIZER, (self.config.data / TOKENIZER).read_bytes())
+        super().announce()
+
+    def train(self) -> dict[str, float]:
+        """Train, and evaluate the last weights on the test split: its masked loss is the final one, that of ``best`` is the lowest
+        validation loss of an epoch."""
+        metrics = self.trainer.fit()
+        tested = evaluate(self.trainer.model, self.data, "test", self.processes)
+        metrics |= {"final": tested["loss"], "final_perplexity": tested["perplexity"], "final_accuracy": tested["accuracy"]}
+        metrics["valid_loss"] = metrics.pop("final_loss")
+        return metrics
+
+    def evaluate_checkpoint(self) -> None:
+        """Print masked loss, perplexity and accuracy of the model that --resume names on both held-out splits, as JSON."""
+        config = self.config
+        path = directory_of(config) if config.resume == "auto" else Path(str(config.resume))
+        state = find_checkpoint(config.resume, path)
+        if state is None:
+            raise ValueError(f"there is no checkpoint in {path}")
+        check_tokenizer(state, path, self.corpus)
+        self.load()
+        model = from_checkpoint(state.get("architecture", {}), checkpoints.model_state(state, path)).to(self.processes.device)
+        measured = {split: evaluate(model, self.data, split, self.processes) for split in ("valid", "test")}
+        if self.processes.main:
+            print(json.dumps(measured))
+        distributed.stop()
+
+
+def make_optimizer(
+    model: nn.Module, config: PretrainingConfig, decay: FrobeniusDecay | None, device: torch.device
+) -> torch.optim.Optimizer:
+    """LAMB or AdamW. Norms have neither weight decay nor a trust ratio; what Frobenius decay covers has no weight decay.
+
+    On a GPU the learning rate is a tensor there, as a recorded step needs it.
+    """
+    groups = param_groups(model, weight_decay=config.weight_decay, decay=decay)
+    rest = groups[0]
+    norms = [parameter for parameter in rest["params"] if parameter.ndim < 2]
+    rest["params"] = [parameter for parameter in rest["params"] if parameter.ndim >= 2]
+    groups.append({"params": norms, "weight_decay": 0.0, "name": "norms", "adapt": False})
+    on_gpu = device.type == "cuda"
+    lr = torch.tensor(config.lr, device=device) if on_gpu else config.lr
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "lamb":
+        return Lamb(groups, lr, betas, config.eps, decay=decay)
+    groups = [{key: value for key, value in group.items() if key != "adapt"} for group in groups]
+    return torch.optim.AdamW(groups, lr, betas, config.eps, fused=True, capturable=on_gpu)
+
+
+def check_tokenizer(state: dict[str, Any], path: Path, corpus: Corpus) -> None:
+    """Raise ValueError where the checkpoint was not trained with the tokenizer of the corpus."""
+    held = state.get("tokenizer")
+    if held != corpus.digest:
+        raise ValueError(
+            f"{path} was trained with the tokenizer {held}, and {corpus.folder} has the tokenizer {corpus.digest}: "
+            "use the folder that it was trained on, or one prepared with its tokenizer"
+        )
+
+
+def check_pretraining(state: dict[str, Any], path: Path, wanted: str | None) -> None:
+    """Raise ValueError where the checkpoint is of another configuration than the one whose hash --pretraining gives."""
+    held = config_hash(identity(PretrainingConfig, state.get("config", {})))
+    if wanted is not None and held != wanted:
+        raise ValueError(f"{path} is of the configuration {held}, and --pretraining asks for {wanted}: give that run, or leave it out")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program."""
+    PretrainingExperiment.main(argv)
+
+
+if __name__ == "__main__":
+    main()
