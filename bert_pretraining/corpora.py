@@ -113,6 +113,11 @@ def find_files(given: Sequence[Path]) -> list[tuple[str, Path]]:
     return sorted(found)
 
 
+def opener(path: Path) -> Callable[[], IO[bytes]]:
+    """What opens the bytes of a text file, unpacked by its suffix."""
+    return partial(_OPENERS[path.suffix.lower()], path, "rb")
+
+
 def read_files(train: Sequence[Path], valid: Sequence[Path], test: Sequence[Path], share: float) -> Splits:
     """The splits that files and folders make up; where none are given to validate or test on, some of ``train`` are held out.
 
@@ -129,7 +134,7 @@ def read_files(train: Sequence[Path], valid: Sequence[Path], test: Sequence[Path
             with open(path, "rb") as file:
                 if file.read(64).startswith(b"version https://git-lfs"):
                     raise ValueError(f"{path} is a pointer of Git LFS and not the text: git lfs pull fetches it")
-            splits[split].append(Document(name, str(path), partial(_OPENERS[path.suffix.lower()], path, "rb")))
+            splits[split].append(Document(name, str(path), opener(path)))
     return hold_out(splits, share)
 
 
@@ -147,8 +152,8 @@ def hold_out(splits: Splits, share: float) -> Splits:
     if len(splits["train"]) <= len(missing):
         flags = " and ".join(f"--{split}" for split in reversed(missing))
         raise ValueError(
-            f"--text has {len(splits['train'])} files, and whole files are held out: give at least {len(missing) + 1}, or name those "
-            f"to hold out with {flags}"
+            f"--text has {len(splits['train'])} files, and whole ones are held out: give at least {len(missing) + 1}, or name "
+            f"those to hold out with {flags}"
         )
     left = sorted(splits["train"], key=drawn)
     moved: Splits = {}

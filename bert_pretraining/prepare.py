@@ -41,8 +41,9 @@ from common.experiments.files import ROOT, digest, read_json, write_atomic, writ
 from common.experiments.runs import clean_errors
 
 PROG = "bert_pretraining/prepare.py"
-LEARNED = 10**8  # characters to learn a tokenizer from, which take half a gigabyte; of more text, lines at even distances
+LEARNED = 2**27  # characters to learn a tokenizer from, which take 600 MB of memory; of more text, lines at even distances
 _BATCH = 1000  # lines encoded at once
+_FOLDERS = {"numbers": "pretraining-numbers", "wikitext-103": "wikitext-103"}  # data-bin/numbers is of the translation
 # Flags that one source of text alone has, with their defaults.
 _OWN: dict[str, dict[str, Any]] = {
     "--text": {"valid": (), "test": ()},
@@ -89,7 +90,7 @@ def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=natural, help="of the sentences of numbers (default: 0)")
     parser.add_argument("--data-dir", type=Path, help="folder of WikiText-103's archive (default: data/wikitext-103)")
     parser.add_argument("--sha256", help="what this archive must have; what it has is printed and kept")
-    parser.add_argument("--dest", type=Path, help="folder to write (default: data-bin/pretraining-<corpus>)")
+    parser.add_argument("--dest", type=Path, help="folder to write (default: data-bin/pretraining-numbers or /wikitext-103)")
     args = parser.parse_args(argv)
     if (args.text is None) == (args.corpus is None):
         parser.error("give either --text or --corpus")
@@ -108,7 +109,7 @@ def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not 60 <= args.lines <= 10**6:
         parser.error(f"--lines must be from 60, which are three documents, to 1000000, got {args.lines}")
     args.words = args.words or (512 if args.corpus == "numbers" else 8192)
-    args.dest = args.dest or ROOT / "data-bin" / f"pretraining-{args.corpus}"
+    args.dest = args.dest or ROOT / "data-bin" / _FOLDERS[args.corpus]
     return args
 
 
@@ -158,8 +159,8 @@ def write_tokens(path: Path, documents: Sequence[Document], tokenizer: Any, char
         for document in documents:
             lines = document.lines()
             while batch := list(itertools.islice(lines, _BATCH)):
-                tokens = np.concatenate(tokenizer.encode(batch, return_type="numpy"))
-                file.write(tokens.astype("<u2").tobytes())
+                tokens = list(itertools.chain.from_iterable(tokenizer.encode(batch)))
+                file.write(np.array(tokens, "<u2").tobytes())
                 count += len(tokens)
                 bar.update(sum(map(len, batch)))
             file.write(np.array([EOS], "<u2").tobytes())

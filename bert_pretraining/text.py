@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,18 @@ def learn_tokenizer(lines: Iterable[str], words: int, *, lower_case: bool = Fals
     Raises ValueError where the text allows no vocabulary of this size.
     """
     model = io.BytesIO()
+    failures: list[BaseException] = []
+
+    def watched() -> Iterator[str]:
+        try:
+            yield from lines
+        except BaseException as error:  # which sentencepiece turns into another, also Ctrl-C
+            failures.append(error)
+            raise
+
     try:
         sentencepiece().SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=watched(),
             model_writer=model,
             model_type="bpe",
             vocab_size=words,
@@ -71,7 +80,9 @@ def learn_tokenizer(lines: Iterable[str], words: int, *, lower_case: bool = Fals
             num_threads=1,  # the model records the number
             minloglevel=2,
         )
-    except RuntimeError as error:
+    except (RuntimeError, SystemError) as error:
+        if failures:
+            raise failures[0] from None
         if most := re.search(r"too high .* value <= (\d+)", str(error)):
             raise ValueError(f"a vocabulary of {words} is too large for this text: it allows at most {most[1]}") from error
         if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
