@@ -29,7 +29,7 @@ install() {
   say "creating .venv with $("$base" -V 2>&1)"
   "$base" -m venv .venv || die "could not create .venv (on Debian: apt install python3-venv)"
   say "installing packages; torch alone is some gigabytes, so the first time takes minutes"
-  "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,translation]' ||
+  "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,translation,pretraining]' ||
     die "pip could not install the packages: the lines above say why; run setup.sh again to resume"
   "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("fairseq") is None)' ||
     say "translation cannot be trained here: fairseq's wheel is for Python 3.11 and 3.12 on Linux x86_64; all else works"
