@@ -51,8 +51,14 @@ class EncoderFlags(Config):
     layers: int = _size("encoder layers")
     embed_dim: int = _size("dimensions of embeddings and hidden states")
     heads: int = _size("heads of an attention")
-    ffn_dim: int = flag(None, type=positive_int, metavar="N", help="dimensions inside a feed-forward layer (default: 4 x --embed-dim)")
-    positions: str = flag("learned", metavar="{learned,alibi}", help="learned embeddings of positions, or alibi: a bias on scores that grows with distance")
+    ffn_dim: int = flag(
+        None, type=positive_int, metavar="N", help="dimensions inside a feed-forward layer (default: 4 x --embed-dim)"
+    )
+    positions: str = flag(
+        "learned",
+        metavar="{learned,alibi}",
+        help="learned embeddings of positions, or alibi: a bias on scores that grows with distance",
+    )
     max_positions: int = flag(512, type=positive_int, metavar="N", help="rows of the table of learned positions")
     dropout: float = flag(0.0, type=_share, help="of hidden states and attention weights")
     init_std: float = flag(None, type=non_negative, help="of initial weights (default: 0.02 sqrt(768 / --embed-dim))")
@@ -86,8 +92,12 @@ class EncoderFlags(Config):
         if self.embed_dim % self.heads:
             raise ValueError(f"--embed-dim {self.embed_dim} does not split over --heads {self.heads}")
         if self.positions not in POSITIONS:
-            rotary = ": rotation makes the query-key product another matrix at every distance, so that there is none to factorize"
-            raise ValueError(f"--positions must be learned or alibi, got {self.positions}{rotary * (self.positions == 'rotary')}")
+            rotary = (
+                ": rotation makes the query-key product another matrix at every distance, so that there is none to factorize"
+            )
+            raise ValueError(
+                f"--positions must be learned or alibi, got {self.positions}{rotary * (self.positions == 'rotary')}"
+            )
         full = self.embed_dim // self.heads
         if self.narrow and int(self.rank_scale * full) < 1:
             raise ValueError(f"--rank-scale {self.rank_scale:g} leaves none of the {full} dimensions of a head: raise it")
@@ -117,7 +127,9 @@ class EncoderFlags(Config):
                 flag_name = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag_name} norm-matched needs narrow heads: give --rank-scale above 0 and below 1")
         if self.spectral_from == "narrow" and "spectral" not in (self.quekey_init, self.outval_init):
-            raise ValueError("--spectral-from narrow needs --spectral-quekey or --spectral-outval: it says what they start from")
+            raise ValueError(
+                "--spectral-from narrow needs --spectral-quekey or --spectral-outval: it says what they start from"
+            )
 
     def architecture(self, words: int) -> dict[str, Any]:
         """The fields of :class:`bert_pretraining.model.EncoderConfig` for a vocabulary of so many words."""
@@ -172,7 +184,11 @@ class PretrainingConfig(RunConfig, EncoderFlags):
     clip_norm: float = flag(0.0, type=non_negative, help="bound on the norm of all gradients together; 0 is none")
     weight_decay: float = override(TrainingConfig, "weight_decay", 0.01, help="of all weights but norms")
     init_from: Path | None = flag(
-        None, type=Path, metavar="RUN", input_file=True, help="run or checkpoint whose weights to start from, such as a first phase"
+        None,
+        type=Path,
+        metavar="RUN",
+        input_file=True,
+        help="run or checkpoint whose weights to start from, such as a first phase",
     )
     pretraining: str | None = flag(
         None, metavar="HASH", help="configuration that the run of --init-from must have, so that rows differ by it"
@@ -186,7 +202,9 @@ class PretrainingConfig(RunConfig, EncoderFlags):
         if self.seq < 2 or self.predictions > self.seq - 1:
             raise ValueError(f"--predictions must be below --seq, got {self.predictions} of {self.seq} positions")
         if self.positions == "learned" and self.seq > self.max_positions:
-            raise ValueError(f"--seq {self.seq} is longer than the {self.max_positions} learned positions: raise --max-positions")
+            raise ValueError(
+                f"--seq {self.seq} is longer than the {self.max_positions} learned positions: raise --max-positions"
+            )
         if self.batch_size % self.update_freq:
             raise ValueError(f"--batch-size {self.batch_size} does not split into --update-freq {self.update_freq} parts")
         if self.pretraining is not None and self.init_from is None:

@@ -23,16 +23,17 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from bert_pretraining.data import PretrainingData
+from bert_pretraining.data import PretrainingData, read_streams
 from bert_pretraining.model import EncoderConfig, MaskedLanguageModel, frobenius_decay, from_checkpoint, products
 from bert_pretraining.text import TOKENIZER, Corpus
 from bert_pretraining.training import PretrainingLoop, evaluate, product_norms
 from common import FactorizationReport, FrobeniusDecay, Lamb, param_groups
 from common.experiments import checkpoints, distributed
-from common.experiments.config import config_hash, identity
+from common.experiments.config import config_hash, differing_values, identity
+from common.experiments.distributed import Processes
 from common.experiments.experiment import Experiment, find_checkpoint
 from common.experiments.files import write_atomic
-from common.experiments.runs import directory_of
+from common.experiments.runs import Run, directory_of
 
 
 class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
@@ -68,16 +69,23 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         check_tokenizer(self.start, path, self.corpus)
         check_pretraining(self.start, path, config.pretraining)
         held, ours = self.start.get("architecture", {}), self.architecture()
-        drawn = {"dropout", "init_std", "init", "quekey_init", "outval_init", "spectral_from"}  # of no effect on trained weights
-        differing = [f"{key} {held.get(key)!r} there, {ours[key]!r} here" for key in ours if held.get(key) != ours[key]]
-        differing = [each for each in differing if each.partition(" ")[0] not in drawn]
-        if differing:
-            raise ValueError(f"--init-from {path} is of another model: {', '.join(differing)}")
+        for name in (
+            "dropout",
+            "init_std",
+            "init",
+            "quekey_init",
+            "outval_init",
+            "spectral_from",
+        ):  # of no weight
+            held, ours = {**held, name: None}, {**ours, name: None}
+        if differing := differing_values(held, ours):
+            raise ValueError(f"--init-from {path} is of another model: {', '.join(differing.values())}")
 
     def load(self) -> None:
         config = self.config
         self.data = PretrainingData(
-            self.corpus,
+            read_streams(self.corpus),
+            self.corpus.words,
             seq=config.seq,
             predictions=config.predictions,
             batch_size=config.batch_size,
@@ -91,28 +99,8 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
             )
 
     def make_trainer(self) -> PretrainingLoop:
-        config, device = self.config, self.processes.device
         model, self.report = self.make_model()
-        model.to(device)
-
-        # What Frobenius decay covers gets no weight decay. LAMB adds it to its update, before the trust ratio; with AdamW it is
-        # decoupled, as its weight decay is.
-        adamw = config.optimizer == "adamw"
-        kinds = (config.wd2fd, config.wd2fd_quekey, config.wd2fd_outval)
-        decay = frobenius_decay(model, config.frobenius_decay, *kinds, decoupled=adamw)
-        pairs = products(model)
-        self.trainer = PretrainingLoop(
-            model,
-            self.data,
-            self.run,
-            tokenizer=self.corpus.digest,
-            config=config,
-            processes=self.processes,
-            architecture=self.architecture(),
-            optimizer=make_optimizer(model, config, decay, device),
-            decay=decay,
-            epoch_metrics=lambda lr: product_norms(pairs),
-        )
+        self.trainer = make_loop(model, self.data, self.run, self.config, self.processes, tokenizer=self.corpus.digest)
         return self.trainer
 
     def announce(self) -> None:
@@ -122,8 +110,10 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         super().announce()
 
     def train(self) -> dict[str, float]:
-        """Train, and evaluate the last weights on the test split: its masked loss is the final one, that of ``best`` is the lowest
-        validation loss of an epoch."""
+        """Train, and evaluate the last weights on the test split, whose masked loss is ``final``.
+
+        ``best`` is the lowest masked loss of an epoch on the validation split.
+        """
         metrics = self.trainer.fit()
         tested = evaluate(self.trainer.model, self.data, "test", self.processes)
         metrics |= {"final": tested["loss"], "final_perplexity": tested["perplexity"], "final_accuracy": tested["accuracy"]}
@@ -144,6 +134,38 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         if self.processes.main:
             print(json.dumps(measured))
         distributed.stop()
+
+
+def make_loop(
+    model: MaskedLanguageModel,
+    data: PretrainingData,
+    run: Run,
+    config: PretrainingConfig,
+    processes: Processes,
+    *,
+    tokenizer: str = "",
+) -> PretrainingLoop:
+    """The loop that trains a model, with the optimizer and the decay of a configuration.
+
+    What Frobenius decay covers gets no weight decay. LAMB adds it to its update, before the trust ratio (FLAMBe); with AdamW
+    it is decoupled, as weight decay is there.
+    """
+    model.to(processes.device)
+    kinds = (config.wd2fd, config.wd2fd_quekey, config.wd2fd_outval)
+    decay = frobenius_decay(model, config.frobenius_decay, *kinds, decoupled=config.optimizer == "adamw")
+    pairs = products(model)
+    return PretrainingLoop(
+        model,
+        data,
+        run,
+        tokenizer=tokenizer,
+        config=config,
+        processes=processes,
+        architecture=config.architecture(model.config.words),
+        optimizer=make_optimizer(model, config, decay, processes.device),
+        decay=decay,
+        epoch_metrics=lambda lr: product_norms(pairs),
+    )
 
 
 def make_optimizer(
@@ -181,7 +203,9 @@ def check_pretraining(state: dict[str, Any], path: Path, wanted: str | None) -> 
     """Raise ValueError where the checkpoint is of another configuration than the one whose hash --pretraining gives."""
     held = config_hash(identity(PretrainingConfig, state.get("config", {})))
     if wanted is not None and held != wanted:
-        raise ValueError(f"{path} is of the configuration {held}, and --pretraining asks for {wanted}: give that run, or leave it out")
+        raise ValueError(
+            f"{path} is of the configuration {held}, and --pretraining asks for {wanted}: give that run, or leave it out"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -58,14 +58,17 @@ def learning_rate(config: PretrainingConfig, step: int) -> float:
 @torch.no_grad()
 def product_norms(products: Mapping[str, Sequence[FactorPair]]) -> dict[str, float]:
     """Mean Frobenius norm of the heads' products, by kind of product: ``quekey_norm``, ``outval_norm``."""
-    norms = {name: [linalg.frobenius_norm([f.double() for f in pair.factors()]) for pair in pairs] for name, pairs in products.items()}
-    return {f"{name}_norm": torch.cat(each).mean().item() for name, each in norms.items()}
+    found = {}
+    for name, pairs in products.items():
+        norms = [linalg.frobenius_norm([linalg.to_float64(factor) for factor in pair.factors()]) for pair in pairs]
+        found[f"{name}_norm"] = torch.cat(norms).mean().item()
+    return found
 
 
 class PretrainingLoop(TrainingLoop):
     """Trains a masked-language model for ``config.steps`` steps, as :class:`TrainingLoop` says.
 
-    The split that is evaluated is the validation split; its loss counts. The batch is split over the processes and, in each, into
+    What is evaluated, and counts, is the loss on the validation split. The batch is split over the processes and, in each, into
     ``config.update_freq`` parts.
     """
 
