@@ -79,6 +79,27 @@ def test_the_settings_of_the_released_code_are_all_here():
     assert "resnet20-cifar10-0.111-1e-4-regular" in rows["decay-sweep"]
 
 
+def check_pretraining(args, table, row):
+    """A row's name says which products start how, and which of them Frobenius decay covers."""
+    if row.script != "train.py":
+        assert args.pretraining == row.after and row.after
+        return
+    name = row.id.removesuffix("-phase1")
+    spectral = any(word in name for word in ("spectral", "narrow", "both")) or table.id.endswith("strength")
+    start = "norm-matched" if "norm-matched" in name else "spectral" if spectral else "regular"
+    frobenius = any(word in name for word in ("flambe", "frobenius", "both"))
+    for product, init, decayed in (
+        ("quekey", args.quekey_init, args.wd2fd_quekey),
+        ("outval", args.outval_init, args.wd2fd_outval),
+    ):
+        if name.endswith(("-quekey", "-outval")):
+            assert (init, decayed) == (("spectral", True) if name.endswith(product) else ("regular", False))
+        else:
+            assert (init, decayed) == (start, frobenius)
+    assert (args.spectral_from == "narrow") == name.endswith("narrow")
+    assert (args.optimizer == "adamw") == ("adamw" in name)
+
+
 def test_every_row_parses_and_has_the_flags_it_says():
     for program, table, row in every_row():
         words = program.command(table, row)
@@ -93,6 +114,9 @@ def test_every_row_parses_and_has_the_flags_it_says():
                 assert (args.init == "spectral", args.wd2fd) == (spectral and factorized, frobenius and factorized)
             else:
                 check_translation(args, row)
+            continue
+        if program.name == "bert_pretraining":
+            check_pretraining(args, table, row)
             continue
         if getattr(args, "init", None) is not None:
             start = next((init for init in ("norm-matched", "spectral", "released") if init in row.id), "regular")
@@ -748,6 +772,11 @@ def test_a_row_of_each_program_runs_for_two_steps(program, tmp_path):
         from transformer_iwslt.prepare import main as prepare
 
         prepare(["--corpus", "numbers", "--size", "300", "--dest", str(tmp_path / program.tables[0].rows[0].flags[0])])
+    if program.name == "bert_pretraining":
+        embedded = "--layers 1 --embed-dim 16 --heads 2 --batch-size 8 --update-freq 2 --amp off"
+        from bert_pretraining.prepare import main as prepare
+
+        prepare(["--corpus", "numbers", "--lines", "3000", "--dest", str(tmp_path / program.tables[0].rows[0].flags[0])])
     flags = ["1", *embedded.split(), "--max-steps", "2", "--save-dir", str(tmp_path / "run")]
     done = run_script(script, *flags, cwd=tmp_path, **{**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     output, errors = done.communicate()
