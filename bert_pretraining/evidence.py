@@ -6,6 +6,7 @@ evidence/README.md has the command that prepares the books as data-bin/books.
 from __future__ import annotations
 
 from bert_pretraining.config import PretrainingConfig
+from bert_pretraining.downstream import SCRIPTS
 from bert_pretraining.rows import FROBENIUS, OUTVAL, QUEKEY, SCORE
 from common.tables.rows import Program, Row, Table
 
@@ -28,4 +29,4 @@ def strength(weight_decay: str) -> Table:
     return Table("evidence-pretraining-strength", title, tuple(rows), (), SCORE)
 
 
-PROGRAM = Program(PretrainingConfig.program, {"train.py": PretrainingConfig}, (strength("0.01"),), own_seeds=True)
+PROGRAM = Program(PretrainingConfig.program, SCRIPTS, (strength("0.01"),), own_seeds=True)
