@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Set the project up and run it. Usage: bash setup.sh [install | scripts | quickstart [--translation] | test [--slow | --gpu]]
+# Set the project up and run it.
+# Usage: bash setup.sh [install | scripts | quickstart [--translation | --pretraining] | test [--slow | --gpu]]
 #   install     (default) a virtual environment in .venv with pinned packages, and the script of every table row
 #   scripts     only write the scripts to generated-scripts/
 #   quickstart  install, train ResNet20 on the embedded digits in six rows of three seeds, print the table;
-#               with --translation a factorized Transformer on embedded number words, print its BLEU
+#               with --translation a factorized Transformer on embedded number words, print its BLEU;
+#               with --pretraining four encoders on embedded sentences about numbers, print the table
 #   test        install, check style and types, run the tests; with --slow also the slow ones (forty kills a program, a real Slurm);
 #               with --gpu only those that need a GPU
 # Each step that is done already is skipped. PYTHON names the Python to make .venv with (3.11 or newer).
@@ -27,7 +29,7 @@ install() {
   say "creating .venv with $("$base" -V 2>&1)"
   "$base" -m venv .venv || die "could not create .venv (on Debian: apt install python3-venv)"
   say "installing packages; torch alone is some gigabytes, so the first time takes minutes"
-  "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,translation]' ||
+  "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,translation,pretraining]' ||
     die "pip could not install the packages: the lines above say why; run setup.sh again to resume"
   "$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("fairseq") is None)' ||
     say "translation cannot be trained here: fairseq's wheel is for Python 3.11 and 3.12 on Linux x86_64; all else works"
@@ -65,6 +67,18 @@ translation() {
     ".venv/bin/python transformer_iwslt/translate.py --checkpoint $run/checkpoint_best.pt"
 }
 
+pretraining() {
+  local started=$SECONDS
+  say "preparing sentences about numbers"
+  "$python" bert_pretraining/prepare.py --corpus numbers >&2
+  say "pre-training 4 encoders, one run a core"
+  OMP_NUM_THREADS=1 "$python" -m common.tables run quickstart-pretraining --jobs "$(getconf _NPROCESSORS_ONLN)" >/dev/null ||
+    die "a run failed: the lines above say where its log is"
+  say "trained in $((SECONDS - started)) seconds; logs are in results/logs/quickstart-pretraining"
+  say "figure: $("$python" -m common.tables plot --table quickstart-pretraining)"
+  "$python" -m common.tables collect --table quickstart-pretraining
+}
+
 tests() {  # a process a core; the tests of a file share one, and what is trained for them
   .venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/ty check &&
     .venv/bin/pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile "$@"
@@ -73,7 +87,13 @@ tests() {  # a process a core; the tests of a file share one, and what is traine
 case ${1:-install} in
   install) install && scripts && say "next: bash setup.sh quickstart, or any script in generated-scripts/" ;;
   scripts) scripts ;;
-  quickstart) if [[ ${2:-} == --translation ]]; then install && translation; else install && scripts && quickstart; fi ;;
+  quickstart)
+    case ${2:-} in
+      --translation) install && translation ;;
+      --pretraining) install && pretraining ;;
+      *) install && scripts && quickstart ;;
+    esac
+    ;;
   test)
     case ${2:-} in
       --slow) install && tests ;;

@@ -11,6 +11,7 @@ Parts, in this order; without --only all but "compile" are run, which take four 
                  milliseconds, kernels, memory, share of the card's bandwidth, and what Frobenius decay takes
     cards        images a second of 1, 2, 4 and 8 runs on one card
     translation  tokens a second against fairseq's own Transformer
+    pretraining  tokens a second of BERT-base: dense, with heads of half width, and with both schemes
     compile      the recorded step of a compiled network; compiling takes a minute each, up to eight in all
 
 A case that fails, or takes longer than it may, is listed with its reason, and the others go on. --out receives gpu.md and
@@ -47,10 +48,16 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.networks import NETWORKS
 from benchmarks.step import Traffic
 from benchmarks.timing import Call, IsolatedCall, machine
+from bert_pretraining.config import PretrainingConfig
+from bert_pretraining.data import PretrainingData
+from bert_pretraining.model import EncoderConfig, MaskedLanguageModel
+from bert_pretraining.train import make_loop
+from bert_pretraining.training import PretrainingLoop
 from common import FrobeniusDecay, param_groups
 from common.experiments.distributed import Processes
 from common.experiments.files import ROOT, write_atomic, write_json
 from common.experiments.runs import Run, seed_everything
+from common.experiments.training import TrainingLoop
 from common.tables.mps import shared_gpus
 from common.vision.config import ImageRunConfig
 from common.vision.data import Data
@@ -190,7 +197,7 @@ def make_trainer(
     return trainer
 
 
-def train(trainer: Trainer, steps: int) -> None:
+def train(trainer: TrainingLoop, steps: int) -> None:
     """Make some steps, wherever in an epoch the trainer is."""
     trainer.begin_epoch()
     for step in range(steps):
@@ -230,6 +237,11 @@ compression_baselines/prune.py --method eigendamage --pretrained {{run}}/dense/c
         "tensor_wrn": "tensor_wrn/train.py digits teacher --conv TensorTrain_0.5 --wd2fd --wrn-depth 10 --wrn-width 1 \
 --epochs 2 --save-dir {run}",
     }
+    encoder = "--layers 1 --embed-dim 64 --heads 2 --seq 32 --batch-size 16 --steps 20 --epoch-steps 10 --rank-scale 0.5 \
+--spectral-quekey --spectral-outval --wd2fd-quekey --wd2fd-outval --update-freq 2 --save-dir {run}"
+    for optimizer in ("lamb", "adamw"):
+        made[f"bert_pretraining, {optimizer}"] = f"bert_pretraining/prepare.py --corpus numbers --dest {{run}}/numbers && \
+bert_pretraining/train.py {{run}}/numbers --optimizer {optimizer} {encoder}"
     if device.type == "cuda":
         made["transformer_iwslt"] = f"transformer_iwslt/prepare.py --corpus numbers --dest {{run}}/numbers && \
 transformer_iwslt/train.py {{run}}/numbers {translation} --save-dir {{run}}"
@@ -330,7 +342,7 @@ def agreement(report: Report) -> None:
 # Steps
 
 
-def milliseconds(trainer: Trainer, steps: int, turns: int = 5) -> float:
+def milliseconds(trainer: TrainingLoop, steps: int, turns: int = 5) -> float:
     """Median over turns of the milliseconds that a step takes, after ten to warm up."""
     device = trainer.processes.device
     train(trainer, 10 if device.type == "cuda" else 5)
@@ -519,6 +531,59 @@ def translation(report: Report) -> None:
     report.case("translation", measure, 90)
 
 
+# Pre-training
+
+ENCODERS = {
+    "dense": "",
+    "heads of half width": "--rank-scale 0.5",
+    "heads of half width, both schemes": "--rank-scale 0.5 --spectral-quekey --spectral-outval --wd2fd-quekey --wd2fd-outval",
+}
+
+
+def make_encoder(flags: str, device: torch.device) -> PretrainingLoop:
+    """Pre-training on random tokens, ready for its next step."""
+    cuda = device.type == "cuda"
+    size = "--model base --batch-size 64 --amp bf16" if cuda else "--model tiny --batch-size 4"
+    config = PretrainingConfig.parse(["random", *size.split(), "--steps", "1000000", *flags.split()])
+    words = 30_000 if cuda else 300
+    streams = {split: torch.randint(5, words, (200_000,), dtype=torch.int16) for split in ("train", "valid", "test")}
+    numbers = {"seq": config.seq, "predictions": config.predictions, "batch_size": config.batch_size}
+    data = PretrainingData(streams, words, **numbers, seed=0, device=device)
+    seed_everything(0)
+    model = MaskedLanguageModel(EncoderConfig(**config.architecture(words)))
+    loop = make_loop(model, data, Run(Path("never written"), {}, 0), config, Processes(device))
+    loop.prepare()
+    return loop
+
+
+def time_encoder(name: str, optimizer: str, device: torch.device, dense: dict[str, float]) -> list[str]:
+    loops = {way: make_encoder(f"{ENCODERS[name]} --optimizer {optimizer} {flag}", device) for way, flag in
+             (("kernel by kernel", "--eager"), ("recorded", ""))}  # fmt: skip
+    steps = 10 if device.type == "cuda" else 1
+    eager, recorded = (milliseconds(loop, steps) for loop in loops.values())
+    dense.setdefault(optimizer, recorded)
+    tokens = loops["recorded"].config.batch_size * loops["recorded"].config.seq
+    return [
+        name,
+        optimizer,
+        f"{eager:.2f}",
+        f"{recorded:.2f}",
+        f"{1e3 * tokens / recorded:,.0f}",
+        f"{dense[optimizer] / recorded:.2f}",
+    ]
+
+
+def pretraining(report: Report) -> None:
+    dense: dict[str, float] = {}
+    for optimizer in ("lamb", "adamw"):
+        for name in ENCODERS:
+            line = report.case(
+                f"pretraining: {name}, {optimizer}", partial(time_encoder, name, optimizer, report.device, dense)
+            )
+            header = ["encoder", "optimizer", "kernel by kernel, ms", "recorded, ms", "tokens a second", "times dense"]
+            report.add("A step of pre-training, sequences of 128: BERT-base in bfloat16, 64 sequences", header, line)
+
+
 # Compiled
 
 
@@ -548,6 +613,7 @@ PARTS: dict[str, Callable[[Report], None]] = {
     "steps": steps,
     "cards": share_card,
     "translation": translation,
+    "pretraining": pretraining,
     "compile": compiled,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,39 +72,51 @@ class Masks:
         return Batch(masked, positions, torch.where(text, held, IGNORED).flatten())
 
 
+def read_streams(corpus: Corpus) -> dict[str, Tensor]:
+    """The tokens of each split as int16, which torch can index where it cannot index uint16; they stay in their files."""
+    sizes = {split: len(corpus.tokens(split)) for split in ("train", "valid", "test")}
+    files = {split: str(corpus.folder / f"{split}.bin") for split in sizes}
+    return {split: torch.from_file(files[split], size=size, dtype=torch.int16) for split, size in sizes.items()}
+
+
 class PretrainingData:
-    """Sequences of a prepared corpus: BOS and the next ``seq - 1`` tokens of a split's stream.
+    """Sequences of a corpus: BOS and the next ``seq - 1`` tokens of a split's stream.
 
     Every pass over the training split has an order of its own; what does not fill a batch is left out of a pass. On a GPU the
-    training stream is kept there, in two bytes a token.
+    streams are kept there, in two bytes a token.
+
+    streams:  the tokens of "train", "valid" and "test", as :func:`read_streams` gives them.
+    words:    size of the vocabulary.
 
     Raises ValueError where the training split has no whole batch, or another split no whole sequence.
     """
 
     def __init__(
-        self, corpus: Corpus, *, seq: int, predictions: int, batch_size: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        streams: Mapping[str, Tensor],
+        words: int,
+        *,
+        seq: int,
+        predictions: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.words, self.seq, self.predictions, self.batch_size, self.seed = corpus.words, seq, predictions, batch_size, seed
+        self.words, self.seq, self.predictions, self.batch_size, self.seed = words, seq, predictions, batch_size, seed
         self.device = torch.device(device)
-        self._streams = {split: self._stream(corpus, split) for split in ("train", "valid", "test")}
+        self._streams = {split: stream.to(self.device) for split, stream in streams.items()}
         self._offsets = torch.arange(seq - 1, device=self.device)
-        self.masks = Masks(seed, predictions, corpus.words)
+        self.masks = Masks(seed, predictions, words)
         self.steps_per_pass = self.sequences("train") // batch_size
         self._pass: tuple[int, Tensor] | None = None
         if not self.steps_per_pass:
             raise ValueError(
-                f"{corpus.folder} has {self.sequences('train')} training sequences of {seq} tokens, fewer than the "
-                f"{batch_size} of a batch: lower --batch-size or --seq, or prepare more text"
+                f"the corpus has {self.sequences('train')} training sequences of {seq} tokens, fewer than the {batch_size} of "
+                "a batch: lower --batch-size or --seq, or prepare more text"
             )
-        for split in ("valid", "test"):
+        for split in streams:
             if not self.sequences(split):
-                raise ValueError(f"the {split} split of {corpus.folder} has no sequence of {seq} tokens: lower --seq")
-
-    def _stream(self, corpus: Corpus, split: str) -> Tensor:
-        """The tokens of a split, as int16, which torch can index; on a CPU they stay in their file until they are used."""
-        tokens = corpus.tokens(split)
-        stream = torch.from_file(str(corpus.folder / f"{split}.bin"), shared=False, size=len(tokens), dtype=torch.int16)
-        return stream.to(self.device)
+                raise ValueError(f"the {split} split of the corpus has no sequence of {seq} tokens: lower --seq")
 
     def sequences(self, split: str) -> int:
         """Number of whole sequences in a split."""

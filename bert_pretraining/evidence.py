@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from bert_pretraining.config import PretrainingConfig
 from bert_pretraining.downstream import SCRIPTS
-from bert_pretraining.rows import FROBENIUS, OUTVAL, QUEKEY, SCORE
-from common.tables.rows import Program, Row, Table
+from bert_pretraining.rows import CURVES, FROBENIUS, MATCHED, OUTVAL, QUEKEY, SCORE
+from common.tables.rows import Contrast, ContrastFigure, Program, Row, Table
 
 _MODEL = ("data-bin/books", "--layers", "2", "--embed-dim", "128", "--heads", "4", "--positions", "alibi")
 _RECIPE = (*_MODEL, "--seq", "64", "--batch-size", "64")
@@ -29,4 +29,40 @@ def strength(weight_decay: str) -> Table:
     return Table("evidence-pretraining-strength", title, tuple(rows), (), SCORE)
 
 
-PROGRAM = Program(PretrainingConfig.program, SCRIPTS, (strength("0.01"),), own_seeds=True)
+def schemes(weight_decay: str, frobenius_decay: str) -> Table:
+    """Both schemes at the strengths that the table above chose."""
+    recipe = (*_RECIPE, "--steps", "5000", "--epoch-steps", "1000", "--weight-decay", weight_decay)
+    lamb, narrow = (*recipe, *_LAMB), (*recipe, *_LAMB, *_NARROW)
+    both = (*narrow, *_SPECTRAL, *FROBENIUS, "--frobenius-decay", frobenius_decay)
+    rows = (
+        Row("full", "full heads, LAMB", lamb),
+        Row("regular", "quarter-width heads, LAMB", narrow),
+        Row("spectral", "quarter-width heads, LAMB, spectral initialization of both products", (*narrow, *_SPECTRAL)),
+        Row("spectral+frobenius", "quarter-width heads, FLAMBe, spectral initialization of both products", both),
+        Row(
+            "norm-matched",
+            "quarter-width heads, LAMB, regular initialization at the norms of the spectral one",
+            (*narrow, *MATCHED),
+        ),
+        Row("adamw-spectral", "quarter-width heads, AdamW, spectral initialization", (*recipe, *_ADAMW, *_NARROW, *_SPECTRAL)),
+    )
+    contrasts = (
+        Contrast("spectral initialization, under weight decay", "spectral", "regular"),
+        Contrast("its scale alone, under weight decay", "norm-matched", "regular"),
+        Contrast("all but its scale (directions, spectrum, balance)", "spectral", "norm-matched"),
+        Contrast("Frobenius decay, from a spectral start", "spectral+frobenius", "spectral"),
+        Contrast("both schemes", "spectral+frobenius", "regular"),
+        Contrast("what is left to full heads", "spectral+frobenius", "full"),
+        Contrast("AdamW in place of LAMB", "adamw-spectral", "spectral"),
+    )
+    title = "Pre-training on books: heads of a quarter width, 20.5 million tokens"
+    return Table("evidence-pretraining", title, rows, (ContrastFigure(), *CURVES), SCORE, contrasts)
+
+
+WEIGHT_DECAY, FROBENIUS_DECAY = "0.01", "0.01"
+PROGRAM = Program(
+    PretrainingConfig.program,
+    SCRIPTS,
+    (strength(WEIGHT_DECAY), schemes(WEIGHT_DECAY, FROBENIUS_DECAY)),
+    own_seeds=True,
+)

@@ -148,8 +148,16 @@ class EncoderLayer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.self_attention(self.norm1(x), mask=mask))
+    def forward(self, x: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
+        """Of ``x`` (batch, length, embed_dim), with ``positions`` (batch, predictions) the output at these alone.
+
+        ``mask`` is that of :class:`MultiheadAttention` and, with ``positions``, has a row for each of them.
+        """
+        normed, memory = self.norm1(x), None
+        if positions is not None:
+            memory = self.self_attention.project(normed)
+            x, normed = _take(x, positions), _take(normed, positions)
+        x = x + self.dropout(self.self_attention(normed, memory, mask))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
 
 
@@ -222,8 +230,17 @@ class MaskedLanguageModel(nn.Module):
         return F.linear(F.linear(hidden, table.vt), table.u)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Scores (batch * predictions, words) at ``positions`` (batch, predictions) of ``tokens`` (batch, length)."""
-        return self.score(_take(self.encode(tokens), positions).flatten(0, 1))
+        """Scores (batch * predictions, words) at ``positions`` (batch, predictions) of ``tokens`` (batch, length).
+
+        The last layer computes no more than these positions need.
+        """
+        x, mask = self._embed(tokens, None)
+        *before, last = self.layers
+        for layer in before:
+            x = layer(x, mask)
+        if mask is not None:
+            mask = mask[0][:, positions].transpose(0, 1)
+        return self.score(self.norm(last(x, mask, positions)).flatten(0, 1))
 
     def _embed(self, tokens: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The input of the first layer, and the mask of every attention."""
@@ -238,7 +255,7 @@ class MaskedLanguageModel(nn.Module):
 
 
 def _take(x: Tensor, positions: Tensor) -> Tensor:
-    """(batch, length, ...), (batch, predictions) -> (batch, predictions, ...): what ``x`` holds at these positions."""
+    """What ``x`` holds at positions: (batch, length, ...), (batch, predictions) -> (batch, predictions, ...)."""
     starts = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)
     return x.flatten(0, 1).index_select(0, (positions + starts[:, None]).flatten()).unflatten(0, positions.shape)
 

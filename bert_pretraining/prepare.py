@@ -1,106 +1,234 @@
-"""Prepare text for train.py: split it by whole files, learn a tokenizer, and write the tokens."""
+"""Prepare text for train.py: split it by whole files, learn a tokenizer from the training files, and write the tokens."""
 
 from __future__ import annotations
 
-import gzip
-import io
+import argparse
+import hashlib
 import itertools
-import lzma
+import json
+import os
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
 import numpy as np
+from tqdm import tqdm
 
-from bert_pretraining.text import EOS, FILES, FORMAT, PREPARED, SPLITS, TOKENIZER, learn_tokenizer, load_tokenizer
-from common.experiments.config import FlagParser
-from common.experiments.files import digest, write_json
+from bert_pretraining import corpora
+from bert_pretraining.corpora import Document, Splits
+from bert_pretraining.text import (
+    BYTES,
+    EOS,
+    FILES,
+    FORMAT,
+    MOST_WORDS,
+    PREPARED,
+    SPECIALS,
+    SPLITS,
+    TOKENIZER,
+    Corpus,
+    learn_tokenizer,
+    load_tokenizer,
+    sentencepiece,
+)
+from common.experiments.config import FlagParser, natural, positive_int, say_interrupted
+from common.experiments.files import ROOT, digest, read_json, write_atomic, write_json
+from common.experiments.runs import clean_errors
 
-OPENERS: dict[str, Callable[..., Any]] = {".txt": open, ".md": open, ".gz": gzip.open, ".xz": lzma.open}
-LEARNED = 10**8  # characters that a tokenizer is learned from; of longer text a part of the lines, evenly spread
-LONGEST = 2**18  # characters of a line that are encoded at once; longer lines are cut at a space
-CHUNK = 2**20
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text of a split. ``name`` tells it from others, and ``open`` opens its bytes, UTF-8."""
-
-    name: str
-    open: Callable[[], IO[bytes]]
-
-    def lines(self) -> Iterator[str]:
-        """Lines, which are cut at a space where they are very long."""
-        with self.open() as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
-            rest = ""
-            while piece := rest + text.readline(LONGEST):
-                rest = ""
-                if len(piece) >= LONGEST and not piece.endswith("\n"):
-                    head, _, tail = piece.rpartition(" ")
-                    piece, rest = (head, tail) if head else (piece, "")
-                yield piece
-
-
-Splits = Mapping[str, list[Document]]
-
-
-def _open(path: Path) -> IO[bytes]:
-    return OPENERS[path.suffix.lower()](path, "rb")
+PROG = "bert_pretraining/prepare.py"
+LEARNED = 2**27  # characters to learn a tokenizer from, which take 600 MB of memory; of more text, lines at even distances
+_BATCH = 1000  # lines encoded at once
+_FOLDERS = {"numbers": "pretraining-numbers", "wikitext-103": "wikitext-103"}  # data-bin/numbers is of the translation
+# Flags that one source of text alone has, with their defaults.
+_OWN: dict[str, dict[str, Any]] = {
+    "--text": {"valid": (), "test": ()},
+    "--corpus numbers": {"seed": 0, "lines": 30_000},
+    "--corpus wikitext-103": {"data_dir": ROOT / "data" / "wikitext-103", "sha256": None},
+}
 
 
-def write_tokens(path: Path, documents: Iterable[Document], tokenizer: Any) -> int:
-    """Write the tokens of documents as little-endian uint16, EOS after each; returns their number."""
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 0.5:
+        raise argparse.ArgumentTypeError(f"must be above 0 and below 0.5, got {text}")
+    return value
+
+
+def _vocabulary(text: str) -> int:
+    value = int(text)
+    if not SPECIALS + BYTES < value <= MOST_WORDS:
+        raise argparse.ArgumentTypeError(
+            f"must be above {SPECIALS + BYTES}, for the special tokens and all bytes, and at most {MOST_WORDS}, got {text}"
+        )
+    return value
+
+
+def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parsed and checked flags. ``source`` is the flag that names the text."""
+    parser = FlagParser(prog=PROG, description="Prepare text for train.py.")
+    paths: dict[str, Any] = {"nargs": "+", "type": Path, "metavar": "PATH"}
+    parser.add_argument(
+        "--text",
+        **paths,
+        help="text to learn from: UTF-8 files that end in .txt or .md, or in .gz or .xz, and folders of such files, which are "
+        "searched to the bottom",
+    )
+    parser.add_argument("--valid", **paths, help="files or folders to validate on (default: some of --text)")
+    parser.add_argument("--test", **paths, help="files or folders to test on (default: some of --text)")
+    parser.add_argument("--corpus", choices=("numbers", "wikitext-103"), help="text that is embedded, or is downloaded")
+    parser.add_argument(
+        "--held-out", type=_share, metavar="SHARE", help="of --text, whole files by a hash of the name (default: 0.02)"
+    )
+    parser.add_argument("--words", type=_vocabulary, metavar="N", help="tokens of the vocabulary (default: 8192; numbers: 512)")
+    parser.add_argument("--lower-case", action="store_true", help="fold case; the tokenizer then does so with any text")
+    parser.add_argument("--lines", type=positive_int, metavar="N", help="sentences of numbers, 60 to 1000000 (default: 30000)")
+    parser.add_argument("--seed", type=natural, help="of the sentences of numbers (default: 0)")
+    parser.add_argument("--data-dir", type=Path, help="folder of WikiText-103's archive (default: data/wikitext-103)")
+    parser.add_argument("--sha256", help="what this archive must have; what it has is printed and kept")
+    parser.add_argument("--dest", type=Path, help="folder to write (default: data-bin/pretraining-numbers or /wikitext-103)")
+    args = parser.parse_args(argv)
+    if (args.text is None) == (args.corpus is None):
+        parser.error("give either --text or --corpus")
+    args.source = "--text" if args.text else f"--corpus {args.corpus}"
+    for source, own in _OWN.items():
+        for name, default in own.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+            elif source != args.source:
+                parser.error(f"--{name.replace('_', '-')} goes with {source}, got {args.source}")
+    if args.held_out is not None and (args.corpus == "wikitext-103" or (args.valid and args.test)):
+        parser.error("--held-out has nothing to hold out: all three splits are given")
+    args.held_out = args.held_out or 0.02
+    if args.text and args.dest is None:
+        parser.error("--text needs --dest: the folder to write")
+    if not 60 <= args.lines <= 10**6:
+        parser.error(f"--lines must be from 60, which are three documents, to 1000000, got {args.lines}")
+    args.words = args.words or (512 if args.corpus == "numbers" else 8192)
+    args.dest = args.dest or ROOT / "data-bin" / _FOLDERS[args.corpus]
+    return args
+
+
+def progress(what: str, **options: Any) -> tqdm:
+    return tqdm(desc=what, unit_scale=True, disable=not sys.stderr.isatty(), **options)
+
+
+def check(splits: Splits) -> tuple[str, dict[str, int]]:
+    """Read all documents: a SHA-256 of names and contents, and the characters of each split.
+
+    Raises ValueError naming the first document that is not plain text, or is in two splits.
+    """
+    found: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
+    characters = dict.fromkeys(SPLITS, 0)
+    seen: dict[str, tuple[str, str]] = {}
+    with progress("reading", unit="B") as bar:
+        for split in SPLITS:
+            for document in splits[split]:
+                sha256, size = document.check(bar.update)
+                other, place = seen.setdefault(sha256, (split, document.place))
+                if other != split:
+                    raise ValueError(f"{document.place}, in {split}, has the same content as {place}, in {other}: remove one")
+                found[split].append((document.name, sha256))
+                characters[split] += size
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest(), characters
+
+
+def read_lines(documents: Sequence[Document], what: str, characters: int) -> Iterator[str]:
+    with progress(what, total=characters, unit=" characters") as bar:
+        for document in documents:
+            for line in document.lines():
+                yield line
+                bar.update(len(line))
+
+
+def sample(lines: Iterator[str], share: float) -> Iterator[str]:
+    """A share of the lines, at even distances."""
+    for number, line in enumerate(lines):
+        if int((number + 1) * share) > int(number * share):
+            yield line
+
+
+def write_tokens(path: Path, documents: Sequence[Document], tokenizer: Any, characters: int) -> int:
+    """Write the tokens of the documents' lines as little-endian uint16, EOS after each document; returns their number."""
     count = 0
-    with open(path, "wb") as file:
+    with open(path, "wb") as file, progress(f"encoding {path.stem}", total=characters, unit=" characters") as bar:
         for document in documents:
             lines = document.lines()
-            size = 0
-            while batch := list(itertools.islice(lines, 1000)):
-                for ids in tokenizer.encode(batch, return_type="numpy", num_threads=1):
-                    file.write(ids.astype("<u2").tobytes())
-                    count += len(ids)
+            while batch := list(itertools.islice(lines, _BATCH)):
+                tokens = list(itertools.chain.from_iterable(tokenizer.encode(batch)))
+                file.write(np.array(tokens, "<u2").tobytes())
+                count += len(tokens)
+                bar.update(sum(map(len, batch)))
             file.write(np.array([EOS], "<u2").tobytes())
             count += 1
+        file.flush()
+        os.fsync(file.fileno())
     return count
 
 
-def main() -> None:
-    import time
-
-    parser = FlagParser(prog="x")
-    for s in SPLITS:
-        parser.add_argument("--text" if s == "train" else f"--{s}", type=Path, nargs="+")
-    parser.add_argument("--words", type=int)
-    parser.add_argument("--dest", type=Path)
-    args = parser.parse_args()
-    splits = {s: [Document(p.name, lambda p=p: _open(p)) for p in getattr(args, "text" if s == "train" else s)] for s in SPLITS}
-    args.dest.mkdir(parents=True)
-    t = time.time()
-    model = learn_tokenizer((line for d in splits["train"] for line in d.lines()), args.words)
-    print("learn", time.time() - t)
-    (args.dest / TOKENIZER).write_bytes(model)
-    tok = load_tokenizer(args.dest / TOKENIZER)
-    counts = {}
-    for s in SPLITS:
-        t = time.time()
-        counts[s] = write_tokens(args.dest / f"{s}.bin", splits[s], tok)
-        print(s, counts[s], time.time() - t)
-    write_json(
-        args.dest / PREPARED,
-        {
+def prepare(
+    splits: Splits, characters: dict[str, int], dest: Path, words: int, lower_case: bool, facts: dict[str, Any]
+) -> dict[str, int]:
+    """Learn a tokenizer and write the folder, whole or not at all; returns the number of tokens of each split."""
+    folder = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        lines = read_lines(splits["train"], "learning a tokenizer", characters["train"])
+        model = learn_tokenizer(sample(lines, min(1.0, LEARNED / characters["train"])), words, lower_case=lower_case)
+        write_atomic(folder / TOKENIZER, model)
+        tokenizer = load_tokenizer(folder / TOKENIZER)
+        tokens = {split: write_tokens(folder / f"{split}.bin", splits[split], tokenizer, characters[split]) for split in SPLITS}
+        record = {
             "format": FORMAT,
-            "corpus": "text",
-            "words": args.words,
-            "lower_case": False,
-            "tokens": counts,
-            "digests": {n: digest(args.dest / n) for n in FILES},
-        },
-    )
+            **facts,
+            "sentencepiece": version("sentencepiece"),
+            "documents": {split: len(splits[split]) for split in SPLITS},
+            "characters": characters,
+            "tokens": tokens,
+            "held_out": {split: [document.name for document in splits[split]] for split in ("valid", "test")},
+            "digests": {name: digest(folder / name) for name in FILES},
+        }
+        write_json(folder / PREPARED, record)
+        folder.replace(dest)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return tokens
+
+
+def read(args: argparse.Namespace) -> tuple[Splits, str | None]:
+    """The splits that the flags name and, where they come from an archive, its SHA-256."""
+    if args.corpus == "wikitext-103":
+        return corpora.wikitext(args.data_dir, args.sha256)
+    if args.corpus == "numbers":
+        return corpora.numbers(args.seed, args.lines, args.held_out), None
+    return corpora.read_files(args.text, args.valid, args.test, args.held_out), None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_prepare(argv)
+    with clean_errors(PROG):
+        sentencepiece()
+        splits, archive = read(args)
+        sha256, characters = check(splits)
+        settings = {"corpus": args.corpus or "text", "words": args.words, "lower_case": args.lower_case, "sha256": sha256}
+        if args.dest.exists() and not (args.dest.is_dir() and not any(args.dest.iterdir())):
+            held = read_json(args.dest / PREPARED) if (args.dest / PREPARED).exists() else {}
+            if not isinstance(held, dict) or any(held.get(key) != value for key, value in settings.items()):
+                raise ValueError(f"{args.dest} exists and was not prepared like this: choose another --dest, or remove it")
+            Corpus(args.dest)
+            print(f"{args.dest} is prepared already: nothing to do", file=sys.stderr)
+            return
+        tokens = prepare(splits, characters, args.dest, args.words, args.lower_case, {**settings, "archive_sha256": archive})
+    where = args.dest.relative_to(ROOT) if args.dest.is_relative_to(ROOT) else args.dest
+    counts = [f"{tokens[split]:,} {split} tokens of {len(splits[split]):,} documents" for split in SPLITS]
+    print(f"{where}: {args.words:,} words, " + ", ".join(counts) + (f" (archive's SHA-256 {archive})" if archive else ""))
 
 
 if __name__ == "__main__":
+    say_interrupted(PROG)
     main()

@@ -11,7 +11,8 @@ from bert_pretraining.config import PretrainingConfig
 from bert_pretraining.downstream import SCRIPTS
 from common.tables.rows import CurveFigure, Program, Row, Table
 
-DATA = "data-bin/wikitext-103"
+CORPUS = "data-bin/wikipedia-books"  # a corpus of one's own, prepared with 30,000 words: BERT's has no stable source
+WIKITEXT = "data-bin/wikitext-103"
 SCORE = "masked loss in nats (lower is better; final: test split, last weights; best: validation split, best epoch)"
 CURVES = (CurveFigure("curves", ("valid_loss", "quekey_norm", "outval_norm")),)
 QUEKEY, OUTVAL = ("--spectral-quekey",), ("--spectral-outval",)
@@ -33,8 +34,8 @@ NARROW_INITS = {
     "narrow": ((*QUEKEY, *OUTVAL, "--spectral-from", "narrow"), "narrow heads drawn regularly and balanced"),
 }
 OPTIMIZERS = {
-    "lamb": ((), "LAMB, weight decay"),
-    "flambe": (FROBENIUS, "FLAMBe: LAMB with Frobenius decay of both products"),
+    "lamb": ((), "LAMB with weight decay"),
+    "flambe": (FROBENIUS, "FLAMBe (Frobenius decay of both products)"),
 }
 _ONE_PRODUCT = {
     "quekey": (QUEKEY + FLAMBE_QUEKEY, "FLAMBe and spectral initialization of query-key products alone"),
@@ -55,12 +56,12 @@ def methods() -> dict[str, tuple[tuple[str, ...], str]]:
     found = {}
     for optimizer, (decay, decayed) in OPTIMIZERS.items():
         for init, (flags, words) in FULL_INITS.items():
-            found[f"1-{optimizer}-{init}"] = ((*flags, *decay), f"full heads: {decayed}; {words}")
+            found[f"1-{optimizer}-{init}"] = ((*flags, *decay), f"full heads, {decayed}, {words}")
         for init, (flags, words) in NARROW_INITS.items():
-            label = f"half-width heads: {decayed}; {words}"
+            label = f"half-width heads, {decayed}, {words}"
             found[f"0.5-{optimizer}-{init}"] = (("--rank-scale", "0.5", *flags, *decay), label)
     for product, (flags, words) in _ONE_PRODUCT.items():
-        found[f"0.5-flambe-{product}"] = (("--rank-scale", "0.5", *flags), f"half-width heads: {words}")
+        found[f"0.5-flambe-{product}"] = (("--rank-scale", "0.5", *flags), f"half-width heads, {words}")
     return found
 
 
@@ -89,7 +90,7 @@ def two_phases(size: str) -> Table:
     rows: list[Row] = []
     for name, (flags, words) in {**methods(), **_ADAMW}.items():
         (first, second), recipe = (_ADAMW_PHASES, _ADAMW_RECIPE) if name in _ADAMW else (_PHASES, _LAMB)
-        shared = (DATA, "--model", size, "--amp", "bf16", *recipe, *flags, "--epoch-steps", "250", "--update-freq", "64")
+        shared = (CORPUS, "--model", size, "--amp", "bf16", *recipe, *flags, "--epoch-steps", "250", "--update-freq", "64")
         before = Row(f"{name}-phase1", f"{words}; sequences of 128", (*shared, *_phase(first)), hours=_hours(size, first))
         start = ("--init-from", "{after}", "--pretraining", PretrainingConfig.parse(before.flags).config_hash())
         flags = (*shared, *_phase(second), *start)
@@ -99,7 +100,7 @@ def two_phases(size: str) -> Table:
 
 def mini() -> Table:
     """The same at the size of BERT-mini, for one GPU and an hour."""
-    recipe = (DATA, "--model", "mini", "--positions", "alibi", "--seq", "128", "--batch-size", "512", "--steps", "20000")
+    recipe = (WIKITEXT, "--model", "mini", "--positions", "alibi", "--seq", "128", "--batch-size", "512", "--steps", "20000")
     recipe += ("--epoch-steps", "1000", "--amp", "bf16", "--clip-norm", "1")
     rows = [Row(name, words, (*recipe, "--lr", "1e-2", *flags), hours=1) for name, (flags, words) in methods().items()]
     adamw = ("--optimizer", "adamw", "--lr", "2e-3", "--beta2", "0.98")
@@ -116,7 +117,7 @@ def quickstart() -> Table:
         ("spectral", QUEKEY + OUTVAL, "LAMB, spectral initialization of both products"),
         ("both", (*QUEKEY, *OUTVAL, *FROBENIUS), "FLAMBe, spectral initialization of both products"),
     ):
-        rows.append(Row(name, f"half-width heads: {words}", (*recipe, "--rank-scale", "0.5", *flags), seeds=(1,)))
+        rows.append(Row(name, f"half-width heads, {words}", (*recipe, "--rank-scale", "0.5", *flags), seeds=(1,)))
     title = "Quickstart of pre-training: sentences about numbers, minutes on a laptop; not a result"
     return Table("quickstart-pretraining", title, tuple(rows), CURVES, SCORE)
 

@@ -23,16 +23,17 @@ if __name__ == "__main__":
 import torch
 from torch import nn
 
-from bert_pretraining.data import PretrainingData
+from bert_pretraining.data import PretrainingData, read_streams
 from bert_pretraining.model import EncoderConfig, MaskedLanguageModel, frobenius_decay, from_checkpoint, products
 from bert_pretraining.text import TOKENIZER, Corpus
 from bert_pretraining.training import PretrainingLoop, evaluate, product_norms
 from common import FactorizationReport, FrobeniusDecay, Lamb, param_groups
 from common.experiments import checkpoints, distributed
 from common.experiments.config import config_hash, differing_values, identity
+from common.experiments.distributed import Processes
 from common.experiments.experiment import Experiment, find_checkpoint
 from common.experiments.files import write_atomic
-from common.experiments.runs import directory_of
+from common.experiments.runs import Run, directory_of
 
 
 class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
@@ -75,7 +76,7 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
             "quekey_init",
             "outval_init",
             "spectral_from",
-        ):  # which trained weights lack
+        ):  # of no weight
             held, ours = {**held, name: None}, {**ours, name: None}
         if differing := differing_values(held, ours):
             raise ValueError(f"--init-from {path} is of another model: {', '.join(differing.values())}")
@@ -83,7 +84,8 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
     def load(self) -> None:
         config = self.config
         self.data = PretrainingData(
-            self.corpus,
+            read_streams(self.corpus),
+            self.corpus.words,
             seq=config.seq,
             predictions=config.predictions,
             batch_size=config.batch_size,
@@ -97,28 +99,8 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
             )
 
     def make_trainer(self) -> PretrainingLoop:
-        config, device = self.config, self.processes.device
         model, self.report = self.make_model()
-        model.to(device)
-
-        # What Frobenius decay covers gets no weight decay. LAMB adds it to its update, before the trust ratio; with AdamW it is
-        # decoupled, as its weight decay is.
-        adamw = config.optimizer == "adamw"
-        kinds = (config.wd2fd, config.wd2fd_quekey, config.wd2fd_outval)
-        decay = frobenius_decay(model, config.frobenius_decay, *kinds, decoupled=adamw)
-        pairs = products(model)
-        self.trainer = PretrainingLoop(
-            model,
-            self.data,
-            self.run,
-            tokenizer=self.corpus.digest,
-            config=config,
-            processes=self.processes,
-            architecture=self.architecture(),
-            optimizer=make_optimizer(model, config, decay, device),
-            decay=decay,
-            epoch_metrics=lambda lr: product_norms(pairs),
-        )
+        self.trainer = make_loop(model, self.data, self.run, self.config, self.processes, tokenizer=self.corpus.digest)
         return self.trainer
 
     def announce(self) -> None:
@@ -152,6 +134,38 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         if self.processes.main:
             print(json.dumps(measured))
         distributed.stop()
+
+
+def make_loop(
+    model: MaskedLanguageModel,
+    data: PretrainingData,
+    run: Run,
+    config: PretrainingConfig,
+    processes: Processes,
+    *,
+    tokenizer: str = "",
+) -> PretrainingLoop:
+    """The loop that trains a model, with the optimizer and the decay of a configuration.
+
+    What Frobenius decay covers gets no weight decay. LAMB adds it to its update, before the trust ratio (FLAMBe); with AdamW
+    it is decoupled, as weight decay is there.
+    """
+    model.to(processes.device)
+    kinds = (config.wd2fd, config.wd2fd_quekey, config.wd2fd_outval)
+    decay = frobenius_decay(model, config.frobenius_decay, *kinds, decoupled=config.optimizer == "adamw")
+    pairs = products(model)
+    return PretrainingLoop(
+        model,
+        data,
+        run,
+        tokenizer=tokenizer,
+        config=config,
+        processes=processes,
+        architecture=config.architecture(model.config.words),
+        optimizer=make_optimizer(model, config, decay, processes.device),
+        decay=decay,
+        epoch_metrics=lambda lr: product_norms(pairs),
+    )
 
 
 def make_optimizer(

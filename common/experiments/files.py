@@ -73,6 +73,7 @@ def digest(path: Path) -> str:
     What else lies in such a folder does not count: file managers put files of their own there.
     """
     if not path.is_dir():
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
     files = sorted((str(file), (path / file).stat().st_size) for file in images_in(path))
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:12]

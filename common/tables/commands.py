@@ -35,9 +35,8 @@ class CommandError(Exception):
 
 
 def commands_of(program: Program, table: Table, row: Row, seed: int, flags: Sequence[str] = ()) -> tuple[Words, ...]:
-    """The commands of a row and seed: first that of the row which must have run before, if any."""
-    rows = [row] if row.after is None else [row.after, row]
-    return tuple((*program.command(table, each), "--seed", str(seed), *flags) for each in rows)
+    """The commands of a row and seed: first those of the rows which must have run before, if any."""
+    return tuple((*program.command(table, each), "--seed", str(seed), *flags) for each in row.chain())
 
 
 @cache

@@ -45,13 +45,14 @@ def script(program: Program, table: Table, row: Row) -> str:
     """The shell script of a row. It holds the row's command in full and gives it to ``run``, which adds seed and flags."""
     commands = [f"command={quote(program.command(table, row))}"]
     given = '--command "$command"'
-    if row.after is not None:
+    for number, before in reversed(list(enumerate(row.chain()[:-1]))):
+        name = ("first", "second", "third")[number]
         commands = [
-            f"# Runs first, unless it has; {{after}} is its directory: {row.after.id}",
-            f"first={quote(program.command(table, row.after))}",
+            f"# Runs {name}, unless it has; {{after}} in the next command is its directory: {before.id}",
+            f"{name}={quote(program.command(table, before))}",
             *commands,
         ]
-        given = f'--command "$first" {given}'
+        given = f'--command "${name}" {given}'
     published = f"{row.published.value} ({row.published.source})" if row.published else "n/a"
     count = f"{row.parameters:,}" if row.parameters else "n/a"
     cost = f"about {row.hours:.2g} GPU-hours a seed" if row.hours else "minutes on a CPU"

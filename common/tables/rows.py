@@ -36,6 +36,7 @@ class Row:
     published:   number to compare with; None prints as n/a.
     script:      the program's file that runs the row.
     after:       a row that must have run before, which the script makes sure of; ``{after}`` in the flags is its directory.
+    table:       id of the row's table, where it is the ``after`` of a row of another one.
     place:       line and column of the row in the paper's shape of the table, if it has one.
     """
 
@@ -49,10 +50,15 @@ class Row:
     script: str = "train.py"
     after: Row | None = None
     place: tuple[str, str] | None = None
+    table: str = ""
 
     def __post_init__(self) -> None:
         if not SAFE.fullmatch(self.id):
             raise ValueError(f"row id {self.id!r} is not a safe file name: use letters, digits and . + = _ -")
+
+    def chain(self) -> list[Row]:
+        """The rows to run for this one, in order; the last is the row itself."""
+        return [*(self.after.chain() if self.after is not None else ()), self]
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ class Table:
 
     def own_runs(self) -> list[Row]:
         """The rows to start: all but those that another one runs before its own."""
-        before = {row.after.id for row in self.rows if row.after is not None}
+        before = {each.id for row in self.rows for each in row.chain()[:-1] if each.table in ("", self.id)}
         return [row for row in self.rows if row.id not in before]
 
 
@@ -157,7 +163,7 @@ class Program:
             f"{self.name}/{row.script}",
             *row.flags,
             "--row",
-            f"{table.id}/{row.id}",
+            f"{row.table or table.id}/{row.id}",
             "--row-config",
             self.config_hash(row),
             "--resume",
