@@ -156,7 +156,7 @@ class PretrainingConfig(RunConfig, EncoderFlags):
     )
     seq: int = flag(128, type=positive_int, metavar="N", help="tokens of a sequence")
     predictions: int = flag(
-        None, type=positive_int, metavar="N", help=f"masked positions of a sequence (default: {MASKED:.0%} of --seq)"
+        None, type=positive_int, metavar="N", help=f"masked positions of a sequence (default: {MASKED:.0%}% of --seq)"
     )
     optimizer: str = flag(
         "lamb",

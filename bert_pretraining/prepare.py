@@ -75,14 +75,14 @@ def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--text",
         **paths,
-        help="text to learn from: UTF-8 files that end in .txt or .md, or in .gz or .xz, and folders of such files, which are "
-        "searched to the bottom",
+        help="text to learn from: UTF-8 files that end in .txt or .md, or in .gz or .xz, and folders of such files, at any "
+        "depth",
     )
     parser.add_argument("--valid", **paths, help="files or folders to validate on (default: some of --text)")
     parser.add_argument("--test", **paths, help="files or folders to test on (default: some of --text)")
     parser.add_argument("--corpus", choices=("numbers", "wikitext-103"), help="text that is embedded, or is downloaded")
     parser.add_argument(
-        "--held-out", type=_share, metavar="SHARE", help="of --text, whole files by a hash of the name (default: 0.02)"
+        "--held-out", type=_share, metavar="SHARE", help="of --text or numbers, by a hash of the file's name (default: 0.02)"
     )
     parser.add_argument("--words", type=_vocabulary, metavar="N", help="tokens of the vocabulary (default: 8192; numbers: 512)")
     parser.add_argument("--lower-case", action="store_true", help="fold case; the tokenizer then does so with any text")
@@ -90,7 +90,9 @@ def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=natural, help="of the sentences of numbers (default: 0)")
     parser.add_argument("--data-dir", type=Path, help="folder of WikiText-103's archive (default: data/wikitext-103)")
     parser.add_argument("--sha256", help="what this archive must have; what it has is printed and kept")
-    parser.add_argument("--dest", type=Path, help="folder to write (default: data-bin/pretraining-numbers or /wikitext-103)")
+    parser.add_argument(
+        "--dest", type=Path, help="folder to write (default: data-bin/wikitext-103 or data-bin/pretraining-numbers)"
+    )
     args = parser.parse_args(argv)
     if (args.text is None) == (args.corpus is None):
         parser.error("give either --text or --corpus")
