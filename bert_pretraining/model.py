@@ -256,8 +256,7 @@ class MaskedLanguageModel(nn.Module):
 
 def _take(x: Tensor, positions: Tensor) -> Tensor:
     """What ``x`` holds at positions: (batch, length, ...), (batch, predictions) -> (batch, predictions, ...)."""
-    starts = torch.arange(0, x.shape[0] * x.shape[1], x.shape[1], device=x.device)
-    return x.flatten(0, 1).index_select(0, (positions + starts[:, None]).flatten()).unflatten(0, positions.shape)
+    return x[torch.arange(len(x), device=x.device)[:, None], positions]
 
 
 def alibi(heads: int, length: int) -> Tensor:

@@ -107,6 +107,11 @@ def test_scores_at_positions_are_those_of_all_positions(options):
         torch.testing.assert_close(one, other, **EXACT)
 
 
+def test_a_position_past_the_end_is_an_error():
+    with pytest.raises(IndexError):
+        make()(sequences(), torch.tensor([[0], [9], [1]]))
+
+
 def test_words_are_scored_by_the_table_they_are_read_from():
     model, tokens = make(layers=1), sequences()
     assert {name.split(".")[0] for name in model.state_dict()} == {"embed_tokens", "embed_positions", "layers", "norm"}
