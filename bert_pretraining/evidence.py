@@ -6,6 +6,7 @@ evidence/README.md has the command that prepares the books as data-bin/books.
 from __future__ import annotations
 
 from bert_pretraining.config import PretrainingConfig
+from bert_pretraining.downstream import SCRIPTS
 from bert_pretraining.rows import CURVES, FROBENIUS, MATCHED, OUTVAL, QUEKEY, SCORE
 from common.tables.rows import Contrast, ContrastFigure, Program, Row, Table
 
@@ -61,7 +62,7 @@ def schemes(weight_decay: str, frobenius_decay: str) -> Table:
 WEIGHT_DECAY, FROBENIUS_DECAY = "0.1", "0.1"  # the second is chosen once the rows above have run
 PROGRAM = Program(
     PretrainingConfig.program,
-    {"train.py": PretrainingConfig},
+    SCRIPTS,
     (strength(WEIGHT_DECAY), schemes(WEIGHT_DECAY, FROBENIUS_DECAY)),
     own_seeds=True,
 )

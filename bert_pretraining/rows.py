@@ -8,6 +8,7 @@ run_pretraining.sh): two phases, of 7,038 steps of 65,536 sequences of 128 token
 from __future__ import annotations
 
 from bert_pretraining.config import PretrainingConfig
+from bert_pretraining.downstream import SCRIPTS
 from common.tables.rows import CurveFigure, Program, Row, Table
 
 CORPUS = "data-bin/wikipedia-books"  # a corpus of one's own, prepared with 30,000 words: BERT's has no stable source
@@ -123,6 +124,6 @@ def quickstart() -> Table:
 
 PROGRAM = Program(
     PretrainingConfig.program,
-    {"train.py": PretrainingConfig},
+    SCRIPTS,
     (two_phases("base"), two_phases("large"), mini(), quickstart()),
 )

@@ -48,6 +48,12 @@ PROGRAMS = {
     "transformer_iwslt.prepare": ("transformer_iwslt.config.parse_prepare", None),
     "transformer_iwslt.generate": ("transformer_iwslt.config.parse_generate", None),
     "transformer_iwslt.translate": ("transformer_iwslt.config.parse_translate", None),
+    "bert_pretraining.finetune": ("bert_pretraining.downstream.FinetuneConfig", None),
+    "bert_pretraining.blimp": ("bert_pretraining.downstream.BlimpConfig", None),
+}
+NEEDED = {  # flags that must be given, of programs without --dry-run
+    "bert_pretraining.finetune": "--init-from x --task squad --train x --dev x",
+    "bert_pretraining.blimp": "--init-from x --data x",
 }
 HOSTILE = [
     "", " ", "-1", "0", "1", "0.5", "3", "1e-3", "1e308", "1e400", "nan", "-inf", "9223372036854775808", "abc", "None", "--",
@@ -147,7 +153,7 @@ def test_any_command_line_starts_or_is_refused_in_one_line(program, examples, re
         small = f"{request.getfixturevalue('numbers')} {small}"
     if program == "compression_baselines.prune":
         small = f"{small} --pretrained {request.getfixturevalue('dense')}"
-    first = [] if small is None else ["--dry-run", *small.split()]
+    first = NEEDED.get(program, "").split() if small is None else ["--dry-run", *small.split()]
     counts = {"started": 0, "refused": 0}
 
     @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -1,0 +1,183 @@
+"""Configurations of the programs that start from a pre-trained encoder, and their runs. Loads without torch."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from bert_pretraining.config import PretrainingConfig
+from common.experiments.config import REQUIRED, Config, derived, flag, non_negative, override, positive_int
+from common.experiments.run_config import RunConfig
+from common.experiments.runs import Run, directory_of
+
+MAX_TOKENS = {"sentences": 128, "squad": 384}  # of a sequence, by task
+QUESTION = 64  # tokens of a question at most; longer ones are cut
+FRAME = 3  # special tokens around a question and a part of its context
+
+
+@dataclass(kw_only=True)
+class DownstreamConfig(Config):
+    """A run that starts from the checkpoint of another."""
+
+    program: ClassVar[str] = "bert_pretraining"
+    group: ClassVar[str | None] = "run"
+
+    init_from: Path = flag(
+        REQUIRED,
+        type=Path,
+        metavar="RUN",
+        group="",
+        input_file=True,
+        help="folder of a run of train.py, or a checkpoint in it, with tokenizer.model beside it",
+    )
+    pretraining: str | None = flag(
+        None, metavar="HASH", group="", help="configuration that the run of --init-from must have, so that rows differ by it"
+    )
+    seed: int = override(RunConfig, "seed", help="of the classifier's weights, order and dropout")
+    device: str = override(RunConfig, "device")
+    save_dir: Path | None = override(RunConfig, "save_dir")
+    resume: str | None = flag(
+        None,
+        choices=("auto",),
+        changes_result=False,
+        help="auto: a finished run in the save-dir is left as it is, and an unfinished one starts again",
+    )
+    row: str | None = override(RunConfig, "row")
+    row_config: str | None = override(RunConfig, "row_config")
+
+    def resolve(self) -> None:
+        if self.init_from.is_dir():
+            self.init_from = self.init_from / "checkpoint.pt"
+        super().resolve()
+
+
+@dataclass(kw_only=True)
+class FinetuneConfig(DownstreamConfig):
+    """A run of bert_pretraining/finetune.py."""
+
+    script: ClassVar[str] = "finetune.py"
+    description: ClassVar[str] = (
+        "Fine-tune all weights of a pre-trained encoder to classify sentences, or to answer questions in SQuAD 1.1's form."
+    )
+    group: ClassVar[str | None] = "fine-tuning"
+
+    task: str = flag(
+        REQUIRED, choices=list(MAX_TOKENS), help="sentences: lines of sentence<TAB>label; squad: JSON of SQuAD 1.1"
+    )
+    train: Path = flag(REQUIRED, type=Path, metavar="FILE", input_file=True, help="what to train on")
+    dev: Path = flag(REQUIRED, type=Path, metavar="FILE", input_file=True, help="what chooses the best epoch")
+    test: Path | None = flag(
+        None, type=Path, metavar="FILE", input_file=True, help="what final and best are measured on (default: --dev)"
+    )
+    max_tokens: int = flag(
+        None,
+        type=positive_int,
+        metavar="N",
+        help="of a sequence: sentences are cut, contexts take windows (default: 128, of squad 384)",
+    )
+    stride: int = flag(None, type=positive_int, metavar="N", help="of squad: tokens from one window to the next (default: 128)")
+    epochs: int = flag(3, type=positive_int, metavar="N", help="passes over --train")
+    batch_size: int = flag(32, "-b", "--batch-size", type=positive_int, metavar="N", help="sequences of a step")
+    lr: float = flag(5e-5, "--lr", "--learning-rate", type=non_negative, help="highest learning rate")
+    warmup: float = flag(0.1, type=non_negative, help="share of the steps in which the learning rate rises; then it falls to 0")
+    weight_decay: float = flag(0.01, "--weight-decay", "--wd", type=non_negative, help="of all weights but norms and biases")
+    dropout: float = flag(0.1, type=non_negative, help="in the encoder and before the classifier")
+
+    def resolve(self) -> None:
+        super().resolve()
+        for name in ("warmup", "dropout"):
+            if not getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
+        self.max_tokens = self.max_tokens or MAX_TOKENS[self.task]
+        if self.task == "sentences":
+            if self.stride is not None:
+                raise ValueError(f"--stride {self.stride} is for --task squad: sentences have no windows")
+            if self.max_tokens < FRAME:
+                raise ValueError(f"--max-tokens must be at least {FRAME}, got {self.max_tokens}")
+            return
+        room = self.max_tokens - QUESTION - FRAME  # for context, beside the longest question
+        if room < 1:
+            raise ValueError(f"--max-tokens must be above {QUESTION + FRAME}, which questions take, got {self.max_tokens}")
+        self.stride = self.stride or min(128, room)
+        if self.stride > room:
+            raise ValueError(
+                f"--stride {self.stride} leaves out context: with --max-tokens {self.max_tokens} it is at most {room}"
+            )
+
+    def files(self) -> dict[str, Path]:
+        """The files by split: train, dev and, if given, test."""
+        found = {"train": self.train, "dev": self.dev, "test": self.test}
+        return {split: path for split, path in found.items() if path is not None}
+
+    def run_name(self) -> str:
+        return f"finetune-{self.task}"
+
+
+@dataclass(kw_only=True)
+class BlimpConfig(DownstreamConfig):
+    """A run of bert_pretraining/blimp.py."""
+
+    script: ClassVar[str] = "blimp.py"
+    description: ClassVar[str] = (
+        "Ask a pre-trained encoder which of two sentences is grammatical (BLiMP), by the pseudo-log-likelihood of each."
+    )
+    group: ClassVar[str | None] = "scoring"
+
+    data: Path = flag(
+        REQUIRED,
+        type=Path,
+        metavar="PATH",
+        changes_result=False,
+        help="BLiMP: folder of .jsonl files, one of them, or .tsv(.xz) of field, term, paradigm, good and bad sentence",
+    )
+    pairs: int | None = flag(None, type=positive_int, metavar="N", help="only the first N pairs of each paradigm")
+    batch_size: int = flag(
+        256,
+        "-b",
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
+        changes_result=False,
+        help="sequences that are scored at once",
+    )
+    score: str = derived(REQUIRED)  # what tells the configuration from those of other programs
+
+    def resolve(self) -> None:
+        super().resolve()
+        self.score = "pseudo-log-likelihood"
+
+    def input_paths(self) -> dict[str, Path]:
+        files = (
+            {f"data/{path.name}": path for path in sorted(self.data.glob("*.jsonl"))}
+            if self.data.is_dir()
+            else {"data": self.data}
+        )
+        return super().input_paths() | files
+
+    def run_name(self) -> str:
+        return "blimp"
+
+
+SCRIPTS: dict[str, type[Config]] = {kind.script: kind for kind in (PretrainingConfig, FinetuneConfig, BlimpConfig)}
+
+
+def open_run(config: DownstreamConfig) -> Run | None:
+    """The run of a configuration, checked and not begun; None where it has finished: then its result is printed."""
+    directory = directory_of(config)
+    run = Run(
+        directory,
+        config.record(),
+        config.seed,
+        kind=type(config),
+        inputs=config.inputs(),
+        resume=config.resume is not None,
+        row=config.row,
+        row_config=config.row_config,
+    )
+    if not run.finished:
+        return run
+    print(f"{directory} holds a finished run of this configuration and seed: nothing to do", file=sys.stderr)
+    print(directory / "result.json")
+    return None
