@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bert_pretraining.config import PretrainingConfig
 from bert_pretraining.downstream import SCRIPTS
-from bert_pretraining.rows import CURVES, FROBENIUS, MATCHED, OUTVAL, QUEKEY, SCORE
+from bert_pretraining.rows import CURVES, FROBENIUS, MATCHED, OUTVAL, QUEKEY, SCORE, fine_tuned
 from common.tables.rows import Contrast, ContrastFigure, Program, Row, Table
 
 _MODEL = ("data-bin/books", "--layers", "2", "--embed-dim", "128", "--heads", "4", "--positions", "alibi")
@@ -59,10 +59,32 @@ def schemes(weight_decay: str, frobenius_decay: str) -> Table:
     return Table("evidence-pretraining", title, rows, (ContrastFigure(), *CURVES), SCORE, contrasts)
 
 
-WEIGHT_DECAY, FROBENIUS_DECAY = "0.1", "0.1"  # the second is chosen once the rows above have run
+def grammar(before: Table) -> Table:
+    """BLiMP without fine-tuning, 50 pairs of each paradigm."""
+    flags = ("--data", "data/blimp.tsv.xz", "--pairs", "50")
+    rows = tuple(fine_tuned(before, row, *flags, script="blimp.py") for row in before.rows)
+    title = "Grammatical judgements (BLiMP, 50 pairs of each paradigm) after pre-training on books"
+    return Table("evidence-pretraining-blimp", title, rows, (), "accuracy in percent", before.contrasts)
+
+
+def sentiment(before: Table) -> Table:
+    """SST-2, fine-tuned from the runs of the schemes."""
+    flags = ("--train", "data/sst2.train.tsv", "--dev", "data/sst2.dev.tsv", "--test", "data/sst2.test.tsv", "--lr", "3e-4")
+    chosen = [row for row in before.rows if row.id in ("full", "regular", "spectral", "spectral+frobenius")]
+    rows = tuple(fine_tuned(before, row, "--task", "sentences", *flags) for row in chosen)
+    ids = {row.id for row in rows}
+    contrasts = tuple(each for each in before.contrasts if {each.row, each.base} <= ids)
+    return Table(
+        "evidence-pretraining-sst2", "SST-2 after pre-training on books", rows, (), "test accuracy in percent", contrasts
+    )
+
+
+# The best of three each by validation loss, in the order of the rows of strengths.
+WEIGHT_DECAY, FROBENIUS_DECAY = "0.1", "0.1"
+SCHEMES = schemes(WEIGHT_DECAY, FROBENIUS_DECAY)
 PROGRAM = Program(
     PretrainingConfig.program,
     SCRIPTS,
-    (strength(WEIGHT_DECAY), schemes(WEIGHT_DECAY, FROBENIUS_DECAY)),
+    (strength(WEIGHT_DECAY), SCHEMES, grammar(SCHEMES), sentiment(SCHEMES)),
     own_seeds=True,
 )

@@ -7,9 +7,12 @@ run_pretraining.sh): two phases, of 7,038 steps of 65,536 sequences of 128 token
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from bert_pretraining.config import PretrainingConfig
 from bert_pretraining.downstream import SCRIPTS
-from common.tables.rows import CurveFigure, Program, Row, Table
+from common.tables.rows import CurveFigure, Program, Published, Row, Table
 
 CORPUS = "data-bin/wikipedia-books"  # a corpus of one's own, prepared with 30,000 words: BERT's has no stable source
 WIKITEXT = "data-bin/wikitext-103"
@@ -65,6 +68,9 @@ def methods() -> dict[str, tuple[tuple[str, ...], str]]:
     return found
 
 
+# What is known of SQuAD: a summary of the paper that may be written by a machine, and may mix up base and large.
+_SUMMARY = "a second-hand summary of the paper, unverified"
+_BASE = {"1-lamb-regular": Published(88.55, _SUMMARY), "0.5-flambe-spectral": Published(87.69, _SUMMARY)}
 # Batch, learning rate, warm-up, steps, length and predictions of both phases; weight decay, bound on gradients and power.
 _PHASES = (("65536", "6e-3", "0.2843", "7038", "128", "20"), ("32768", "4e-3", "0.128", "1563", "512", "80"))
 _LAMB = ("--weight-decay", "0.01", "--clip-norm", "1", "--lr-power", "0.5", "--dropout", "0.1")
@@ -98,6 +104,23 @@ def two_phases(size: str) -> Table:
     return Table(f"pretraining-{size}", f"Pre-training of BERT-{size}, in two phases", tuple(rows), CURVES, SCORE)
 
 
+def squad(size: str, known: Mapping[str, Published]) -> Table:
+    """SQuAD v1.1 from the second phase of each row."""
+    before = two_phases(size)
+    flags = ("--task", "squad", "--train", "data/squad/train-v1.1.json", "--dev", "data/squad/dev-v1.1.json")
+    rows = [fine_tuned(before, row, *flags, "--lr", "3e-5", "--epochs", "2", hours=1) for row in before.own_runs()]
+    rows = [replace(row, published=known.get(row.id)) for row in rows]
+    title = f"SQuAD v1.1 after pre-training of BERT-{size}"
+    return Table(f"pretraining-{size}-squad", title, tuple(rows), (), "F1 on SQuAD v1.1's development set, in percent")
+
+
+def fine_tuned(table: Table, row: Row, *flags: str, script: str = "finetune.py", hours: float = 0.0) -> Row:
+    """A row that starts from the run of a row of another table."""
+    hash = PretrainingConfig.parse(row.flags).config_hash()
+    words = ("--init-from", "{after}", "--pretraining", hash, *flags)
+    return Row(row.id, row.label, words, hours, seeds=row.seeds, script=script, after=replace(row, table=table.id))
+
+
 def mini() -> Table:
     """The same at the size of BERT-mini, for one GPU and an hour."""
     recipe = (WIKITEXT, "--model", "mini", "--positions", "alibi", "--seq", "128", "--batch-size", "512", "--steps", "20000")
@@ -125,5 +148,5 @@ def quickstart() -> Table:
 PROGRAM = Program(
     PretrainingConfig.program,
     SCRIPTS,
-    (two_phases("base"), two_phases("large"), mini(), quickstart()),
+    (two_phases("base"), squad("base", _BASE), two_phases("large"), squad("large", {}), mini(), quickstart()),
 )
