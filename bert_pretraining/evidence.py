@@ -80,7 +80,7 @@ def sentiment(before: Table) -> Table:
 
 
 # The best of three each by validation loss, in the order of the rows of strengths.
-WEIGHT_DECAY, FROBENIUS_DECAY = "0.1", "0.1"
+WEIGHT_DECAY, FROBENIUS_DECAY = "0.1", "0.01"
 SCHEMES = schemes(WEIGHT_DECAY, FROBENIUS_DECAY)
 PROGRAM = Program(
     PretrainingConfig.program,
