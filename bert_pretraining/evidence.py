@@ -26,7 +26,7 @@ def strength(weight_decay: str) -> Table:
         flags = (*recipe, "--weight-decay", weight_decay, *FROBENIUS, "--frobenius-decay", d)
         rows.append(Row(f"frobenius-{d}", f"Frobenius decay {d} of both products", flags, seeds=(0,)))
     title = "The strength of decay in pre-training: heads of a quarter width from a spectral start, 3.3 million tokens"
-    return Table("evidence-pretraining-strength", title, tuple(rows), (), SCORE)
+    return Table("evidence-pretraining-strength", title, tuple(rows), (), SCORE, decimals=3)
 
 
 def schemes(weight_decay: str, frobenius_decay: str) -> Table:
@@ -56,7 +56,7 @@ def schemes(weight_decay: str, frobenius_decay: str) -> Table:
         Contrast("AdamW in place of LAMB", "adamw-spectral", "spectral"),
     )
     title = "Pre-training on books: heads of a quarter width, 20.5 million tokens"
-    return Table("evidence-pretraining", title, rows, (ContrastFigure(), *CURVES), SCORE, contrasts)
+    return Table("evidence-pretraining", title, rows, (ContrastFigure(), *CURVES), SCORE, contrasts, decimals=3)
 
 
 def grammar(before: Table) -> Table:

@@ -101,7 +101,7 @@ def two_phases(size: str) -> Table:
         start = ("--init-from", "{after}", "--pretraining", PretrainingConfig.parse(before.flags).config_hash())
         flags = (*shared, *_phase(second), *start)
         rows += [before, Row(name, f"{words}; then sequences of 512", flags, hours=_hours(size, second), after=before)]
-    return Table(f"pretraining-{size}", f"Pre-training of BERT-{size}, in two phases", tuple(rows), CURVES, SCORE)
+    return Table(f"pretraining-{size}", f"Pre-training of BERT-{size}, in two phases", tuple(rows), CURVES, SCORE, decimals=3)
 
 
 def squad(size: str, known: Mapping[str, Published]) -> Table:
@@ -128,7 +128,9 @@ def mini() -> Table:
     rows = [Row(name, words, (*recipe, "--lr", "1e-2", *flags), hours=1) for name, (flags, words) in methods().items()]
     adamw = ("--optimizer", "adamw", "--lr", "2e-3", "--beta2", "0.98")
     rows += [Row(name, words, (*recipe, *adamw, *flags), hours=1) for name, (flags, words) in _ADAMW.items()]
-    return Table("pretraining-mini", "Pre-training of BERT-mini on WikiText-103, one GPU", tuple(rows), CURVES, SCORE)
+    return Table(
+        "pretraining-mini", "Pre-training of BERT-mini on WikiText-103, one GPU", tuple(rows), CURVES, SCORE, decimals=3
+    )
 
 
 def quickstart() -> Table:
@@ -142,7 +144,7 @@ def quickstart() -> Table:
     ):
         rows.append(Row(name, f"half-width heads, {words}", (*recipe, "--rank-scale", "0.5", *flags), seeds=(1,)))
     title = "Quickstart of pre-training: sentences about numbers, minutes on a laptop; not a result"
-    return Table("quickstart-pretraining", title, tuple(rows), CURVES, SCORE)
+    return Table("quickstart-pretraining", title, tuple(rows), CURVES, SCORE, decimals=3)
 
 
 PROGRAM = Program(

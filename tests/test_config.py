@@ -199,7 +199,7 @@ def test_resolving_twice_changes_nothing_and_every_field_says_what_it_does():
                     kinds.add(type(made))
                     assert replace(made) == made, row.id
                     assert replace(made, seed=7).config_hash() == made.config_hash()
-    assert len(kinds) == 6
+    assert len(kinds) == 9
     for kind in kinds:
         for field in fields(kind):
             if "names" in field.metadata:

@@ -32,10 +32,19 @@ PINNED = {
     "table2-controls/TensorTrain-0.234-released-none": "15c65c3894a7",
     "iwslt14-0/0-0-regular": "1fbb896a3523",
     "iwslt14-0.5/0.5-1e-4-spectral_lin_qk_ov+frobenius_lin_qk_ov": "59a7da9d735b",
+    "pretraining-base/0.5-flambe-spectral-phase1": "357621e67111",
+    "pretraining-base/0.5-flambe-spectral": "122d1b3f4052",
+    "pretraining-large/adamw-full": "2e62f082eadc",
+    "pretraining-base-squad/1-lamb-regular": "dd5babeeff5d",
+    "pretraining-mini/0.5-flambe-narrow": "2fe1b14cee5a",
+    "quickstart-pretraining/both": "22a6a0b038f3",
     "evidence-schemes/spectral+frobenius": "019d8bb792c4",
     "evidence-table1/0.02-magnitude": "5b0296b4ffc9",
     "evidence-table2-released/Conv-spectral-crs-shortcuts": "a8492ae0bcb9",
     "evidence-multi30k/0.25-spectral+frobenius": "d2ff9e1878a1",
+    "evidence-pretraining/spectral+frobenius": "a72b94971be2",
+    "evidence-pretraining-sst2/spectral": "fca1144a7fc4",
+    "evidence-pretraining-blimp/norm-matched": "03b0e141c8c8",
 }
 # Committed runs that each table of the evidence counts; a configuration that stands in two tables counts in both.
 COUNTED = {
@@ -56,6 +65,10 @@ COUNTED = {
     "evidence-multi30k": 18,
     "evidence-paper-schedule": 0,  # for a GPU
     "evidence-paper-table1": 0,
+    "evidence-pretraining-strength": 6,
+    "evidence-pretraining": 0,
+    "evidence-pretraining-blimp": 0,
+    "evidence-pretraining-sst2": 0,
 }
 
 
@@ -106,7 +119,7 @@ def test_every_committed_result_counts():
     known, rows = kinds(programs()), every_row(programs("evidence"))
     results, problems = read(EVIDENCE, known)
     assert problems == []
-    assert len(results) == len(list(EVIDENCE.rglob("result.json"))) == 163
+    assert len(results) == len(list(EVIDENCE.rglob("result.json"))) == 169
     for result in results:
         found = set(keys(result.config, known, result.script))
         of_table = [each for name, each in rows.items() if name.startswith(f"{result.row.partition('/')[0]}/")]

@@ -51,7 +51,7 @@ def _behind(program: Program, table: Table, row: Row, results: Sequence[RunResul
     """What is behind a row: its script and command, its configuration, and its results, seed by seed."""
     script = SCRIPTS / program.name / table.id / f"{row.id}.sh"
     runs = "".join(
-        f"<li>seed {run.seed}: final {run.final:.2f}, best {run.best:.2f}, {_link(run.path, page, 'result.json')}</li>"
+        f"<li>seed {run.seed}: final {run.final:.{table.decimals}f}, best {run.best:.{table.decimals}f}, {_link(run.path, page, 'result.json')}</li>"
         for run in results
     )
     anchor = html.escape(f"{table.id}/{row.id}")
@@ -72,7 +72,7 @@ def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _section(program: Program, table: Table, results: Results, figures: Sequence[Path], page: Path) -> str:
     summaries = summarize(program, table, results)
-    header, rows, sources = cells(summaries)
+    header, rows, sources = cells(summaries, table.decimals)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     body = ""
     for row, (name, n, *rest) in zip(table.rows, rows, strict=True):
@@ -88,7 +88,7 @@ def _section(program: Program, table: Table, results: Results, figures: Sequence
     behind = "".join(_behind(program, table, row, results.of(program, row), page) for row in table.rows)
     contrasts = ""
     if table.contrasts:
-        contrasts = _grid(*contrast_cells([result for result, _ in contrast_results(program, table, results)]))
+        contrasts = _grid(*contrast_cells([result for result, _ in contrast_results(program, table, results)], table.decimals))
         contrasts += f'<p class="quiet">{html.escape(CONTRASTS_NOTE)}</p>'
     return (
         f'<section id="{html.escape(table.id)}"><h2>{html.escape(table.title)}</h2>'

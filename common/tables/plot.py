@@ -37,6 +37,9 @@ MARKERS = "osD^vPX*"
 LABELS = {
     "test_accuracy": "test accuracy (%)",
     "train_accuracy": "training accuracy (%)",
+    "valid_loss": "masked loss on the validation split (nats)",
+    "quekey_norm": "mean norm of query-key products",
+    "outval_norm": "mean norm of output-value products",
     "frobenius_norm": r"Frobenius norm $\|UV^T\|_F$",
     "nuclear_norm": r"nuclear norm $\|UV^T\|_*$",
     "effective_lr": r"effective step $\eta/\|UV^T\|_F^2$",

@@ -15,13 +15,13 @@ from .rows import Table
 from .summaries import ContrastResult, RowSummary
 
 
-def _spread(mean: float | None, std: float | None) -> str:
+def _spread(mean: float | None, std: float | None, decimals: int) -> str:
     if mean is None:
         return "-"
-    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+    return f"{mean:.{decimals}f}" if std is None else f"{mean:.{decimals}f} ± {std:.{decimals}f}"
 
 
-def cells(summaries: Sequence[RowSummary]) -> tuple[list[str], list[list[str]], list[str]]:
+def cells(summaries: Sequence[RowSummary], decimals: int = 2) -> tuple[list[str], list[list[str]], list[str]]:
     """Header, cells and the sources that the published numbers refer to."""
     sources = list(dict.fromkeys(each.source for each in summaries if each.source))
     header = ["Row", "n", "Parameters", "Ratio", "Final", "Best", "Seconds", "Published"]
@@ -34,8 +34,8 @@ def cells(summaries: Sequence[RowSummary]) -> tuple[list[str], list[list[str]], 
                 str(each.n),
                 f"{each.parameters:,}" if each.parameters else "-",
                 f"{each.ratio:.4f}" if each.ratio else "-",
-                _spread(each.final_mean, each.final_std),
-                _spread(each.best_mean, each.best_std),
+                _spread(each.final_mean, each.final_std, decimals),
+                _spread(each.best_mean, each.best_std, decimals),
                 f"{each.seconds:.0f}" if each.seconds is not None else "-",
                 published,
             ]
@@ -49,7 +49,7 @@ def arranged_as_published(table: Table, summaries: Sequence[RowSummary]) -> str:
     columns: dict[str, None] = {}
     for row, each in zip(table.rows, summaries, strict=True):
         if row.place is not None:
-            ours = f"{_spread(each.final_mean, each.final_std)} (n={each.n})" if each.n else "-"
+            ours = f"{_spread(each.final_mean, each.final_std, table.decimals)} (n={each.n})" if each.n else "-"
             published = "n/a" if each.published is None else f"{each.published:g}"
             columns[row.place[1]] = None
             cells_of.setdefault(row.place[0], {})[row.place[1]] = f"{ours}; {published}"
@@ -72,15 +72,15 @@ CONTRASTS_NOTE = (
 )
 
 
-def contrast_cells(found: Sequence[ContrastResult]) -> tuple[list[str], list[list[str]]]:
+def contrast_cells(found: Sequence[ContrastResult], decimals: int = 2) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the differences."""
     rows = [
         [
             each.question,
             f"{each.row} - {each.base}",
             str(each.n),
-            f"{each.mean:+.2f}" if each.mean is not None else "-",
-            f"[{each.low:+.2f}, {each.high:+.2f}]" if each.low is not None else "-",
+            f"{each.mean:+.{decimals}f}" if each.mean is not None else "-",
+            f"[{each.low:+.{decimals}f}, {each.high:+.{decimals}f}]" if each.low is not None else "-",
             "-" if each.p is None else f"{each.p:.3f}" if each.p >= 0.0005 else "<0.001",
         ]
         for each in found
@@ -89,14 +89,14 @@ def contrast_cells(found: Sequence[ContrastResult]) -> tuple[list[str], list[lis
 
 
 def to_markdown(table: Table, summaries: Sequence[RowSummary], found: Sequence[ContrastResult] = ()) -> str:
-    header, rows, sources = cells(summaries)
+    header, rows, sources = cells(summaries, table.decimals)
     align = ("left", *["right"] * (len(header) - 1))
     text = tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align if rows else None)
     notes = "".join(f"\n[{number}] {source}" for number, source in enumerate(sources, 1))
     arranged = arranged_as_published(table, summaries)
     contrasts = ""
     if found:
-        header, rows = contrast_cells(found)
+        header, rows = contrast_cells(found, table.decimals)
         align = ("left", "left", *["right"] * (len(header) - 2))
         below = tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align)
         contrasts = f"\n{below}\n\n{CONTRASTS_NOTE}\n"
@@ -104,12 +104,12 @@ def to_markdown(table: Table, summaries: Sequence[RowSummary], found: Sequence[C
 
 
 def to_latex(table: Table, summaries: Sequence[RowSummary], found: Sequence[ContrastResult] = ()) -> str:
-    header, rows, sources = cells(summaries)
+    header, rows, sources = cells(summaries, table.decimals)
     text = tabulate(rows, header, tablefmt="latex_booktabs", disable_numparse=True).replace("±", r"$\pm$")
     notes = "".join(f"\n\n{{\\footnotesize [{number}] {source}}}" for number, source in enumerate(sources, 1))
     contrasts = ""
     if found:
-        header, rows = contrast_cells(found)
+        header, rows = contrast_cells(found, table.decimals)
         below = tabulate(rows, header, tablefmt="latex_booktabs", disable_numparse=True)
         contrasts = f"\n% {CONTRASTS_NOTE}\n{below}\n"
     return f"% {table.title}\n% {note(table, summaries)}\n{text}{notes}\n{contrasts}"

@@ -58,7 +58,8 @@ class Row:
 
     def chain(self) -> list[Row]:
         """The rows to run for this one, in order; the last is the row itself."""
-        return [*(self.after.chain() if self.after is not None else ()), self]
+        before = self.after.chain() if self.after is not None else []
+        return [*(replace(row, table=row.table or self.table) for row in before), self]
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,10 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that are read together; ``id`` names its folder, ``title`` says what of the paper it is, ``score`` what counts."""
+    """Rows that are read together.
+
+    ``id`` names its folder, ``title`` says what of the paper it is, ``score`` what counts, shown with so many ``decimals``.
+    """
 
     id: str
     title: str
@@ -108,6 +112,7 @@ class Table:
     figures: tuple[CurveFigure | SweepFigure | ContrastFigure, ...] = ()
     score: str = "test accuracy in percent"
     contrasts: tuple[Contrast, ...] = ()
+    decimals: int = 2
 
     def __post_init__(self) -> None:
         if not SAFE.fullmatch(self.id):
