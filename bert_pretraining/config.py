@@ -59,12 +59,12 @@ class EncoderFlags(Config):
         metavar="{learned,alibi}",
         help="learned embeddings of positions, or alibi: a bias on scores that grows with distance",
     )
-    max_positions: int = flag(512, type=positive_int, metavar="N", help="rows of the table of learned positions")
+    max_positions: int = flag(512, type=positive_int, metavar="N", help="tokens of a sequence at most")
     dropout: float = flag(0.0, type=_share, help="of hidden states and attention weights")
     init_std: float = flag(None, type=non_negative, help="of initial weights (default: 0.02 sqrt(768 / --embed-dim))")
     rank_scale: float = flag(0.0, type=_rank_scale, help="width of heads as a share of the full one; 0 is the full one")
     rank_scale_layers: float = flag(0.0, type=_rank_scale, help="rank scale of feed-forward layers; 0 is dense")
-    rank_scale_embeddings: float = flag(0.0, type=_rank_scale, help="rank scale of the token embedding; 0 is dense")
+    rank_scale_embeddings: float = flag(0.0, type=_rank_scale, help="rank scale of tables of words and positions; 0 is dense")
     init: str = flag(None, choices=INITS, help="of factorized layers (default: regular)")
     quekey_init: str = flag(None, choices=INITS, help="of query-key products (default: regular)")
     outval_init: str = flag(None, choices=INITS, help="of output-value products (default: regular)")
@@ -201,10 +201,8 @@ class PretrainingConfig(RunConfig, EncoderFlags):
         self.predictions = self.predictions or max(1, round(MASKED * self.seq))
         if self.seq < 2 or self.predictions > self.seq - 1:
             raise ValueError(f"--predictions must be below --seq, got {self.predictions} of {self.seq} positions")
-        if self.positions == "learned" and self.seq > self.max_positions:
-            raise ValueError(
-                f"--seq {self.seq} is longer than the {self.max_positions} learned positions: raise --max-positions"
-            )
+        if self.seq > self.max_positions:
+            raise ValueError(f"--seq {self.seq} is longer than --max-positions {self.max_positions}: raise that")
         if self.batch_size % self.update_freq:
             raise ValueError(f"--batch-size {self.batch_size} does not split into --update-freq {self.update_freq} parts")
         if self.pretraining is not None and self.init_from is None:

@@ -68,16 +68,10 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         self.start = checkpoints.load(path)
         check_tokenizer(self.start, path, self.corpus)
         check_pretraining(self.start, path, config.pretraining)
-        held, ours = self.start.get("architecture", {}), self.architecture()
-        for name in (
-            "dropout",
-            "init_std",
-            "init",
-            "quekey_init",
-            "outval_init",
-            "spectral_from",
-        ):  # of no weight
-            held, ours = {**held, name: None}, {**ours, name: None}
+        free = {"dropout", "init_std", "init", "quekey_init", "outval_init", "spectral_from"}  # weights fit whatever these are
+        free |= {"max_positions"} if config.positions == "alibi" else set()
+        both = (self.start.get("architecture", {}), self.architecture())
+        held, ours = ({name: value for name, value in each.items() if name not in free} for each in both)
         if differing := differing_values(held, ours):
             raise ValueError(f"--init-from {path} is of another model: {', '.join(differing.values())}")
 

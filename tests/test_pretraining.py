@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from bert_pretraining import prepare
 from bert_pretraining.config import PretrainingConfig
@@ -263,6 +262,12 @@ def test_a_second_phase_starts_from_the_weights_of_the_first(train, tmp_path):
     assert read_json(second / "result.json")["inputs"]["init_from"]
 
 
+def test_with_alibi_a_second_phase_may_allow_longer_sequences(train, tmp_path):
+    first = train(f"{BOTH} --max-positions 16 --steps 4", tmp_path / "first")
+    second = train(f"{BOTH} --max-positions 32 --seq 32 --init-from {first} --steps 1 --lr 0", tmp_path / "second")
+    assert_same(weights(first), weights(second))
+
+
 def test_a_checkpoint_is_evaluated_as_in_training(train, folder, tmp_path, capsys):
     run = train("--steps 4", tmp_path / "r")
     main([str(folder), *SMALL.split(), "--evaluate", "--resume", str(run)])
@@ -303,7 +308,8 @@ def test_flags_that_do_not_fit_are_refused_in_one_line(folder, refuses, tmp_path
     for flags, message in (
         ("--batch-size 100000", "fewer than the 100000 of a batch: lower --batch-size"),
         ("--batch-size 8 --update-freq 3", "--batch-size 8 does not split into --update-freq 3 parts"),
-        ("--positions learned --max-positions 8", "--seq 16 is longer than"),
+        ("--positions learned --max-positions 8", "--seq 16 is longer than --max-positions 8"),
+        ("--positions alibi --max-positions 8", "--seq 16 is longer than --max-positions 8"),
         ("--rank-scale 0.01", "leaves none of the 16 dimensions of a head"),
         ("--positions rotary", "rotation makes the query-key product another matrix at every distance"),
         ("--predictions 16", "--predictions must be below --seq, got 16 of 16"),
@@ -350,7 +356,5 @@ def test_every_row_has_a_configuration_and_a_second_phase_names_its_first():
         for row in table.rows:
             if row.after is not None:
                 assert PROGRAM.config(row).pretraining == PROGRAM.config_hash(row.after)
-            config = PROGRAM.config(row)
-            assert isinstance(MaskedLanguageModel, type)
-            assert nn.Module
-            assert EncoderConfig(**config.architecture(100))
+            if hasattr(config := PROGRAM.config(row), "architecture"):
+                EncoderConfig(**config.architecture(100))
