@@ -50,8 +50,9 @@ def _link(target: Path, page: Path, text: str) -> str:
 def _behind(program: Program, table: Table, row: Row, results: Sequence[RunResult], page: Path) -> str:
     """What is behind a row: its script and command, its configuration, and its results, seed by seed."""
     script = SCRIPTS / program.name / table.id / f"{row.id}.sh"
+    digits = f".{table.decimals}f"
     runs = "".join(
-        f"<li>seed {run.seed}: final {run.final:.{table.decimals}f}, best {run.best:.{table.decimals}f}, {_link(run.path, page, 'result.json')}</li>"
+        f"<li>seed {run.seed}: final {run.final:{digits}}, best {run.best:{digits}}, {_link(run.path, page, 'result.json')}</li>"
         for run in results
     )
     anchor = html.escape(f"{table.id}/{row.id}")
