@@ -583,9 +583,10 @@ def test_a_program_may_count_no_other_seeds_than_its_rows_name(tmp_path):
     assert summarize(replace(PROGRAM, own_seeds=True), table, results)[0].n == 2
 
 
-def test_a_table_of_runs_on_different_data_is_refused(tmp_path):
-    write_result(tmp_path, "full", inputs={"train": "a", "test": "b"})
-    write_result(tmp_path, "regular", inputs={"train": "a", "test": "c"})
+@pytest.mark.parametrize("name", ["test", "dev", "data", "data/anaphora.jsonl"])
+def test_a_table_of_runs_on_different_data_is_refused(tmp_path, name):
+    write_result(tmp_path, "full", inputs={"train": "a", name: "b"})
+    write_result(tmp_path, "regular", inputs={"train": "a", name: "c"})
     with pytest.raises(ValueError, match="has runs on different data"):
         results_in(tmp_path).check(PROGRAM, table_of("quickstart"))
 

@@ -23,6 +23,14 @@ def read(directory: Path, known: Kinds) -> tuple[list[RunResult], list[str]]:
     return results, problems
 
 
+_DATA = {"train", "valid", "val", "dev", "test", "data"}  # names of inputs that are data, alone or before a slash
+
+
+def _data(run: RunResult) -> dict[str, str]:
+    """Digests of the data of a run: all its inputs but the checkpoints that it starts from."""
+    return {name: digest for name, digest in run.inputs.items() if name.partition("/")[0] in _DATA}
+
+
 class Results:
     """Finished runs of some programs, to be found by row.
 
@@ -62,7 +70,7 @@ class Results:
         for run, found in self.runs:
             if not wanted.isdisjoint(found):
                 first = first or run
-                if any(first.inputs.get(split) != run.inputs.get(split) for split in ("train", "valid", "test", "val", "data")):
+                if _data(first) != _data(run):
                     raise ValueError(
                         f"table {table.id} has runs on different data: {first.path} and {run.path}; move one of them away"
                     )
