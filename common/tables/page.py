@@ -52,7 +52,8 @@ def _behind(program: Program, table: Table, row: Row, results: Sequence[RunResul
     script = SCRIPTS / program.name / table.id / f"{row.id}.sh"
     digits = f".{table.decimals}f"
     runs = "".join(
-        f"<li>seed {run.seed}: final {run.final:{digits}}, best {run.best:{digits}}, {_link(run.path, page, 'result.json')}</li>"
+        f"<li>seed {run.seed}: final {run.final:{digits}}, best {run.best:{digits}}, "
+        f"{_link(run.path, page, 'result.json')}</li>"
         for run in results
     )
     anchor = html.escape(f"{table.id}/{row.id}")
