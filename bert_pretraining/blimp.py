@@ -154,6 +154,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         pairs = read(config.data, config.pairs)
         model, tokenizer = pretrained.load(config.init_from, pretraining=config.pretraining)
         good, bad = ([tuple(encode(tokenizer, getattr(pair, side))) for pair in pairs] for side in ("good", "bad"))
+        for pair, *tokens in zip(pairs, good, bad, strict=True):
+            if not all(tokens):
+                raise ValueError(f"a sentence of {pair} has no tokens: it holds nothing but control characters")
         limit = model.config.max_positions - 2
         longest = max(good + bad, key=len)
         if len(longest) > limit:

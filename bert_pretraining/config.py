@@ -118,10 +118,12 @@ class EncoderFlags(Config):
                 raise ValueError(f"--{short} and --{name} {given} exclude each other: give one")
             setattr(self, name, "spectral" if getattr(self, short) else given or "regular")
             setattr(self, short, False)
-        factorized = self.rank_scale_layers or self.rank_scale_embeddings
+        factorized = any(0 < scale < 1 for scale in (self.rank_scale_layers, self.rank_scale_embeddings))
         for flag_name, given in (("--wd2fd", self.wd2fd), (f"--init {self.init}", self.init != "regular")):
             if given and not factorized:
-                raise ValueError(f"{flag_name} needs factorized layers: give --rank-scale-layers or --rank-scale-embeddings")
+                raise ValueError(
+                    f"{flag_name} needs factorized layers: give --rank-scale-layers or --rank-scale-embeddings below 1"
+                )
         for name in ("quekey_init", "outval_init"):
             if getattr(self, name) == "norm-matched" and not self.narrow:
                 flag_name = "--" + name.replace("_", "-")
@@ -151,6 +153,9 @@ class PretrainingConfig(RunConfig, EncoderFlags):
     )
     group: ClassVar[str | None] = "training"
 
+    dry_run: bool = override(
+        RunConfig, "dry_run", group="run", help="build the model for the vocabulary of DATA, print it as JSON and stop"
+    )
     data: Path = flag(
         REQUIRED, "data", group="", type=Path, metavar="DATA", changes_result=False, help="folder that prepare.py wrote"
     )

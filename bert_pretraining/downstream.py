@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class DownstreamConfig(Config):
     pretraining: str | None = flag(
         None, metavar="HASH", group="", help="configuration that the run of --init-from must have, so that rows differ by it"
     )
-    seed: int = override(RunConfig, "seed", help="of the classifier's weights, order and dropout")
+    seed: int = override(RunConfig, "seed", help="part of the run's name; nothing is drawn from it")
     device: str = override(RunConfig, "device")
     save_dir: Path | None = override(RunConfig, "save_dir")
     resume: str | None = flag(
@@ -63,6 +64,7 @@ class FinetuneConfig(DownstreamConfig):
     )
     group: ClassVar[str | None] = "fine-tuning"
 
+    seed: int = override(RunConfig, "seed", group="run", help="of the last layer's weights, order and dropout")
     task: str = flag(
         REQUIRED, choices=list(MAX_TOKENS), help="sentences: lines of sentence<TAB>label; squad: JSON of SQuAD 1.1"
     )
@@ -164,7 +166,14 @@ SCRIPTS: dict[str, type[Config]] = {kind.script: kind for kind in (PretrainingCo
 
 
 def open_run(config: DownstreamConfig) -> Run | None:
-    """The run of a configuration, checked and not begun; None where it has finished: then its result is printed."""
+    """The run of a configuration, checked and not begun; None where there is nothing to do.
+
+    That is where it has finished, when its result is printed, and in all but the first of several processes of torchrun.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if int(os.environ.get("RANK", "0")) > 0:
+            return None
+        print(f"{config.prog()} runs in one process: the others that were started do nothing", file=sys.stderr)
     directory = directory_of(config)
     run = Run(
         directory,

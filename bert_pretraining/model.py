@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bert_pretraining.config import INITS, POSITIONS
 from common import (
     FactorizationReport,
     FactorizedEmbedding,
@@ -25,8 +26,6 @@ from common import (
 from common.budget import count_parameters
 
 Init = Literal["regular", "spectral", "norm-matched"]
-INITS = ("regular", "spectral", "norm-matched")
-POSITIONS = ("learned", "alibi")
 
 
 @dataclass(frozen=True)

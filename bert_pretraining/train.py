@@ -29,7 +29,7 @@ from bert_pretraining.text import TOKENIZER, Corpus
 from bert_pretraining.training import PretrainingLoop, evaluate, product_norms
 from common import FactorizationReport, FrobeniusDecay, Lamb, param_groups
 from common.experiments import checkpoints, distributed
-from common.experiments.config import config_hash, differing_values, identity
+from common.experiments.config import completed, config_hash, differing_values, identity
 from common.experiments.distributed import Processes
 from common.experiments.experiment import Experiment, find_checkpoint
 from common.experiments.files import write_atomic
@@ -97,17 +97,14 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         self.trainer = make_loop(model, self.data, self.run, self.config, self.processes, tokenizer=self.corpus.digest)
         return self.trainer
 
-    def announce(self) -> None:
-        """Also keep the tokenizer in the run's directory, which later programs need no more than."""
-        if self.processes.main:
-            write_atomic(self.run.path / TOKENIZER, (self.config.data / TOKENIZER).read_bytes())
-        super().announce()
-
     def train(self) -> dict[str, float]:
         """Train, and evaluate the last weights on the test split, whose masked loss is ``final``.
 
-        ``best`` is the lowest masked loss of an epoch on the validation split.
+        ``best`` is the lowest masked loss of an epoch on the validation split. The tokenizer is kept in the run's directory, so
+        that later programs need nothing else.
         """
+        if self.processes.main:
+            write_atomic(self.run.path / TOKENIZER, (self.config.data / TOKENIZER).read_bytes())
         metrics = self.trainer.fit()
         tested = evaluate(self.trainer.model, self.data, "test", self.processes)
         metrics |= {"final": tested["loss"], "final_perplexity": tested["perplexity"], "final_accuracy": tested["accuracy"]}
@@ -194,11 +191,19 @@ def check_tokenizer(state: dict[str, Any], path: Path, corpus: Corpus) -> None:
 
 
 def check_pretraining(state: dict[str, Any], path: Path, wanted: str | None) -> None:
-    """Raise ValueError where the checkpoint is of another configuration than the one whose hash --pretraining gives."""
-    held = config_hash(identity(PretrainingConfig, state.get("config", {})))
-    if wanted is not None and held != wanted:
+    """Raise ValueError where --pretraining gives a hash, and the checkpoint is of another configuration, or of no finished run."""
+    if wanted is None:
+        return
+    config = completed(PretrainingConfig, state.get("config", {}))
+    held = config_hash(identity(PretrainingConfig, config))
+    if held != wanted:
         raise ValueError(
             f"{path} is of the configuration {held}, and --pretraining asks for {wanted}: give that run, or leave it out"
+        )
+    step, last = state.get("step"), min(config["steps"], config["max_steps"] or config["steps"])
+    if step != last:
+        raise ValueError(
+            f"{path} is at step {step} of {last}, and --pretraining asks for a finished run: let it finish, or leave that out"
         )
 
 

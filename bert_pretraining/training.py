@@ -37,10 +37,15 @@ def masked_loss(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 def evaluate(model: MaskedLanguageModel, data: PretrainingData, split: str, processes: Processes) -> dict[str, float]:
     """Masked loss in nats, perplexity, and accuracy in percent on a split, under fixed masks."""
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=processes.device)
+    sums = [torch.zeros(3, device=processes.device)]  # of each batch, left on the device until the last
     for batch in data.evaluation_batches(split, rank=processes.rank, world_size=processes.world_size):
-        totals += masked_loss(model, batch)[1]
-    loss, correct, answers = processes.sum(totals).tolist()
+        sums.append(masked_loss(model, batch)[1])
+    totals = torch.zeros(3, dtype=torch.float64)
+    for each in torch.stack(sums).cpu():  # Apple's GPU has no float64
+        totals += each
+    if processes.world_size > 1:
+        totals = processes.sum(totals.to(processes.device))
+    loss, correct, answers = totals.tolist()
     return {"loss": loss / answers, "perplexity": math.exp(min(loss / answers, 700)), "accuracy": 100 * correct / answers}
 
 

@@ -314,6 +314,7 @@ def test_flags_that_do_not_fit_are_refused_in_one_line(folder, refuses, tmp_path
         ("--positions rotary", "rotation makes the query-key product another matrix at every distance"),
         ("--predictions 16", "--predictions must be below --seq, got 16 of 16"),
         ("--wd2fd", "--wd2fd needs factorized layers"),
+        ("--wd2fd --rank-scale-layers 1", "--wd2fd needs factorized layers"),
         ("--quekey-init norm-matched", "needs narrow heads"),
         ("--spectral-from narrow", "needs --spectral-quekey or --spectral-outval"),
         ("--frobenius-decay 0.1", "--frobenius-decay needs --wd2fd"),

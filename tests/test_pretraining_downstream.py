@@ -47,6 +47,7 @@ def run(tmp_path_factory):
         "architecture": asdict(config),
         "tokenizer": digest(folder / TOKENIZER),
         "config": CONFIG.record(),
+        "step": CONFIG.steps,
         "seed": 0,
     }
     checkpoints.save(folder, state)
@@ -304,6 +305,28 @@ def test_blimp_scores_all_pairs_and_each_paradigm_and_ties_are_wrong(run, tmp_pa
     assert "nothing to do" in output.err
 
 
+def test_a_sentence_without_tokens_is_refused(run, tmp_path, refuses):
+    data = tmp_path / "x.tsv"
+    data.write_text("syntax\tterm\torder\t\u200b\tThe lion saw a zebra.\n")
+    refuses(blimp.main, f"--init-from {run} --data {data} --save-dir {tmp_path / 'made'} --device cpu", "has no tokens")
+    assert not (tmp_path / "made").exists()
+
+
+def test_of_several_processes_the_first_alone_scores(run, tmp_path, capsys, monkeypatch):
+    data = write_tsv(tmp_path / "blimp.tsv.xz")
+    command = ["--init-from", str(run), "--data", str(data), "--save-dir", str(tmp_path / "scored"), "--device", "cpu"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    blimp.main(command)
+    assert not (tmp_path / "scored").exists()
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    blimp.main(command)
+    output = capsys.readouterr()
+    assert Path(output.out.strip()) == tmp_path / "scored" / "result.json"
+    assert "blimp.py runs in one process" in output.err
+
+
 def test_the_files_of_a_folder_are_inputs_of_their_own(run, tmp_path):
     config = BlimpConfig(init_from=run, data=write_jsonl(tmp_path / "data"))
     assert set(config.inputs()) == {"init_from", "data/agreement.jsonl", "data/order.jsonl"}
@@ -451,6 +474,7 @@ ERRORS = {
     "": "the following arguments are required: --init-from",
     "--init-from nowhere": "there is no checkpoint at nowhere",
     "--init-from {run} --pretraining 0123456789ab": f"{CONFIG.config_hash()}, and --pretraining asks for 0123456789ab",
+    f"--init-from {{unfinished}} --pretraining {CONFIG.config_hash()}": "is at step 7 of 10000, and --pretraining asks for a",
     "--init-from {foreign}": "is no checkpoint of bert_pretraining/train.py: it has no 'architecture'",
     "--init-from {bare}": "there is no tokenizer.model beside",
     "--init-from {swapped}": "and {swapped}/checkpoint.pt was trained with",
@@ -476,13 +500,14 @@ ERRORS = {
 @pytest.mark.parametrize("flags", ERRORS)
 def test_bad_input_is_refused_in_one_line(flags, run, tmp_path, refuses):
     places = {"run": run, "folder": tmp_path}
-    for name in ("bare", "swapped", "foreign"):
+    for name in ("bare", "swapped", "foreign", "unfinished"):
         places[name] = tmp_path / name
         shutil.copytree(run, places[name])
     (places["bare"] / TOKENIZER).unlink()
     with open(places["swapped"] / TOKENIZER, "ab") as file:
         file.write(b"\0")
     checkpoints.save(places["foreign"], {"model": {}})
+    checkpoints.save(places["unfinished"], checkpoints.load(run) | {"step": 7})
     for name, content in {
         "four": "gj04\t1\t\tThe sailors rode.\n",
         "strange": "one\tzebra\ntwo\t7\n",
