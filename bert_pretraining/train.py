@@ -191,7 +191,7 @@ def check_tokenizer(state: dict[str, Any], path: Path, corpus: Corpus) -> None:
 
 
 def check_pretraining(state: dict[str, Any], path: Path, wanted: str | None) -> None:
-    """Raise ValueError where --pretraining gives a hash, and the checkpoint is of another configuration, or of no finished run."""
+    """Raise ValueError where --pretraining wants another configuration than the checkpoint's, or its run has not finished."""
     if wanted is None:
         return
     config = completed(PretrainingConfig, state.get("config", {}))

@@ -17,7 +17,7 @@ class Lamb(torch.optim.Optimizer):
 
     With m and v the moments of Adam, corrected for bias, a step makes u = m / (sqrt(v) + eps) + weight_decay * p of every
     Parameter p that has a gradient, and subtracts lr * (||p|| / ||u||) * u from it. Where either norm is 0, the trust ratio
-    ||p|| / ||u|| is 1. It does not depend on weight decay: Parameters without decay have theirs.
+    ||p|| / ||u|| is 1. Parameters without weight decay have a trust ratio, too.
 
     params:        Parameters or groups. The trust ratio of a group with ``adapt=False`` is 1, which suits biases and norms.
     lr:            learning rate, a number or a 0-d tensor on the Parameters' device.
@@ -27,7 +27,8 @@ class Lamb(torch.optim.Optimizer):
                    factors that it covers (:func:`param_groups`).
 
     A step can be recorded as a CUDA graph if lr is a tensor: step counts are tensors, too. Raises ValueError for
-    hyper-parameters out of range, in any group, and for decoupled decay, which would act after the trust ratio.
+    hyper-parameters out of range, in any group, for Parameters in half precision, in which steps could not be counted, and for
+    decoupled decay, which would act after the trust ratio.
     """
 
     def __init__(
@@ -50,9 +51,12 @@ class Lamb(torch.optim.Optimizer):
         return {**super().__getstate__(), "decay": self.decay}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of Parameters. Raises ValueError for hyper-parameters out of range."""
+        """Add a group of Parameters. Raises ValueError for hyper-parameters out of range and for half precision."""
         _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        half = next((p.dtype for p in self.param_groups[-1]["params"] if p.dtype.itemsize < 4), None)
+        if half is not None:
+            raise ValueError(f"LAMB needs Parameters in float32 or float64, got {half}: keep them so, and use torch.autocast")
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -254,6 +254,16 @@ def test_a_hook_within_the_step_is_not_recorded(capsys):
     assert "Rigl acts between backward and the optimizer's step" in capsys.readouterr().err
 
 
+def test_an_optimizer_that_waits_under_fp16_is_not_recorded(capsys):
+    for make, recorded in ((Lamb, False), (functools.partial(torch.optim.SGD, fused=True), True)):
+        model = low_rank()
+        optimizer = make(model.parameters(), torch.tensor(0.05))
+        trainer = make_trainer(model, optimizer=optimizer, record=lambda step, stream: step, amp="fp16")
+        trainer.prepare()
+        assert (trainer._graph is not None) == recorded
+    assert capsys.readouterr().err.count("under fp16 Lamb waits to know whether gradients have overflowed") == 1
+
+
 class Strict(TorchDispatchMode):
     """Refuses what would wait for a GPU, or whose shape depends on data, and operands that are on the host."""
 

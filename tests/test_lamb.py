@@ -266,6 +266,13 @@ def test_hyper_parameters_out_of_range_are_refused_in_every_group(options, messa
         Lamb([{"params": [weight], **options}], 0.1)
 
 
+def test_half_precision_is_refused():
+    """In bfloat16 a count of steps stays at 256."""
+    weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"needs Parameters in float32 or float64, got torch\.bfloat16"):
+        Lamb([weight], 0.1)
+
+
 def test_decoupled_decay_is_refused():
     model = make_model()
     decay = FrobeniusDecay(model, 0.1, decoupled=True)

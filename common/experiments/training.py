@@ -88,9 +88,9 @@ class TrainingLoop(ABC):
     record:           how a step is recorded, to be replayed (default: as a CUDA graph, on one GPU and without --eager).
 
     On one GPU, weights are composed in groups (:class:`Composition`), and a step is one CUDA graph, but for batches that are
-    not whole. Hooks act between two replays. In three cases steps run kernel by kernel, and one line says why: the hook is an
-    :class:`UpdateHook`, which acts within a step; the learning rate is a number, whose changes a graph would not see;
-    recording fails.
+    not whole. Hooks act between two replays. In four cases steps run kernel by kernel, and one line says why: the hook is an
+    :class:`UpdateHook`, which acts within a step; the learning rate is a number, whose changes a graph would not see; under
+    fp16, the optimizer leaves it to the GradScaler to skip steps that overflow, which waits for the device; recording fails.
 
     A stopped run resumes exactly where it was: batches are functions of seed and step, and a checkpoint holds the rest.
     SIGTERM, SIGUSR2 and Ctrl-C save a checkpoint after the current step and exit with status 75, to be queued again; a second
@@ -474,6 +474,8 @@ class TrainingLoop(ABC):
             return f"{type(self.hook).__name__} acts between backward and the optimizer's step"
         if not all(isinstance(group["lr"], Tensor) for group in self.optimizer.param_groups):
             return "the optimizer's learning rate is a number, whose changes a graph would not see (give a tensor on the GPU)"
+        if self.config.amp == "fp16" and not getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            return f"under fp16 {type(self.optimizer).__name__} waits to know whether gradients have overflowed (use bf16)"
         return None
 
     def _forget_broken_step(self) -> None:
