@@ -48,10 +48,13 @@ PROGRAMS = {
     "transformer_iwslt.prepare": ("transformer_iwslt.config.parse_prepare", None),
     "transformer_iwslt.generate": ("transformer_iwslt.config.parse_generate", None),
     "transformer_iwslt.translate": ("transformer_iwslt.config.parse_translate", None),
+    "bert_pretraining.train": ("bert_pretraining.config.PretrainingConfig", "--embed-dim 16 --layers 1 --heads 2"),
+    "bert_pretraining.prepare": ("bert_pretraining.prepare.parse_prepare", None),
     "bert_pretraining.finetune": ("bert_pretraining.downstream.FinetuneConfig", None),
     "bert_pretraining.blimp": ("bert_pretraining.downstream.BlimpConfig", None),
 }
 NEEDED = {  # flags that must be given, of programs without --dry-run
+    "bert_pretraining.prepare": "--corpus numbers",
     "bert_pretraining.finetune": "--init-from x --task squad --train x --dev x",
     "bert_pretraining.blimp": "--init-from x --data x",
 }
@@ -138,6 +141,15 @@ def numbers(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def sentences(tmp_path_factory):
+    from bert_pretraining import prepare
+
+    folder = tmp_path_factory.mktemp("data") / "sentences"
+    prepare.main(f"--corpus numbers --lines 200 --words 300 --dest {folder}".split())
+    return folder
+
+
+@pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     path = tmp_path_factory.mktemp("dense") / "dense.pt"
     checkpoints.save_file(path, {"model": ResNet(8, 64, 10).state_dict()})
@@ -151,6 +163,8 @@ def test_any_command_line_starts_or_is_refused_in_one_line(program, examples, re
     parse, small = PROGRAMS[program]
     if program == "transformer_iwslt.train":
         small = f"{request.getfixturevalue('numbers')} {small}"
+    if program == "bert_pretraining.train":
+        small = f"{request.getfixturevalue('sentences')} {small}"
     if program == "compression_baselines.prune":
         small = f"{small} --pretrained {request.getfixturevalue('dense')}"
     first = NEEDED.get(program, "").split() if small is None else ["--dry-run", *small.split()]
