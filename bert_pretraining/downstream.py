@@ -11,7 +11,7 @@ from typing import ClassVar
 from bert_pretraining.config import PretrainingConfig
 from common.experiments.config import REQUIRED, Config, derived, flag, non_negative, override, positive_int
 from common.experiments.run_config import RunConfig
-from common.experiments.runs import Run, directory_of
+from common.experiments.runs import Run, run_of
 
 MAX_TOKENS = {"sentences": 128, "squad": 384}  # of a sequence, by task
 QUESTION = 64  # tokens of a question at most; longer ones are cut
@@ -174,19 +174,8 @@ def open_run(config: DownstreamConfig) -> Run | None:
         if int(os.environ.get("RANK", "0")) > 0:
             return None
         print(f"{config.prog()} runs in one process: the others that were started do nothing", file=sys.stderr)
-    directory = directory_of(config)
-    run = Run(
-        directory,
-        config.record(),
-        config.seed,
-        kind=type(config),
-        inputs=config.inputs(),
-        resume=config.resume is not None,
-        row=config.row,
-        row_config=config.row_config,
-    )
+    run = run_of(config)
     if not run.finished:
         return run
-    print(f"{directory} holds a finished run of this configuration and seed: nothing to do", file=sys.stderr)
-    print(directory / "result.json")
+    run.say_finished()
     return None

@@ -318,8 +318,7 @@ def frobenius_decay(
     pairs = (found["quekey"] if query_key else []) + (found["outval"] if output_value else [])
     if not layers and not pairs:
         return None
-    covered = model if layers else nn.ModuleList(m for m in model.modules() if isinstance(m, MultiheadAttention))
-    return FrobeniusDecay(covered, coef, pairs=pairs, decoupled=decoupled)
+    return FrobeniusDecay(model, coef, pairs=pairs, layers=layers, decoupled=decoupled)
 
 
 def count_full(config: EncoderConfig) -> int:

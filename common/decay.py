@@ -88,7 +88,8 @@ class _Stack:
 class FrobeniusDecay:
     """Adds the gradient of coef/2 ||W||_F^2 to the gradients of the factors of every W (paper, section 3.2).
 
-    Covers the factors of every :class:`Factorized` layer of the model and the Parameters of ``pairs``. Call
+    Covers the factors of every :class:`Factorized` layer of the model, unless ``layers`` is false, and the Parameters of
+    ``pairs``. Call
     :meth:`step` after backward (and after unscaling, under AMP) and before gradient clipping and the optimizer; it
     computes outside autocast and, for matrices, in at least float32. Factors that need no gradient are left alone; a covered
     Parameter without a gradient receives one, as if the penalty had been part of the loss. Layers of tied weights share
@@ -106,12 +107,20 @@ class FrobeniusDecay:
     Raises ValueError for a coefficient that is negative or not finite, or where there is nothing to decay.
     """
 
-    def __init__(self, model: nn.Module, coef: float, *, pairs: Sequence[FactorPair] = (), decoupled: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        coef: float,
+        *,
+        pairs: Sequence[FactorPair] = (),
+        layers: bool = True,
+        decoupled: bool = False,
+    ) -> None:
         if not math.isfinite(coef) or coef < 0:
             raise ValueError(f"the Frobenius decay coefficient must be finite and not negative, got {coef}")
         self.coef, self.decoupled, self.pairs = coef, decoupled, tuple(pairs)
         self._model = model
-        found = [module for module in model.modules() if isinstance(module, Factorized)]
+        found = [module for module in model.modules() if isinstance(module, Factorized) and layers]
         self._layers = list({tuple(map(id, layer.factors())): layer for layer in reversed(found)}.values())[::-1]
         self._factors = [(layer, layer.factors()) for layer in self._layers]
         self._places = list(_places(model, found, self.parameters()))

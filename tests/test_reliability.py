@@ -39,6 +39,8 @@ PROGRAMS = {
     "--fisher-samples 64 --epochs 2",
     "tensor_wrn.train": f"digits teacher --conv TensorTrain_0.5 --wrn-depth 10 --wrn-width 1 --wd2fd {DIGITS} --epochs 3",
     "transformer_iwslt.train": f"{{data}} {TINY} {HALF} --max-update 24 --patience 9 --no-epoch-checkpoints",
+    "bert_pretraining.train": "{text} --layers 1 --embed-dim 16 --heads 2 --seq 16 --batch-size 32 --steps 30 --epoch-steps 10 "
+    "--device cpu --resume auto --rank-scale 0.5 --spectral-quekey --spectral-outval --wd2fd-quekey --wd2fd-outval --dropout 0.1",
 }
 
 
@@ -59,6 +61,10 @@ def command(tmp_path_factory, forks):
             made["data"] = folder / "numbers"
             prepare = f"--corpus numbers --size 400 --bpe 120 --dest {made['data']}".split()
             assert forks("transformer_iwslt.prepare", prepare)[0] == 0, forks.log.read_text()
+        if program.startswith("bert") and "text" not in made:
+            made["text"] = folder / "text"
+            prepare = f"--corpus numbers --lines 2000 --dest {made['text']}".split()
+            assert forks("bert_pretraining.prepare", prepare)[0] == 0, forks.log.read_text()
         if program.endswith("prune") and "dense" not in made:
             made["dense"] = folder / "dense" / "checkpoint.pt"
             dense = f"{SMALL} --epochs 2 --save-dir {folder / 'dense'}".split()
@@ -70,7 +76,7 @@ def command(tmp_path_factory, forks):
 
 def outcome(directory):
     """All that a run leaves but times: weights, optimizer, records of epochs and of norms, result."""
-    timing = ("seconds", "images_per_second", "wps", "ups", "valid_wps")
+    timing = ("seconds", "images_per_second", "tokens_per_second", "wps", "ups", "valid_wps")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     found = {"metrics": [{key: value for key, value in line.items() if key not in timing} for line in lines]}
     if (directory / "checkpoint_last.pt").exists():

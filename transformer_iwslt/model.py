@@ -285,7 +285,7 @@ def frobenius_decay(model: nn.Module, coef: float, layers: bool, query_key: bool
     for name, attention in attentions(model).items():
         pairs += [attention.query_key(name)] if query_key else []
         pairs += [attention.output_value(name)] if output_value else []
-    return FrobeniusDecay(model if layers else nn.ModuleList(), coef, pairs=pairs) if layers or pairs else None
+    return FrobeniusDecay(model, coef, pairs=pairs, layers=layers) if layers or pairs else None
 
 
 def count_full(config: TransformerConfig) -> int:

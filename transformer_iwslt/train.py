@@ -113,8 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_of |= {"kind": TranslationConfig, "resume": True, "row": config.row, "row_config": config.row_config}
         run = Run(**run_of, main=cfg.distributed_training.distributed_rank == 0)
         if run.finished:
-            print(f"{path} holds a finished run of this configuration and seed: nothing to do", file=sys.stderr)
-            print(path / "result.json")
+            run.say_finished()
             return
         trained = trained_already(run_of, cfg.optimization.max_update)
         run.begin()

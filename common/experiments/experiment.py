@@ -19,7 +19,7 @@ from ..surgery import FactorizationReport
 from . import checkpoints, distributed
 from .distributed import Processes
 from .run_config import RunConfig
-from .runs import FAILURES, Run, clean_errors, directory_of, environment, seed_everything
+from .runs import FAILURES, Run, clean_errors, directory_of, environment, run_of, seed_everything
 from .training import TrainingLoop
 
 C = TypeVar("C", bound=RunConfig)
@@ -123,29 +123,18 @@ class Experiment(Generic[C, T]):
 
         Raises ValueError where the directory is another run's, or is finished without one of its :meth:`outputs`.
         """
-        config, record = self.config, self.config.record()
+        config = self.config
         directory = directory_of(config)
         self.checkpoint = find_checkpoint(config.resume, directory)
         self.read_inputs()
-        self.run = Run(
-            directory,
-            record,
-            config.seed,
-            kind=type(config),
-            inputs=config.inputs(),
-            resume=config.resume is not None,
-            row=config.row,
-            row_config=config.row_config,
-            main=self.processes.main,
-        )
+        self.run = run_of(config, main=self.processes.main)
         if not self.processes.any(self.run.finished):
             return True
         for name in self.outputs():
             if not (directory / name).exists():
                 raise ValueError(f"{directory} holds a finished run without {name}: remove it, or choose another --save-dir")
         if self.processes.main:
-            print(f"{directory} holds a finished run of this configuration and seed: nothing to do", file=sys.stderr)
-            print(directory / "result.json")
+            self.run.say_finished()
         distributed.stop()
         return False
 

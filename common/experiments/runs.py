@@ -174,6 +174,11 @@ class Run:
         write_json(self.path / "config.json", self._record())
         self.heartbeat({}, force=True)
 
+    def say_finished(self) -> None:
+        """Print the path of the result of a run that has finished, and on stderr that there is nothing to do."""
+        print(f"{self.path} holds a finished run of this configuration and seed: nothing to do", file=sys.stderr)
+        print(self.path / RESULT)
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         if self.main:
@@ -234,6 +239,21 @@ class Run:
             ).save(path)
             self.heartbeat({}, status="finished", force=True)
         return path
+
+
+def run_of(config: Any, *, main: bool = True) -> Run:
+    """The run of the flags of a program, checked and not begun; raises ValueError as :class:`Run` does."""
+    return Run(
+        directory_of(config),
+        config.record(),
+        config.seed,
+        kind=type(config),
+        inputs=config.inputs(),
+        resume=config.resume is not None,
+        row=config.row,
+        row_config=config.row_config,
+        main=main,
+    )
 
 
 def directory_of(config: Any) -> Path:

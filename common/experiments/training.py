@@ -341,6 +341,8 @@ class TrainingLoop(ABC):
         self._log(record, writer)
         if self.processes.main:
             accuracies = f"train {record['train_accuracy']:.2f} %, {self.split} {self.final['accuracy']:.2f} %"
+            if self.lower_is_better:  # of the loss, then
+                accuracies = f"{self.split} {self.final['loss']:.4f}; accuracy {accuracies}"
             speed = f"lr {lr:g}, {record[self.speed]:.0f} {self.speed.removesuffix('_per_second')}/s"
             where = f"epoch {epoch + 1}/{self.epochs}"
             print(f"{where}: loss {record['train_loss']:.4f}, {accuracies}, {speed}", file=sys.stderr)

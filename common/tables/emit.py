@@ -55,7 +55,9 @@ def script(program: Program, table: Table, row: Row) -> str:
         given = f'--command "${name}" {given}'
     published = f"{row.published.value} ({row.published.source})" if row.published else "n/a"
     count = f"{row.parameters:,}" if row.parameters else "n/a"
-    cost = f"about {row.hours:.2g} GPU-hours a seed" if row.hours else "minutes on a CPU"
+    hours = sum(each.hours for each in row.chain())
+    first = " with what runs first" if row.after is not None else ""
+    cost = f"about {hours:.3g} GPU-hours a seed{first}" if hours else "minutes on a CPU"
     path = f"{program.name}/{table.id}/{row.id}.sh"
     return _SCRIPT.format(
         mark=_MARK.format(path=path),
