@@ -40,7 +40,8 @@ PROGRAMS = {
     "tensor_wrn.train": f"digits teacher --conv TensorTrain_0.5 --wrn-depth 10 --wrn-width 1 --wd2fd {DIGITS} --epochs 3",
     "transformer_iwslt.train": f"{{data}} {TINY} {HALF} --max-update 24 --patience 9 --no-epoch-checkpoints",
     "bert_pretraining.train": "{text} --layers 1 --embed-dim 16 --heads 2 --seq 16 --batch-size 32 --steps 30 --epoch-steps 10 "
-    "--device cpu --resume auto --rank-scale 0.5 --spectral-quekey --spectral-outval --wd2fd-quekey --wd2fd-outval --dropout 0.1",
+    "--device cpu --resume auto --rank-scale 0.5 --spectral-quekey --spectral-outval --wd2fd-quekey --wd2fd-outval "
+    "--dropout 0.1",
 }
 
 
