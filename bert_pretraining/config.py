@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from common.experiments.config import REQUIRED, Config, flag, non_negative, override, positive_int
+from common.experiments.config import REQUIRED, Config, flag, non_negative, override, positive_int, share
 from common.experiments.files import read_json
 from common.experiments.run_config import RunConfig, TrainingConfig
 
@@ -21,13 +21,6 @@ SIZES = {  # layers, dimensions, heads; those of google-research/bert
 POSITIONS = ("learned", "alibi")
 INITS = ("regular", "spectral", "norm-matched")
 MASKED = 0.15  # share of the positions that are predicted, unless --predictions names their number
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
-    return value
 
 
 def _rank_scale(text: str) -> float:
@@ -60,7 +53,7 @@ class EncoderFlags(Config):
         help="learned embeddings of positions, or alibi: a bias on scores that grows with distance",
     )
     max_positions: int = flag(512, type=positive_int, metavar="N", help="tokens of a sequence at most")
-    dropout: float = flag(0.0, type=_share, help="of hidden states and attention weights")
+    dropout: float = flag(0.0, type=share, help="of hidden states and attention weights")
     init_std: float = flag(None, type=non_negative, help="of initial weights (default: 0.02 sqrt(768 / --embed-dim))")
     rank_scale: float = flag(0.0, type=_rank_scale, help="width of heads as a share of the full one; 0 is the full one")
     rank_scale_layers: float = flag(0.0, type=_rank_scale, help="rank scale of feed-forward layers; 0 is dense")
@@ -179,12 +172,12 @@ class PretrainingConfig(RunConfig, EncoderFlags):
         1, type=positive_int, metavar="N", changes_result=False, help="parts of a step's batch whose gradients are accumulated"
     )
     lr: float = override(TrainingConfig, "lr", 1e-3, help="highest learning rate")
-    warmup: float = flag(0.06, type=_share, help="share of the steps in which the learning rate rises from 0")
+    warmup: float = flag(0.06, type=share, help="share of the steps in which the learning rate rises from 0")
     lr_power: float = flag(
         1.0, type=non_negative, help="after warm-up the rate is --lr times this power of the share of steps that remain"
     )
-    beta1: float = flag(0.9, type=_share, help="of both optimizers")
-    beta2: float = flag(0.999, type=_share, help="of both optimizers")
+    beta1: float = flag(0.9, type=share, help="of both optimizers")
+    beta2: float = flag(0.999, type=share, help="of both optimizers")
     eps: float = flag(1e-6, type=non_negative, help="of both optimizers")
     clip_norm: float = flag(0.0, type=non_negative, help="bound on the norm of all gradients together; 0 is none")
     weight_decay: float = override(TrainingConfig, "weight_decay", 0.01, help="of all weights but norms")

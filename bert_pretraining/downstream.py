@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bert_pretraining.config import PretrainingConfig
-from common.experiments.config import REQUIRED, Config, derived, flag, non_negative, override, positive_int
+from common.experiments.config import REQUIRED, Config, derived, flag, non_negative, override, positive_int, share
 from common.experiments.run_config import RunConfig
 from common.experiments.runs import Run, run_of
 
@@ -83,15 +83,12 @@ class FinetuneConfig(DownstreamConfig):
     epochs: int = flag(3, type=positive_int, metavar="N", help="passes over --train")
     batch_size: int = flag(32, "-b", "--batch-size", type=positive_int, metavar="N", help="sequences of a step")
     lr: float = flag(5e-5, "--lr", "--learning-rate", type=non_negative, help="highest learning rate")
-    warmup: float = flag(0.1, type=non_negative, help="share of the steps in which the learning rate rises; then it falls to 0")
+    warmup: float = flag(0.1, type=share, help="share of the steps in which the learning rate rises; then it falls to 0")
     weight_decay: float = flag(0.01, "--weight-decay", "--wd", type=non_negative, help="of all weights but norms and biases")
-    dropout: float = flag(0.1, type=non_negative, help="in the encoder and before the classifier")
+    dropout: float = flag(0.1, type=share, help="in the encoder and before the classifier")
 
     def resolve(self) -> None:
         super().resolve()
-        for name in ("warmup", "dropout"):
-            if not getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be in [0, 1), got {getattr(self, name)}")
         self.max_tokens = self.max_tokens or MAX_TOKENS[self.task]
         if self.task == "sentences":
             if self.stride is not None:

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from common.experiments.config import REQUIRED, Config, FlagParser, derived, flag, natural, non_negative, override, positive_int
+from common.experiments.config import (
+    REQUIRED,
+    Config,
+    FlagParser,
+    derived,
+    flag,
+    natural,
+    non_negative,
+    override,
+    positive_int,
+    share,
+)
 from common.experiments.files import ROOT
 
 PLUGIN = Path(__file__).resolve().parent / "plugin"
@@ -51,13 +62,6 @@ _OWN = {
 
 # By default fairseq leaves out the last batch where its size is no multiple of 8: of 500 test sentences it translates 496.
 WHOLE = ("--required-batch-size-multiple", "1")
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
-    return value
 
 
 def rank_scale(text: str) -> float:

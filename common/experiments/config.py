@@ -89,6 +89,13 @@ def non_negative(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
+    return value
+
+
 def natural(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**63:
