@@ -173,7 +173,7 @@ class FrobeniusDecay:
         if not all(same) or not all(id(each) in here for each in (*self._layers, *self.parameters())):
             raise RuntimeError(
                 f"{moved} was replaced after this FrobeniusDecay was created, so its decay would not reach the replacement: "
-                "create the decay and the optimizer after what replaced it (load_state_dict with assign, to_empty, "
+                "create the decay and the optimizer after the call that replaced it (load_state_dict with assign, to_empty, "
                 "fully_shard, parametrizations, pruning, densify_)"
             )
         self._places = list(_places(self._model, self._layers, self.parameters()))  # moved into wrappers
