@@ -205,7 +205,7 @@ class Scaled(nn.Linear):
         (nn.Sequential(nn.Conv3d(4, 4, 3)), "'0': Conv3d is not"),
         (nn.Sequential(nn.EmbeddingBag(4, 4)), "'0': EmbeddingBag is not"),
         (nn.Sequential(nn.Linear(4, 4).to(torch.complex64)), "'0': its weight is torch.complex64, not floating point"),
-        (nn.Sequential(Scaled(4, 4)), "'0': Scaled has a forward of its own"),
+        (nn.Sequential(Scaled(4, 4)), "'0': Scaled overrides forward"),
         (nn.Sequential(nn.LazyLinear(4)), "has no weight yet"),
         (nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))), "parametriz"),
         (nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4))), "'0': a hook computes its weight"),
@@ -274,7 +274,7 @@ class Nested(nn.Parameter):
         (with_accumulation_hook(), "its weight has gradient hooks"),
         (altered(weight=Nested(torch.ones(8, 8))), "its weight is a Nested"),
         (compiled(), "it was compiled by its method compile"),
-        (altered(rank=3), "cannot take over the attribute 'rank' of Linear: rename it"),
+        (altered(rank=3), "already has an attribute 'rank': rename that of Linear"),
     ],
 )
 def test_what_would_be_lost_is_refused_by_name(layer, message):
@@ -470,10 +470,10 @@ def test_skipping_what_is_unsupported():
     assert [type(module) for module in model] == [FactorizedConv2d, *expected[1:3], FactorizedLinear]
     assert [(layer.name, layer.reason) for layer in report.skipped] == [
         ("1", "ConvTranspose2d is not a Linear, Conv1d, Conv2d, Embedding or MultiheadAttention"),
-        ("2", "Scaled has a forward of its own"),
+        ("2", "Scaled overrides forward"),
     ]
-    assert "2: left dense, Scaled has a forward of its own" in str(report).splitlines()
-    assert report.to_dict()["skipped"][1] == {"name": "2", "reason": "Scaled has a forward of its own"}
+    assert "2: left dense, Scaled overrides forward" in str(report).splitlines()
+    assert report.to_dict()["skipped"][1] == {"name": "2", "reason": "Scaled overrides forward"}
     with pytest.raises(ValueError, match=r"nothing to factorize .* selected 1 .*; 1 are not supported, such as '0': Scaled"):
         factorize_(nn.Sequential(Scaled(4, 4)), LowRankConfig(0.5), unsupported="skip")
     with pytest.raises(ValueError, match="unsupported must be 'raise' or 'skip', got 'ignore'"):
