@@ -356,7 +356,7 @@ def test_tied_layers_are_refused_where_only_one_is_selected_or_they_differ():
         factorize_(model, low_rank(0.5, rank_pattern={"words": 0.2}))
     crossed = nn.Sequential(nn.Linear(4, 4), Conv1D(4, 4))
     crossed[1].weight = crossed[0].weight
-    with pytest.raises(ValueError, match="'0': its weight is tied to '1', which uses it in another way"):
+    with pytest.raises(ValueError, match="'0': its weight is tied to '1', which uses it differently"):
         factorize_(crossed, low_rank(0.5))
     assert type(crossed[0]) is nn.Linear
 

@@ -287,11 +287,11 @@ def test_what_would_be_lost_is_refused_by_name(layer, message):
 
 def test_layers_in_a_plain_list_are_refused_by_their_place():
     model = InList(registered=True)
-    message = "'body.0': taps.0. holds it outside of the registered modules, and would keep it; register it"
+    message = "'body.0': taps.0. holds it outside the registered modules and would keep it; register it"
     with pytest.raises(ValueError, match=message):
         factorize_(model, LowRankConfig(0.25))
     model = InList(registered=False)
-    with pytest.raises(ValueError, match=r"'taps\[0\]': it is held outside of the registered modules; register it"):
+    with pytest.raises(ValueError, match=r"'taps\[0\]': it is held outside the registered modules; register it"):
         factorize_(model, LowRankConfig(0.25))
     report = factorize_(model, LowRankConfig(0.25), unsupported="skip")
     assert [layer.name for layer in report.layers] == ["body.0"]
