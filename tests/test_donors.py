@@ -352,7 +352,7 @@ def test_tied_layers_are_refused_where_only_one_is_selected_or_they_differ():
     report = factorize_(model, low_rank(0.5), filter_fn=lambda module, name: name != "output", unsupported="skip")
     assert [layer.name for layer in report.layers] == ["middle"]
     model, _ = make("tied")
-    with pytest.raises(ValueError, match="layers of one weight have one rank scale"):
+    with pytest.raises(ValueError, match="layers that share a weight must have the same rank scale"):
         factorize_(model, low_rank(0.5, rank_pattern={"words": 0.2}))
     crossed = nn.Sequential(nn.Linear(4, 4), Conv1D(4, 4))
     crossed[1].weight = crossed[0].weight

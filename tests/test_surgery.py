@@ -505,8 +505,8 @@ def test_layers_that_grow_are_warned_of_once_or_left_dense():
     assert [layer.name for layer in report.layers] == ["1"]
     assert report.compressed == 256 + 4 * 40 + 72
     assert [(layer.name, layer.reason) for layer in report.skipped] == [
-        ("0", "rank 16 would take 640 parameters instead of 256"),
-        ("2", "rank 2 would take 96 parameters instead of 72"),
+        ("0", "rank 16 would need 640 parameters instead of 256"),
+        ("2", "rank 2 would need 96 parameters instead of 72"),
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -536,7 +536,7 @@ def test_the_scale_for_a_ratio_follows_what_it_multiplies(target, rank_of, skip_
 
     grid = [ratio(step / 200) for step in range(1, 400)]
     assert abs(ratio(scale) - target) == pytest.approx(min(abs(each - target) for each in grid))
-    with pytest.raises(ValueError, match=r"target ratio 1.5 is above 1, and with skip_growing no layer grows"):
+    with pytest.raises(ValueError, match=r"target ratio 1.5 is above 1, but with skip_growing no layer grows"):
         rank_scale_for_ratio(growing_model(), 1.5, skip_growing=True)
 
 
@@ -805,7 +805,7 @@ def test_readme_lines_on_a_transformer_encoder():
 
 
 def test_a_rank_scale_in_place_of_a_configuration_is_refused():
-    with pytest.raises(TypeError, match=r"takes a LowRankConfig, got 0\.25: write LowRankConfig\(rank_scale=\.\.\.\)"):
+    with pytest.raises(TypeError, match=r"takes a LowRankConfig, got 0\.25: pass LowRankConfig\(rank_scale=\.\.\.\)"):
         factorize_(nn.Sequential(nn.Linear(4, 4)), 0.25)
 
 
@@ -816,7 +816,7 @@ def test_a_weight_that_is_not_finite_is_named(value, init):
     with torch.no_grad():
         model[1][0].weight[1, 2] = value
     before = list(model)
-    with pytest.raises(ValueError, match=r"cannot factorize '1\.0': its weight holds NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"cannot factorize '1\.0': its weight contains NaN or infinite values"):
         factorize_(model, LowRankConfig(0.5, init=init))
     assert list(model) == before
 
