@@ -57,7 +57,7 @@ def fails(capsys, command, message, cwd=None):
         ("--evaluate", "--evaluate needs --resume"),
         ("--save-dir=", "argument --save-dir/--log-dir: must name a file or folder, got an empty word"),
         ("--evaluate --resume=", "argument --resume: must name a file or folder, got an empty word"),
-        ("--evaluate --resume .", ". is a folder without a checkpoint that loads: give a file, or the folder of a run"),
+        ("--evaluate --resume .", ". is a folder without a checkpoint that loads: give a checkpoint file or a run's folder"),
         ("--rank-scale 0.1 --pretrained .", "--pretrained . is a folder: give a file in it"),
         ("--evaluate --resume auto", "needs --save-dir"),
         ("--dry-run --data imagefolder", "needs --num-classes"),
