@@ -97,13 +97,13 @@ class RunResult:
         return result
 
     def check(self, kinds: Mapping[tuple[str, str], type[Config]]) -> None:
-        """Raise ValueError if this is a result of format 2 whose configuration does not match its hash.
+        """Raise ValueError if the configuration does not match its hash, or if its program or a field of it is unknown.
 
-        ``kinds`` maps program and script to the program's configuration class. Raises ValueError, too, if ``kinds`` lacks the
-        program or its class lacks a field.
+        ``kinds`` maps program and script to the program's configuration class. Results of format 1 are not checked here,
+        because :meth:`load` has checked their hash.
         """
         if self.format == 1:
-            return  # load() has checked it
+            return
         kind = kinds.get((self.config.get("program", ""), self.script))
         if kind is None:
             name = f"{self.config.get('program')}/{self.script}"
@@ -113,6 +113,6 @@ class RunResult:
             raise ValueError(f"{self.path} comes from another version: it has the unknown fields {', '.join(unknown)}")
         if config_hash(identity(kind, self.config)) != self.config_hash:
             raise ValueError(
-                f"{self.path} has a configuration that does not match its hash: the file was edited, or the program has changed "
-                "the value that it assumes for the time before a field existed"
+                f"{self.path} has a configuration that does not match its hash: the file was edited, or the 'before' value of a "
+                "field was changed in the program"
             )
