@@ -113,6 +113,6 @@ class RunResult:
             raise ValueError(f"{self.path} comes from another version: it has the unknown fields {', '.join(unknown)}")
         if config_hash(identity(kind, self.config)) != self.config_hash:
             raise ValueError(
-                f"{self.path} has a configuration that does not match its hash: the file was edited, or the 'before' value of a "
-                "field was changed in the program"
+                f"{self.path} has a configuration that does not match its hash: the file was edited, or the 'before' value of "
+                "a field was changed in the program"
             )
