@@ -61,7 +61,7 @@ class RunConfig(TrainingConfig):
         type=_checkpoint,
         metavar="PATH",
         changes_result=False,
-        help="resume from a checkpoint file or from the newest valid checkpoint of a folder; 'auto': of the save-dir, if any",
+        help="checkpoint to resume from; a folder means the newest valid one in it, and 'auto' that of the save-dir, if any",
     )
     evaluate: bool = flag(
         False, "-e", "--evaluate", changes_result=False, help="only evaluate the checkpoint that --resume names"
