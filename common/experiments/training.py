@@ -83,8 +83,8 @@ class TrainingLoop(ABC):
                       has the decay as its attribute ``decay`` applies it itself.
     hook:             acts after every step. An :class:`EpochHook` or :class:`UpdateHook` also acts at other times. The state
                       of a :class:`Stateful` hook is stored in checkpoints.
-    best_from:        first epoch, counted from 0, whose score may be the best one. Earlier scores do not count, for instance while masks
-                      still keep more parameters than the budget.
+    best_from:        first epoch, counted from 0, whose score may be the best one. Earlier scores do not count, for instance
+                      while masks still keep more parameters than the budget.
     epoch_metrics:    called with the learning rate before training and after each epoch. Its results join the metrics.
     first_step:       number of steps that the loops of earlier rounds have made.
     seconds:          time that these earlier steps took.
