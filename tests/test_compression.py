@@ -224,7 +224,7 @@ def test_tiny_imagenet_is_downloaded_checked_and_put_in_place_whole(tiny, tmp_pa
         raise OSError("no route to host")
 
     monkeypatch.setattr(utils, "download_url", refuse)
-    with pytest.raises(OSError, match=r"tiny_imagenet is not here .*unpack http://cs231n.*90528d7c"):
+    with pytest.raises(OSError, match=r"tiny_imagenet is missing .*unpack http://cs231n.*90528d7c"):
         tiny_imagenet.prepare(tmp_path / "empty")
 
 

@@ -76,7 +76,7 @@ def test_paths_are_those_of_home_directories_and_never_empty(tmp_path, monkeypat
     for text, expected in (("~/w.pt", tmp_path / "w.pt"), ("~", tmp_path), ("a~b", Path("a~b")), ("./~", Path("~"))):
         expected = tmp_path / "w.pt" if flag_of_a_field and text == "~" else expected  # a folder is refused there
         assert parse([f"--weights={'~/w.pt' if expected.name == 'w.pt' else text}"]).weights == expected
-    for text, message in (("", "must name a file or folder, got an empty word"), ("~nobody-of-this-name/w", "of nobody here")):
+    for text, message in (("", "must name a file or folder, got an empty"), ("~nobody-of-this-name/w", "of an unknown user")):
         with pytest.raises(SystemExit):
             parse(["--weights", text])
         assert message in capsys.readouterr().err

@@ -200,7 +200,7 @@ def test_cifar_without_network_says_how_to_get_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", refuse)
     for name, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
-        with pytest.raises(OSError, match=rf"{name} is not here .*no route to host.* unpack http.* so that .*{folder} exists"):
+        with pytest.raises(OSError, match=rf"{name} is missing .*no route to host.* unpack http.* so that .*{folder} exists"):
             load(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

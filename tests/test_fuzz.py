@@ -300,5 +300,5 @@ def test_convolutions_of_any_groups(groups, inputs, outputs, kernel, dtype, rank
 
 def test_checkpoints_of_another_version(tmp_path):
     checkpoints.save_file(tmp_path / "later.pt", {"format": 99, "model": {}})
-    with pytest.raises(ValueError, match="is of format 99, and this version reads up to 1"):
+    with pytest.raises(ValueError, match="has format 99, but this version reads up to 1:"):
         checkpoints.load(tmp_path / "later.pt")

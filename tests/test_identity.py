@@ -180,7 +180,7 @@ def test_the_hash_of_format_1_is_that_of_the_whole_configuration(tmp_path):
     content["config"]["lr"] = 0.5
     write_json(path, content)
     (problem,) = read(tmp_path, kinds(programs()))[1]
-    assert problem == f"{path} has a configuration that is not the one its hash was made of"
+    assert problem == f"{path} has a configuration that does not match its hash"
 
 
 def test_the_hash_of_format_2_is_that_of_the_identity(tmp_path):
@@ -193,13 +193,13 @@ def test_the_hash_of_format_2_is_that_of_the_identity(tmp_path):
     content = json.loads(path.read_text())
     write_json(path, {**content, "config": {**content["config"], "lr": 0.5}})
     (problem,) = read(tmp_path, known)[1]
-    assert problem.startswith(f"{path} has a configuration that is not the one its hash was made of: the file was changed")
+    assert problem.startswith(f"{path} has a configuration that does not match its hash: the file was edited")
     write_json(path, {**content, "config": {**content["config"], "new": True, "other": 1}})
     (problem,) = read(tmp_path, known)[1]
-    assert problem == f"{path} is of a version with fields that this one does not know: new, other"
+    assert problem == f"{path} comes from another version: it has the unknown fields new, other"
     write_json(path, {**content, "script": "prune.py"})
     (problem,) = read(tmp_path, known)[1]
-    assert problem == f"{path} is a result of resnet_cifar/prune.py, which is no program of this version"
+    assert problem == f"{path} is a result of resnet_cifar/prune.py, which is not a program of this version"
 
 
 @pytest.mark.parametrize(

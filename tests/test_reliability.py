@@ -241,7 +241,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(forks, command, whole,
     content[len(content) // 2] ^= 1
     latest.write_bytes(content)
     assert forks("resnet_cifar.train", words)[0] == 0
-    assert "it is damaged; looking for an older one" in forks.log.read_text()
+    assert "it is damaged; looking for an older checkpoint" in forks.log.read_text()
     assert differing(whole("resnet_cifar.train")[0], outcome(tmp_path / "run")) == []
 
 

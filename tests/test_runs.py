@@ -71,7 +71,7 @@ def test_a_directory_belongs_to_one_configuration_and_one_process(tmp_path):
         Run(tmp_path / "r", {**CONFIG, "lr": 0.2}, 1, resume=True)
     with pytest.raises(ValueError, match=r"seed 1 there, 2 here"):
         Run(tmp_path / "r", CONFIG, 2)
-    with pytest.raises(ValueError, match="unfinished run of this configuration: --resume auto"):
+    with pytest.raises(ValueError, match="unfinished run of this configuration: give --resume auto"):
         Run(tmp_path / "r", CONFIG, 1)
     Run(tmp_path / "r", CONFIG, 1, resume=True)
     Run(tmp_path / "r", {**CONFIG, "max_steps": 5}, 1, resume=True)

@@ -88,5 +88,5 @@ def test_some_missing_counts_are_an_error():
 def test_what_holds_no_state_dict_is_refused_by_its_keys(state, named, tmp_path):
     with pytest.raises(ValueError, match=f"not a model's state dict.*{named}"):
         load_factorized_(network(), state)
-    with pytest.raises(ValueError, match=r"weights\.pt is no checkpoint of a model"):
+    with pytest.raises(ValueError, match=r"weights\.pt is not a checkpoint of a model"):
         checkpoints.model_state(state, tmp_path / "weights.pt")

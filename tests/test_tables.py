@@ -487,15 +487,15 @@ def test_the_papers_shape_has_a_line_per_scheme(tmp_path):
 def test_bad_results_are_named_and_not_counted(tmp_path, capsys):
     write_result(tmp_path, "spectral")
     bad = [
-        (write_result(tmp_path, "full", format=0), "not a result of this version"),
-        (write_result(tmp_path, "full", script="other.py"), "resnet_cifar/other.py, which is no program of this version"),
+        (write_result(tmp_path, "full", format=0), "is not a result in a format that this version reads"),
+        (write_result(tmp_path, "full", script="other.py"), "resnet_cifar/other.py, which is not a program of this version"),
         (write_result(tmp_path, "full", status="running"), "is not finished"),
-        (write_result(tmp_path, "full", metrics={"final": 1.0}), "lacks or garbles"),
-        (write_result(tmp_path, "full", config_hash="0"), "is not the one its hash"),
-        (write_result(tmp_path, "full", seed="2"), "lacks or garbles"),
-        (write_result(tmp_path, "full", row=5), "lacks or garbles"),
-        (write_result(tmp_path, "full", seconds=None), "lacks or garbles"),
-        (write_result(tmp_path, "full", parameters={}), "lacks or garbles"),
+        (write_result(tmp_path, "full", metrics={"final": 1.0}), "has a missing or invalid field"),
+        (write_result(tmp_path, "full", config_hash="0"), "does not match its hash"),
+        (write_result(tmp_path, "full", seed="2"), "has a missing or invalid field"),
+        (write_result(tmp_path, "full", row=5), "has a missing or invalid field"),
+        (write_result(tmp_path, "full", seconds=None), "has a missing or invalid field"),
+        (write_result(tmp_path, "full", parameters={}), "has a missing or invalid field"),
     ]
     nan = write_result(tmp_path, "full", final=1.0)
     nan.write_text(nan.read_text().replace('"final": 1.0', '"final": NaN'))

@@ -547,7 +547,7 @@ def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
         ("DATA --embdim 3", "fairseq: unrecognized arguments: --embdim 3"),
         ("--update-freq 2 DATA", "DATA must come before the flags"),
         ("DATA other", "unrecognized arguments: other"),
-        ("~nobody-of-this-name", "argument DATA: is in the home directory of nobody here"),
+        ("~nobody-of-this-name", "argument DATA: names the home directory of an unknown user"),
         ("nowhere", "there is no folder nowhere: python transformer_iwslt/prepare.py --dest nowhere"),
         ("EMPTY", "has no prepare.json: it was not written by prepare.py"),
         ("DATA --distributed-world-size 2 --cpu", "--distributed-world-size 2 needs as many GPUs, and there are 0"),

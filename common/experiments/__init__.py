@@ -1,1 +1,1 @@
-"""Machinery of all programs: configurations, run directories, results, checkpoints, processes, downloads."""
+"""Machinery that all programs share: configurations, run directories, results, checkpoints, processes, downloads."""

@@ -15,36 +15,36 @@ import torch
 from ..state_dicts import find
 from .files import write_atomic
 
-FORMAT = 1  # of training checkpoints; what an older one lacks, those who read it add
+FORMAT = 1  # version of the training checkpoint; code that reads an older checkpoint fills in the keys that it lacks
 LATEST, PREVIOUS = "checkpoint.pt", "checkpoint-previous.pt"
 
 
 def save_file(path: Path, state: Mapping[str, Any], *, keep: Path | None = None) -> None:
-    """Write a dictionary of tensors and plain values atomically; what was there before moves to ``keep``, if given."""
+    """Write a dictionary of tensors and plain values atomically. An existing file moves to ``keep``, if given."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     write_atomic(path, buffer.getvalue(), keep=keep)
 
 
 def save(directory: Path, state: Mapping[str, Any]) -> None:
-    """Write the latest checkpoint of a run; the one before it is kept."""
+    """Write the latest checkpoint of a run, and keep the previous one."""
     save_file(directory / LATEST, state, keep=directory / PREVIOUS)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Content of a checkpoint, on the CPU; raises ValueError where it is missing, damaged or would run code.
+    """Content of a checkpoint, with its tensors on the CPU. For a folder, the newest checkpoint in it that loads.
 
-    Of a folder it is the newest good checkpoint.
+    Raises ValueError if the checkpoint is missing, damaged or of a newer format, or if loading it could run code.
     """
     if path.is_dir():
         found = newest(path)
         if found is None:
-            raise ValueError(f"{path} is a folder without a checkpoint that loads: give a file, or the folder of a run")
+            raise ValueError(f"{path} is a folder without a checkpoint that loads: give a checkpoint file or a run's folder")
         return found
     if not path.is_file():
         raise ValueError(f"there is no checkpoint at {path}")
     try:
-        if zipfile.is_zipfile(path):  # whose parts carry checksums, which torch does not look at; torch before 1.6 wrote no zip
+        if zipfile.is_zipfile(path):  # its members have checksums, which torch does not verify; torch before 1.6 wrote no zip
             with zipfile.ZipFile(path) as packed:
                 damaged = packed.testzip()
             if damaged is not None:
@@ -53,35 +53,35 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:
         foreign = "weights_only" in str(error)
         reason = "it holds objects whose loading could run code" if foreign else "it is damaged"
-        raise ValueError(f"{path} is not a checkpoint that loads: {reason}") from error
+        raise ValueError(f"cannot load {path} as a checkpoint: {reason}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(state).__name__}")
-    format = state.get("format", FORMAT)  # files of other programs tell none
+    format = state.get("format", FORMAT)  # checkpoints of other programs have no format
     if not isinstance(format, int) or format > FORMAT:
-        raise ValueError(f"{path} is of format {format}, and this version reads up to {FORMAT}: use the version that wrote it")
+        raise ValueError(f"{path} has format {format}, but this version reads up to {FORMAT}: use the version that wrote it")
     return state
 
 
 def newest(directory: Path) -> dict[str, Any] | None:
-    """The newest checkpoint of a run that loads, or None; says on stderr when it had to fall back."""
+    """The newest checkpoint of a run that loads, or None. Warns on stderr about each one that does not load."""
     for name in (LATEST, PREVIOUS):
         if (directory / name).exists():
             try:
                 return load(directory / name)
             except ValueError as error:
-                print(f"warning: {error}; looking for an older one", file=sys.stderr)
+                print(f"warning: {error}; looking for an older checkpoint", file=sys.stderr)
     return None
 
 
 def model_state(state: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    """The model's state dict in a checkpoint, of this project or of another: as :func:`common.state_dicts.find` finds it.
+    """The model's state dict in a checkpoint of this or another project, as :func:`common.state_dicts.find` finds it.
 
-    Masks of torch.nn.utils.prune are multiplied into their weights. Raises ValueError where there is none.
+    Masks of torch.nn.utils.prune are multiplied into their weights. Raises ValueError if there is no state dict.
     """
     try:
         tensors = find(state)
     except ValueError as error:
-        raise ValueError(f"{path} is no checkpoint of a model: {error}") from error
+        raise ValueError(f"{path} is not a checkpoint of a model: {error}") from error
     for name in [name.removesuffix("_mask") for name in tensors if name.endswith("_mask")]:
         if f"{name}_orig" in tensors:
             tensors[name] = tensors.pop(f"{name}_orig") * tensors.pop(f"{name}_mask")
@@ -89,7 +89,7 @@ def model_state(state: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]
 
 
 def random_state() -> dict[str, Any]:
-    """State of Python's and torch's generators."""
+    """State of the random generators of Python and torch."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
 

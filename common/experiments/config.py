@@ -1,14 +1,14 @@
 """Configurations: dataclasses whose fields are the flags of a program, and the identity of the runs that they describe.
 
-A field says in one place what its flag is called, its help and default, whether it changes the result of a run, whether it
-names an input file, and which value runs had before the field existed. From that follow
+A field declares in one place the name, help and default of its flag, whether it changes the result of a run, whether it
+names an input file, and which value runs had before the field existed. Four things are derived from these declarations:
 
 - the command line;
-- the record: all fields that change the result, which a run stores;
-- the identity: what is left of a record without the fields that equal the value from before they existed;
-- the hash: the SHA-256 of the identity, which names directories.
+- the record: all fields that change the result. A run stores it;
+- the identity: the fields of a record whose values differ from those that runs had before the fields existed;
+- the hash: the first 12 hexadecimal digits of the SHA-256 of the identity. It names directories.
 
-This module loads without torch, so that scripts are written and errors shown at once.
+This module does not import torch, so that programs can write scripts and report errors without delay.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse whose flags take both ``-`` and ``_``, take no abbreviation, and fail in one line; paths are :func:`a_path`."""
+    """An argparse parser that accepts flags with ``-`` or ``_``, refuses abbreviations, and reports errors in one line.
+
+    Flags of type Path are parsed by :func:`a_path`.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
@@ -45,7 +48,7 @@ class FlagParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None, **kwargs: Any) -> Any:
         def canonical(word: str) -> str:
             flag, equals, value = word.partition("=")
-            if flag.startswith("--") and value == "--":  # which argparse drops, and gives an empty list in its place
+            if flag.startswith("--") and value == "--":  # argparse would replace it with an empty list
                 self.error(f"argument {flag}: expected a value, got '--'")
             dashed = flag.replace("_", "-")
             known = flag.startswith("--") and flag not in self._option_string_actions and dashed in self._option_string_actions
@@ -60,9 +63,10 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def say_interrupted(prog: str) -> None:
-    """Let Ctrl-C end this process with one line in place of a traceback, and with the status that it has anyway.
+    """Make Ctrl-C print one line instead of a traceback. The exit status stays the same.
 
-    For a process of the program's own: called where it starts, before torch, which takes seconds, is loaded.
+    This changes the whole process, so only a program's entry point calls it. It does so before it imports torch, which takes
+    seconds.
     """
     others = sys.excepthook
 
@@ -99,17 +103,17 @@ def share(text: str) -> float:
 def natural(text: str) -> int:
     value = int(text)
     if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"must not be negative and below 2^63, got {text}")
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 2^63, got {text}")
     return value
 
 
 def a_path(text: str) -> Path:
-    """The path that a flag names, with ``~`` for a home directory; shells leave it where it follows a ``=``."""
+    """The path that a flag names, with ``~`` expanded to a home directory. Shells do not expand ``~`` after a ``=``."""
     expanded = os.path.expanduser(text)
     if not text:
-        raise argparse.ArgumentTypeError("must name a file or folder, got an empty word ('.' is the current folder)")
+        raise argparse.ArgumentTypeError("must name a file or folder, got an empty string ('.' is the current folder)")
     if expanded.startswith("~"):
-        raise argparse.ArgumentTypeError(f"is in the home directory of nobody here, got {text!r} (./{text} is a name with ~)")
+        raise argparse.ArgumentTypeError(f"names the home directory of an unknown user: {text!r} (./{text} is a name with ~)")
     return Path(expanded)
 
 
@@ -128,18 +132,18 @@ def flag(
     input_file: bool = False,
     before: Any = MISSING,
 ) -> Any:
-    """A field of a configuration that is a flag; a name without dashes is a positional argument.
+    """A field of a configuration that is also a flag. A name without leading dashes makes it a positional argument.
 
-    default:         the value without the flag; :data:`REQUIRED` where it must be given. False makes it a switch.
-    names:           how it is written on a command line (default: the field's name with dashes).
-    type, choices, metavar, help, group:  as argparse takes them; ``group`` defaults to that of the class;
-                     an empty one is none.
-    changes_result:  whether the value is part of the run's configuration; leave it out for devices, paths, and flags that
-                     are short for another field.
-    input_file:      whether the value is the path of a file that the run reads. Recorded is whether it was given, and the
-                     digest of the file.
-    before:          what runs did before this field existed, or before its default changed, where that is not the default.
-                     Results stored without the field are read as having this value.
+    default:         the value if the flag is not given. :data:`REQUIRED` makes the flag mandatory; False makes it a switch.
+    names:           how the flag is written on a command line (default: the field's name with dashes).
+    type, choices, metavar, help:  as for argparse.
+    group:           title of the argparse group (default: that of the class). An empty string means no group.
+    changes_result:  whether the value is part of the run's configuration. False for devices, paths, and flags that are
+                     short for another field.
+    input_file:      whether the value is the path of a file that the run reads. The configuration then records only whether
+                     the path was given; the run also records the digest of the file.
+    before:          the value that runs had before this field existed, or before its default changed (default: ``default``,
+                     or False with ``input_file``). Results stored without the field are read as having this value.
     """
     options = {"type": type, "choices": choices, "metavar": metavar, "help": help}
     metadata = {
@@ -154,25 +158,26 @@ def flag(
 
 
 def derived(default: Any, *, input_file: bool = False) -> Any:
-    """A field that is recorded but is no flag: :meth:`Config.resolve` sets it from others.
+    """A field that is recorded but is not a flag: :meth:`Config.resolve` sets it from other fields.
 
-    With a default of :data:`REQUIRED` it is set in any case, and recorded whatever it is.
+    With the default :data:`REQUIRED`, ``resolve`` must always set it, and every value of it is part of the identity.
     """
     metadata = {"changes_result": True, "input_file": input_file, "before": False if input_file else default}
     return _field(None if default is REQUIRED else default, metadata)
 
 
 def _field(default: Any, metadata: Mapping[str, Any]) -> Any:
-    """A field of a dataclass; a default that is a list is copied for each instance."""
+    """A dataclass field. Each instance gets its own copy of a default that is a list."""
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def override(kind: type[Config], name: str, default: Any = MISSING, **options: Any) -> Any:
-    """The field of this name of a base class, with another default or other options of :func:`flag`.
+    """The field of this name in a base class, with another default or other options of :func:`flag`.
 
-    ``before`` is the new default unless it is given: the class is one that had it from the start.
+    Unless ``before`` is given, a new default is also the value of ``before``: the class had this default from the start.
+    Without a new default, ``before`` is inherited.
     """
     field = kind.__dataclass_fields__[name]
     kept = {**field.metadata["options"], **{key: field.metadata[key] for key in ("group", "changes_result", "input_file")}}
@@ -184,12 +189,14 @@ def override(kind: type[Config], name: str, default: Any = MISSING, **options: A
 
 @dataclass(kw_only=True)
 class Config:
-    """Base of the configurations of programs; subclasses add fields made by :func:`flag`.
+    """Base class of the configurations of programs. Subclasses add fields made by :func:`flag`.
 
-    Fields whose default depends on others are None until :meth:`resolve` sets them; their types are those they then have.
+    A field whose default depends on other fields is None until :meth:`resolve` sets it. It is annotated with the type that it
+    has afterwards.
 
-    program, script, description:  of the program, such as "resnet_cifar", "train.py" and a sentence for --help.
-    group:                         title under which --help lists the fields of this class; subclasses do not inherit it.
+    program, script, description:  of the program: its package, such as "resnet_cifar", its file, such as "train.py", and a
+                                   sentence for --help.
+    group:                         title under which --help lists the fields of this class. Subclasses do not inherit it.
     """
 
     program: ClassVar[str] = ""
@@ -201,24 +208,27 @@ class Config:
         self.resolve()
 
     def resolve(self) -> None:
-        """Complete the fields and check them against each other; raises ValueError. A second call changes nothing."""
+        """Set the remaining fields and check all fields together. A second call changes nothing.
+
+        Raises ValueError if a value does not fit the others.
+        """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.metadata.get("input_file") and "names" in field.metadata and value is not None and value.is_dir():
                 raise ValueError(f"--{field.name.replace('_', '-')} {value} is a folder: give a file in it")
 
     def run_name(self) -> str:
-        """What the run's directory is called where neither --save-dir nor --row name it."""
+        """Name of the run's directory if neither --save-dir nor --row gives one."""
         return "run"
 
     @classmethod
     def prog(cls) -> str:
-        """The program as its messages name it."""
+        """The name of the program in its messages."""
         return f"{cls.program}/{cls.script}"
 
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the flags of all fields to a parser, in groups."""
+        """Add the flags of all fields to a parser, sorted into groups."""
         groups: dict[str | None, Any] = {None: parser}
         homes: dict[str, Any] = {name: base for base in cls.__mro__ for name in inspect.get_annotations(base)}
         for field in dataclasses.fields(cls):
@@ -252,13 +262,13 @@ class Config:
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None = None) -> Self:
-        """The configuration of a command line. A wrong one ends the process: one line on stderr, exit status 2."""
+        """The configuration of a command line. An invalid one ends the process with one line on stderr and exit status 2."""
         parser = cls.parser()
         return cls.from_flags(parser, vars(parser.parse_args(argv)))
 
     @classmethod
     def from_flags(cls, parser: FlagParser, values: Mapping[str, Any]) -> Self:
-        """The configuration of parsed flags; wrong ones end the program as in :meth:`parse`."""
+        """The configuration of parsed flags. Invalid ones end the process as in :meth:`parse`."""
         try:
             return cls(**{name: list(value) if isinstance(value, list) else value for name, value in values.items()})
         except ValueError as error:
@@ -267,7 +277,7 @@ class Config:
     @classmethod
     @cache
     def before(cls) -> dict[str, Any]:
-        """What each recorded field was before it existed; fields that must be given are left out."""
+        """The value that runs had before each recorded field existed. Fields that must be given have no entry."""
         fields = [field for field in dataclasses.fields(cls) if field.metadata.get("changes_result")]
         return {field.name: field.metadata["before"] for field in fields if field.metadata["before"] is not MISSING}
 
@@ -277,7 +287,7 @@ class Config:
         return {field.name for field in dataclasses.fields(cls) if field.metadata.get("changes_result")}
 
     def record(self) -> dict[str, Any]:
-        """Every field that changes the result, and the program: what a run stores as its configuration."""
+        """The program and every field that changes the result. A run stores this as its configuration."""
         found: dict[str, Any] = {}
         for field in sorted(dataclasses.fields(self), key=lambda field: field.name):
             if field.metadata.get("changes_result"):
@@ -286,36 +296,36 @@ class Config:
         return {"program": self.program, **found}
 
     def input_paths(self) -> dict[str, Path]:
-        """The files and folders that the run learns from, by the name under which their digests are recorded."""
+        """The files and folders that the run reads, by the names under which their digests are recorded."""
         names = [field.name for field in dataclasses.fields(self) if field.metadata.get("input_file")]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def inputs(self) -> dict[str, str]:
-        """Digests of :meth:`input_paths`, as far as these exist."""
+        """Digests of those :meth:`input_paths` that exist."""
         return {name: digest(path) for name, path in self.input_paths().items() if path.exists()}
 
     def config_hash(self) -> str:
-        """Identity of the runs of this configuration."""
+        """Hash of the identity that all runs of this configuration share."""
         return config_hash(identity(type(self), self.record()))
 
 
 def completed(kind: type[Config], record: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored configuration with the fields that it was stored without."""
+    """A stored configuration, with the fields that it lacks set to their values from before they existed."""
     return {**kind.before(), **record}
 
 
 def identity(kind: type[Config], record: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells a stored configuration from others: the values that differ from what runs did before their field existed."""
+    """The values that identify a stored configuration: those that differ from the value from before their field existed."""
     before = kind.before()
     return {key: value for key, value in record.items() if key not in before or value != before[key]}
 
 
 def config_hash(content: Mapping[str, Any]) -> str:
-    """12 hexadecimal digits of the SHA-256 of a mapping's canonical JSON."""
+    """The first 12 hexadecimal digits of the SHA-256 of a mapping's JSON with sorted keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def differing_values(held: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
-    """The keys at which two records differ, each with both values in words."""
+    """The keys at which two records differ, each with a phrase that states both values."""
     keys = sorted(key for key in held.keys() | ours.keys() if held.get(key) != ours.get(key))
     return {key: f"{key} {held.get(key)!r} there, {ours.get(key)!r} here" for key in keys}

@@ -1,4 +1,4 @@
-"""Devices and processes: one process, or the processes that torchrun starts, one a device."""
+"""Devices and processes: a single process, or the processes that torchrun starts, one per device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def find_device(flag: str) -> torch.device:
-    """Device of ``--device``: auto, cpu, cuda, cuda:1, mps, or the number of a GPU; ValueError where it is absent."""
+    """The device that ``--device`` names: auto, cpu, cuda, cuda:1, mps, or the number of a GPU.
+
+    Raises ValueError if this machine does not have it, or if the name is none of these.
+    """
     if flag == "auto":
         flag = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     name = f"cuda:{flag}" if flag.isdecimal() else flag
@@ -26,9 +29,9 @@ def find_device(flag: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            raise ValueError(f"--device {flag} asks for a CUDA GPU and this machine has {count}: use --device cpu")
+            raise ValueError(f"--device {flag} asks for a CUDA GPU, but this machine has {count}: use --device cpu")
     elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps asks for Apple's GPU and this machine has none: use --device cpu")
+        raise ValueError("--device mps asks for an Apple GPU, but this machine has none: use --device cpu")
     elif device.type not in ("cpu", "mps"):
         raise ValueError(f"--device must be auto, cpu, cuda, cuda:N, mps or a GPU's number, got {flag!r}")
     return device
@@ -36,7 +39,7 @@ def find_device(flag: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together."""
+    """This process and the group of processes that train together."""
 
     device: torch.device
     rank: int = 0
@@ -48,7 +51,7 @@ class Processes:
         return self.rank == 0
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model, averaging its gradients over the processes."""
+        """The model, wrapped so that its gradients are averaged over the processes."""
         if self.world_size == 1:
             return model
         return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
@@ -64,21 +67,21 @@ class Processes:
         return self.sum(torch.tensor(float(flag), device=self.device)).item() > 0
 
     def first(self, step: int) -> int:
-        """The smallest step of all processes, where -1 stands for none."""
+        """The smallest step of all processes. As an argument and as the result, -1 means no step."""
         value = torch.tensor(step if step >= 0 else 2**62, device=self.device)
         if self.world_size > 1:
             dist.all_reduce(value, dist.ReduceOp.MIN)
         return -1 if value == 2**62 else int(value)
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the main one's buffers (running statistics), for evaluation."""
+        """Copy the main process's buffers (running statistics) to every process, for evaluation."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
     @contextmanager
     def main_first(self) -> Generator[None]:
-        """Let the main process do the block before the others, such as a download."""
+        """Let the main process run the block, such as a download, before the other processes do."""
         if not self.main:
             dist.barrier()
         yield
@@ -87,10 +90,10 @@ class Processes:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether convolutions of bfloat16 have kernels of their own on the device.
+    """Whether the device has native kernels for bfloat16 convolutions.
 
-    On a processor without (no AVX-512, for example) torch falls back to loops, which take twelve times as long as float32 for a
-    step of ResNet20 and refuse some strides of weights.
+    On a processor without them (for example, without AVX-512), torch falls back to loops. A training step of ResNet20 then
+    takes twelve times as long as in float32, and weights with some strides cause errors.
     """
     if device.type != "cpu":
         return True
@@ -98,14 +101,17 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def start(device_flag: str) -> Processes:
-    """Join the processes of torchrun where it started this one; else be the only process."""
+    """Join the other processes if torchrun started this one. Otherwise this is the only process.
+
+    Raises ValueError as :func:`find_device` does.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         device = find_device(device_flag)
         if device.type == "cpu":
             prepare_cpu()
         elif device.type == "cuda":
-            torch.cuda.set_device(device)  # streams and graphs are of the current one
+            torch.cuda.set_device(device)  # streams and graphs belong to the current device
         return Processes(device)
     local_rank = os.environ.get("LOCAL_RANK", "0")
     flag = local_rank if device_flag == "cuda" or (device_flag == "auto" and torch.cuda.is_available()) else device_flag
@@ -119,21 +125,21 @@ def start(device_flag: str) -> Processes:
 
 
 def prepare_cpu() -> None:
-    """Make training on the CPU fast: reuse the memory that tensors free, and compute with no denormal numbers.
+    """Speed up training on the CPU: reuse the memory that tensors free, and flush denormal numbers to zero.
 
-    As it is, glibc maps large blocks afresh at every allocation, and the kernel clears them page by page at first touch,
-    which takes a good part of a small network's training step. Arithmetic on denormal numbers, below 1.2e-38 in float32, takes
-    up to a hundred times as long; they are flushed to zero, in this thread and in those that start after.
+    By default, glibc maps large blocks again at every allocation, and the kernel clears each page on first access. This takes
+    a considerable part of a small network's training step. Arithmetic on denormal numbers, which are below 1.2e-38 in float32,
+    takes up to a hundred times as long as on others. They are flushed to zero in this thread and in threads that start later.
     """
     torch.set_flush_denormal(True)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        m_mmap_max, m_trim_threshold = -4, -1  # of glibc's malloc.h; other libraries know neither, or ignore them
+        m_mmap_max, m_trim_threshold = -4, -1  # from glibc's malloc.h; other C libraries lack or ignore them
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def stop() -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if this process has joined one."""
     if dist.is_initialized():
         dist.destroy_process_group()

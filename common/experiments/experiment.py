@@ -1,8 +1,8 @@
-"""The skeleton of training programs: what a run does whatever its model, data and method are.
+"""The skeleton of training programs: the parts of a run that do not depend on its model, data or method.
 
-A program derives from :class:`Experiment` and defines what is its own: configuration, data, model, optimizer and decay, hooks
-and result. :meth:`Experiment.main` does the rest: it reads the flags, checks everything before any work is done, loads the
-data, trains, records, evaluates and resumes.
+A program derives from :class:`Experiment` and defines its configuration, data, model, optimizer and decay, hooks and result.
+:meth:`Experiment.main` does the rest: it reads the flags, checks everything before any work is done, loads the data, trains,
+records, evaluates and resumes.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Experiment(Generic[C, T]):
     """One run of a training program.
 
     config:        the resolved flags, of ``config_class``.
-    processes, run, checkpoint:  set before :meth:`make_trainer` is called; ``checkpoint`` is the one to resume from.
+    processes, run, checkpoint:  set before :meth:`make_trainer` is called. ``checkpoint`` is the one to resume from, or None.
     trainer:       the training loop, set by :meth:`make_trainer`.
-    report:        what was factorized, where :meth:`make_trainer` sets it.
+    report:        what was factorized. None unless :meth:`make_trainer` sets it.
     """
 
     config_class: type[C]
@@ -48,43 +48,43 @@ class Experiment(Generic[C, T]):
     # Methods that a program overrides.
 
     def make_model(self) -> tuple[nn.Module, FactorizationReport]:
-        """The network to train, and what was factorized; also what --dry-run describes."""
+        """The network to train, and a report of what was factorized. --dry-run prints the report."""
         raise NotImplementedError
 
     def load(self) -> None:
-        """Load the data; raises ValueError or OSError where it is missing or does not fit the flags."""
+        """Load the data. Raises ValueError or OSError if the data is missing or does not fit the flags."""
         raise NotImplementedError
 
     def make_trainer(self) -> T:
-        """The training loop, with model, optimizer, decay and hooks. The random generators are seeded before."""
+        """The training loop, with model, optimizer, decay and hooks. :meth:`main` seeds the random generators first."""
         raise NotImplementedError
 
     def evaluate_checkpoint(self) -> None:
-        """Print what the model that --resume names scores, as JSON."""
+        """Print the scores of the model that --resume names, as JSON."""
         raise NotImplementedError
 
     def read_inputs(self) -> None:
-        """Read the files that flags name, so that what is wrong with them is said before the data is loaded."""
+        """Read the files that flags name, so that errors in them are reported before the data is loaded."""
 
     def train(self) -> dict[str, float]:
-        """Train to the end; returns the metrics for the result."""
+        """Train to the end. Returns the metrics for the result."""
         return self.trainer.fit()
 
     def count(self) -> dict[str, Any]:
-        """Parameters for the result: original, compressed and ratio."""
+        """Numbers of parameters for the result: ``original``, ``compressed`` and their ``ratio``."""
         if self.report is None:
-            raise TypeError(f"{type(self).__name__}.make_trainer must set self.report, or count() be overridden")
+            raise TypeError(f"{type(self).__name__} must set self.report in make_trainer() or override count()")
         return self.report.to_dict()["parameters"]
 
     def outputs(self) -> list[str]:
-        """Names of the files that a finished run has beside its result."""
+        """Names of the files that a finished run holds in addition to its result."""
         return []
 
-    # What all programs share.
+    # Methods that all programs share.
 
     @classmethod
     def main(cls, argv: Sequence[str] | None = None) -> None:
-        """Run the program. Prints the path of the result on stdout; all else goes to stderr."""
+        """Run the program. For a training run, stdout gets only the path of the result; all else goes to stderr."""
         config = cls.config_class.parse(argv)
         with clean_errors(config.prog()):
             experiment = cls(config)
@@ -95,7 +95,7 @@ class Experiment(Generic[C, T]):
             if config.evaluate:
                 experiment.evaluate_checkpoint()
                 return
-            # The run is checked now and begun once all else has proved right.
+            # The run is checked now. It begins only after everything else has been checked.
             if not experiment.open_run():
                 return
             experiment.load()
@@ -103,7 +103,7 @@ class Experiment(Generic[C, T]):
             trainer = experiment.make_trainer()
             if experiment.checkpoint is not None:
                 trainer.load_state_dict(experiment.checkpoint)
-            experiment.count()  # what a program forgot to set is missed now, and not after the training
+            experiment.count()  # fails now, not after the training, if the program forgot to set the report
             experiment.run.begin()
         experiment.announce()
         with clean_errors(config.prog(), FAILURES), experiment.run.recorded():
@@ -113,15 +113,16 @@ class Experiment(Generic[C, T]):
             print(result)
 
     def describe(self) -> str:
-        """What --dry-run prints: one JSON object of configuration, factorized layers and parameter counts."""
+        """The output of --dry-run: one JSON object with the configuration, factorized layers and numbers of parameters."""
         seed_everything(self.config.seed)
         _, report = self.make_model()
         return json.dumps({"config": {**self.config.record(), "seed": self.config.seed}, **report.to_dict()})
 
     def open_run(self) -> bool:
-        """Find the run's directory and what it needs; False where it has finished: then its result is printed.
+        """Find the run's directory, its checkpoint and its input files, and check them.
 
-        Raises ValueError where the directory is another run's, or is finished without one of its :meth:`outputs`.
+        Returns False if the run has already finished; the path of its result is then printed. Raises ValueError if the
+        directory belongs to another run, or if the run has finished but one of its :meth:`outputs` is missing.
         """
         config = self.config
         directory = directory_of(config)
@@ -132,14 +133,16 @@ class Experiment(Generic[C, T]):
             return True
         for name in self.outputs():
             if not (directory / name).exists():
-                raise ValueError(f"{directory} holds a finished run without {name}: remove it, or choose another --save-dir")
+                raise ValueError(
+                    f"{directory} holds a finished run without {name}: remove the run or choose another --save-dir"
+                )
         if self.processes.main:
             self.run.say_finished()
         distributed.stop()
         return False
 
     def announce(self) -> None:
-        """Say on stderr what was factorized, if anything, and which parameters get which decay."""
+        """Report on stderr what was factorized, if anything, and which decay each group of parameters gets."""
         if self.processes.main:
             if self.report is not None:
                 print(self.report, file=sys.stderr)
@@ -147,7 +150,7 @@ class Experiment(Generic[C, T]):
                 print("decay:", json.dumps(entry), file=sys.stderr)
 
     def finish(self, metrics: dict[str, float]) -> Path:
-        """Write the result; returns its path."""
+        """Write the result. Returns its path."""
         seconds = metrics.pop("seconds")
         return self.run.finish(
             metrics=metrics,
@@ -158,31 +161,38 @@ class Experiment(Generic[C, T]):
         )
 
     def contractions(self) -> dict[str, Any]:
-        """How the factorized layers were contracted, where that was measured, for the result's environment."""
+        """The contractions of the factorized layers, for the result's environment. Empty unless they were measured."""
         return {} if self.trainer.contractions is None else {"contractions": self.trainer.contractions}
 
 
 def start_processes(config: RunConfig) -> Processes:
-    """The processes that train together; raises ValueError where the flags ask for what they cannot do."""
+    """The processes that train together. Raises ValueError if the device or the processes do not support the flags."""
     processes = distributed.start(config.device)
     if config.amp == "fp16" and processes.device.type == "cpu":
-        raise ValueError("--amp fp16 (--half) needs a GPU: on a CPU use --amp bf16, if it has bfloat16")
+        raise ValueError("--amp fp16 (--half) needs a GPU: on a CPU with bfloat16, use --amp bf16")
     if config.amp == "bf16" and not distributed.has_bfloat16(processes.device):
-        raise ValueError("--amp bf16: this processor has no bfloat16 convolutions, float32 is far faster: leave the flag out")
+        raise ValueError(
+            "--amp bf16 would be far slower than float32, since this processor has no bfloat16 convolutions: leave the flag out"
+        )
     if config.batch_size % processes.world_size:
-        raise ValueError(f"--batch-size {config.batch_size} does not split over {processes.world_size} processes")
+        raise ValueError(
+            f"--batch-size {config.batch_size} must be a multiple of {processes.world_size}, the number of processes"
+        )
     return processes
 
 
 def find_checkpoint(resume: str | None, directory: Path) -> dict[str, Any] | None:
-    """The checkpoint that --resume names: a file, or with "auto" the newest good one of the directory, if any."""
+    """The checkpoint that --resume names, or None.
+
+    With "auto", it is the newest checkpoint in ``directory`` that loads, if any. A path goes to :func:`checkpoints.load`.
+    """
     if resume is None:
         return None
     return checkpoints.newest(directory) if resume == "auto" else checkpoints.load(Path(resume))
 
 
 def decays(trainer: TrainingLoop) -> list[dict[str, Any]]:
-    """The decay of each group of parameters, as results record it."""
+    """The decay of each group of parameters, in the form that results record."""
     groups, decay = trainer.optimizer.param_groups, trainer.decay
     entries = [{"group": g["name"], "tensors": len(g["params"]), "weight_decay": g["weight_decay"]} for g in groups]
     if decay is not None:

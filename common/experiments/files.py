@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read with clear errors, and told apart by digests. Loads without torch."""
+"""Files: written whole or not at all, read with clear errors, and identified by digests. Does not import torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-IMAGES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # suffixes, as torchvision has them
+IMAGES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")  # the suffixes that torchvision accepts
 
 
 def write_atomic(path: Path, content: str | bytes, *, keep: Path | None = None) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new and nothing between.
+    """Write a file atomically. A reader, even after a crash, finds either the old content or the new content, never a mix.
 
-    The old file moves to ``keep``, if given: a crash then leaves it there or here.
+    If ``keep`` is given, an existing file moves there first. After a crash it is at ``keep`` or still at ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -34,12 +34,12 @@ def write_atomic(path: Path, content: str | bytes, *, keep: Path | None = None) 
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, with null for numbers that are not finite."""
+    """Write a value as a JSON file atomically, with null for numbers that are not finite."""
     write_atomic(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
 def finite(value: Any) -> Any:
-    """The value with None, which is null in JSON, for numbers that are not finite, which JSON lacks."""
+    """The value with None (null in JSON) in place of numbers that are not finite, which JSON cannot express."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -48,7 +48,7 @@ def finite(value: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file; raises ValueError naming the file where it is not JSON."""
+    """Content of a JSON file. Raises ValueError, which names the file, if it is not JSON."""
     try:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -56,21 +56,21 @@ def read_json(path: Path) -> Any:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a path, relative to a folder of images, is that of an image by its suffix; nothing hidden is."""
+    """Whether a path, relative to a folder of images, has an image's suffix and no hidden part (one that begins with ".")."""
     return path.suffix.lower() in IMAGES and not any(part.startswith(".") for part in path.parts)
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Paths, relative to a folder, of the images in it and in the folders below, also those that are links."""
-    # rglob does not look into links, which data sets may have for classes.
+    """Paths of the images in a folder and in all folders below it, relative to the folder. Symbolic links are followed."""
+    # rglob does not follow links to folders, which data sets may use for classes.
     found = (Path(inner, name) for inner, _, names in os.walk(folder, followlinks=True) for name in names)
     return [path.relative_to(folder) for path in found if is_image(path.relative_to(folder)) and path.is_file()]
 
 
 def digest(path: Path) -> str:
-    """12 hexadecimal digits that depend on a file's content or, of a folder of images, on the names and sizes of these.
+    """The first 12 hexadecimal digits of a SHA-256: of a file's content, or of the paths and sizes of the images in a folder.
 
-    What else lies in such a folder does not count: file managers put files of their own there.
+    Other files in a folder do not count, because file managers create some of their own there.
     """
     if not path.is_dir():
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: recorded once, then launched as a whole instead of kernel by kernel."""
+"""A training step as one CUDA graph: it is recorded once, then launched as a whole instead of kernel by kernel."""
 
 from __future__ import annotations
 
@@ -8,42 +8,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WARM_UP = 3  # steps before recording, in which libraries and optimizer allocate what they keep
+_WARM_UP = 3  # steps before the recording, in which libraries and the optimizer allocate the memory that they keep
 
 Step = Callable[[], None]
 
 
 def record(step: Step, stream: Any) -> Step:
-    """Record a step on the present GPU as a CUDA graph, without running it; returns what replays it."""
+    """Record a step as a CUDA graph on the current GPU, without running it. Returns a function that replays it."""
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, stream=stream):
             step()
     except BaseException:
-        torch.cuda.set_stream(before)  # torch leaves the other one where ending the recording fails, too
+        torch.cuda.set_stream(before)  # torch does not restore it if ending the recording fails as well
         raise
     return graph.replay
 
 
 class NotRecorded(Exception):
-    """A step that cannot be a CUDA graph; tells why."""
+    """Raised for a step that cannot be recorded as a CUDA graph. The message says why."""
 
 
 class StepGraph:
-    """A training step that is recorded once and replayed from then on.
+    """A training step that is recorded once and then replayed.
 
-    The step must take everything that changes between steps from tensors that stay where they are, and leave its results in
-    such tensors; nothing in it may wait for the GPU. The first steps are run as they are. Warm-up and recording share a stream
-    of their own, because what autograd keeps from one step to the next belongs to a stream. Where something of ``memory`` is
-    no longer as it was recorded (a Parameter or a module was replaced, momentum was dropped, a coefficient changed), the step
-    is recorded anew: a replay would go on with the old one.
+    The step must read everything that changes between steps from tensors that keep their addresses, and must write its results
+    to such tensors. Nothing in it may wait for the GPU. The first few steps, the warm-up, run without recording. Warm-up and
+    recording share a separate stream, because the state that autograd keeps between steps belongs to a stream.
+
+    The step is recorded again if anything in ``memory`` has changed since the recording, for example if a Parameter or a
+    module was replaced, momentum was dropped or a coefficient changed. A replay would still use the old values.
 
     step:    makes one training step.
-    memory:  what outlives a step and that it reads or writes: tensors, such as parameters, buffers and momentum, and numbers
-             that a recording keeps.
-    record:  records a step on a stream; returns what replays it.
+    memory:  returns everything that outlives a step and that the step reads or writes: tensors, such as parameters, buffers
+             and momentum, and the numbers that a recording fixes.
+    record:  records a step on a stream, and returns a function that replays it.
 
-    Raises :class:`NotRecorded` where the step cannot be recorded; no step was made then.
+    A call raises :class:`NotRecorded` if the step cannot be recorded. That call has then made no step.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class StepGraph:
         self._step, self._memory, self._record = step, memory, record
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self._replay: Step | None = None
-        self._recorded: list[Any] = []  # the memory, as it was recorded
+        self._recorded: list[Any] = []  # the memory at the time of the recording
         self._warm = 0
         self.recordings = 0
 
@@ -82,8 +83,8 @@ class StepGraph:
 
         try:
             return self._record(step, self._stream)
-        except Exception as error:  # whatever a step does that a graph cannot hold, CUDA has an error of its own for it
-            cause = causes[0] if causes else error  # ending the recording fails, too, and says less
+        except Exception as error:  # CUDA raises a different error for each operation that a graph cannot hold
+            cause = causes[0] if causes else error  # ending the recording fails as well, with a less helpful message
             first = (str(cause).strip().splitlines() or [""])[0]
             raise NotRecorded(f"{type(cause).__name__}: {first}".removesuffix(": ")) from error
 
@@ -97,5 +98,5 @@ class StepGraph:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def _present(self) -> list[Any]:
-        """Where the tensors are, and which of them are trained; the numbers as they are."""
+        """The memory in comparable form: the address of each tensor and whether it is trained; numbers unchanged."""
         return [(each.data_ptr(), each.requires_grad) if isinstance(each, Tensor) else each for each in self._memory()]

@@ -1,7 +1,8 @@
-"""What every program shares about a run: its directory, lock and records, and clean failure.
+"""The directory, lock and records of a run, and clean failure. All programs share them.
 
-A run is one configuration and one seed. Its directory holds ``config.json``, ``metrics.jsonl`` (one line an epoch),
-``status.json`` (a heartbeat), checkpoints and, once it has finished, ``result.json``. This module loads without torch.
+A run is one configuration with one seed. Its directory holds ``config.json``, ``metrics.jsonl`` (one line per epoch),
+``status.json`` (a heartbeat), checkpoints and, after the run has finished, ``result.json``. Importing this module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from .results import NAME as RESULT
 from .results import RunResult
 
 RESULTS = ROOT / "results"
-REQUEUE = 75  # exit status (EX_TEMPFAIL) of a run that was told to stop, saved a checkpoint and can be resumed
-FAILURES = (OSError, FloatingPointError)  # what may end a training that began well: the disk, or the numbers
+REQUEUE = 75  # exit status (EX_TEMPFAIL) of a run that a signal stopped, that saved a checkpoint and that can be resumed
+FAILURES = (OSError, FloatingPointError)  # errors that may end a training after a good start: of the disk or of the numbers
 
 
 @contextlib.contextmanager
@@ -42,7 +43,7 @@ def clean_errors(prog: str, kinds: tuple[type[Exception], ...] = (ValueError, OS
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, numpy's and torch's generators."""
+    """Seed the random generators of Python, numpy and torch."""
     import numpy as np
     import torch
 
@@ -52,7 +53,7 @@ def seed_everything(seed: int) -> None:
 
 
 def environment(device: Any = "cpu", world_size: int = 1) -> dict[str, Any]:
-    """What a result was made with: versions, commit, device, processes, threads, date."""
+    """The environment that produces a result: versions, commit, device, processes, threads and date."""
     import numpy as np
     import torch
 
@@ -85,19 +86,20 @@ def _commit() -> str | None:
 
 
 class Run:
-    """The directory of one run. Making the object only checks; :meth:`begin` creates, locks and writes.
+    """The directory of one run. The constructor only checks it; :meth:`begin` creates and locks it and writes to it.
 
-    config:    resolved configuration without seed, device, workers and paths; its hash is the run's identity.
-    kind:      the class of the configuration, which knows what runs did before its fields existed.
-    inputs:    digests of the files the run reads: other content is another run, though its paths are no part of the
-               configuration.
-    resume:    whether the directory may hold an unfinished run of this configuration, to be resumed. One that stopped at
-               another ``max_steps`` counts as this run too: the steps already made are the same.
-    row:       name of the table row the run is for, and ``row_config`` the hash that row must have; flags that change the
-               configuration make the result nobody's (``row`` null), so that a smoke run never stands in for a row.
-    main:      whether this process writes; the other processes of a distributed run pass False.
+    config:      resolved configuration without seed, device, workers and paths. The hash of its identity identifies the run.
+    kind:        the class of the configuration. It gives the values that runs had before its fields existed.
+    inputs:      digests of the files that the run reads. Paths are not part of the configuration, but files with other
+                 contents make another run.
+    resume:      whether the directory may hold an unfinished run of this configuration, which then resumes. A run that
+                 stopped at another ``max_steps`` counts as this run, too, because the steps already made are the same.
+    row:         name of the table row that the run is for.
+    row_config:  hash of that row's configuration. If flags change the configuration, the hashes differ and the result
+                 belongs to no row (``row`` is null). So a smoke test never counts as a row's result.
+    main:        whether this process writes. The other processes of a distributed run pass False.
 
-    Raises ValueError where the directory holds another configuration, or an unfinished run and ``resume`` is false.
+    Raises ValueError if the directory holds a run of another configuration, or an unfinished run while ``resume`` is false.
     """
 
     def __init__(
@@ -116,7 +118,9 @@ class Run:
         self.path, self.config, self.seed, self.resume, self.main = path, dict(config), seed, resume, main
         self.kind, self.inputs = kind, dict(inputs or {})
         self.hash = config_hash(identity(kind, self.config))
-        self.row = row if row_config in (None, self.hash, config_hash(self.config)) else None  # the last: of format 1
+        self.row = (
+            row if row_config in (None, self.hash, config_hash(self.config)) else None
+        )  # the last is the hash of format 1
         self.finished = False
         self._lock: IO[str] | None = None
         self._last_beat = 0.0
@@ -133,7 +137,7 @@ class Run:
             return
         held = read_json(config_path)
         if not isinstance(held, dict):
-            raise ValueError(f"{config_path} is no configuration of a run: choose another --save-dir")
+            raise ValueError(f"{config_path} is not a run's configuration: choose another --save-dir")
         differing = self.differing_values(held, self._record())
         if differing and not (self.resume and list(differing) == ["max_steps"]):
             changes = ", ".join(differing.values())
@@ -141,25 +145,31 @@ class Run:
         try:
             result = read_json(result_path) if result_path.exists() else {}
         except ValueError as error:
-            raise ValueError(f"{error}: remove it, and the run resumes from its checkpoint") from error
+            raise ValueError(f"{error}: remove the file, and the run resumes from its checkpoint") from error
         if not isinstance(result, dict) or not isinstance(result.get("config", {}), dict):
-            raise ValueError(f"{result_path} is damaged: remove it, and the run resumes from its checkpoint")
+            raise ValueError(f"{result_path} is damaged: remove the file, and the run resumes from its checkpoint")
         if result.get("status") == "finished" and result.get("seed") == self.seed:
             self.finished = identity(self.kind, result.get("config", {})) == identity(self.kind, self.config)
         if self.finished:
             return
         if not self.resume:
-            raise ValueError(f"{self.path} holds an unfinished run of this configuration: --resume auto goes on with it")
+            raise ValueError(f"{self.path} holds an unfinished run of this configuration: give --resume auto to resume it")
 
     def differing_values(self, held: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
-        """Where two stored configurations differ, in words; a field that one lacks has the value from before it existed."""
+        """The fields in which two stored configurations differ, each with a phrase that states both values.
+
+        A field that one of them lacks has the value from before the field existed.
+        """
         return differing_values(completed(self.kind, held), completed(self.kind, ours))
 
     def _record(self) -> dict[str, Any]:
         return {**self.config, "seed": self.seed, "inputs": self.inputs}
 
     def begin(self) -> None:
-        """Create and lock the directory and record the configuration; raises ValueError where another process holds it."""
+        """Create and lock the directory, and record the configuration.
+
+        Raises ValueError if another process has locked the directory, or as the constructor does.
+        """
         if not self.main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -169,13 +179,13 @@ class Run:
         except BlockingIOError as error:
             raise ValueError(f"{self.path} is in use by another process") from error
         self._check()
-        for left in self.path.glob(".*.tmp"):  # by a process that was killed while it wrote
+        for left in self.path.glob(".*.tmp"):  # left by a process that was killed while it wrote
             left.unlink()
         write_json(self.path / "config.json", self._record())
         self.heartbeat({}, force=True)
 
     def say_finished(self) -> None:
-        """Print the path of the result of a run that has finished, and on stderr that there is nothing to do."""
+        """Print the path of the finished run's result on stdout, and say on stderr that there is nothing to do."""
         print(f"{self.path} holds a finished run of this configuration and seed: nothing to do", file=sys.stderr)
         print(self.path / RESULT)
 
@@ -185,22 +195,25 @@ class Run:
             with open(self.path / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(finite(record), allow_nan=False) + "\n")
                 file.flush()
-                os.fsync(file.fileno())  # the checkpoint that follows knows of this line
+                os.fsync(file.fileno())  # the next checkpoint assumes that this line exists
 
     def truncate_log(self, epoch: int) -> None:
-        """Drop the lines of epochs after ``epoch``: those that a checkpoint of that epoch does not know of."""
+        """Drop the lines of epochs after ``epoch``, which were written after the checkpoint of that epoch."""
         path = self.path / "metrics.jsonl"
         if not self.main:
             return
         kept = []
         for line in path.read_text().splitlines() if path.exists() else []:
-            with contextlib.suppress(json.JSONDecodeError):  # a line half written when the process died
+            with contextlib.suppress(json.JSONDecodeError):  # a line that was half written when the process died
                 if json.loads(line)["epoch"] <= epoch:
                     kept.append(line + "\n")
         write_atomic(path, "".join(kept))
 
     def heartbeat(self, progress: Mapping[str, Any], *, status: str = "running", force: bool = False) -> None:
-        """Say in status.json that the run is alive, at most every 20 seconds."""
+        """Record in status.json that the run is alive, at most every 20 seconds unless ``force`` is true.
+
+        The entries of ``progress`` join those of earlier calls.
+        """
         now = time.monotonic()
         self._progress |= progress
         if self.main and (force or now - self._last_beat > 20):
@@ -210,14 +223,14 @@ class Run:
 
     @contextlib.contextmanager
     def recorded(self) -> Generator[None]:
-        """Record in status.json an exception that ends the run, and unlock the directory in the end."""
+        """Record in status.json an exception that ends the run. Always unlock the directory at the end."""
         try:
             yield
         except BaseException as error:
             interrupted = isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == REQUEUE)
             cause = error.__cause__ if isinstance(error, SystemExit) and error.__cause__ else error
             message = f"{type(cause).__name__}: {cause}".splitlines()[0]
-            with contextlib.suppress(OSError):  # a disk that is full may be what ends the run
+            with contextlib.suppress(OSError):  # a full disk may be the reason that the run ends
                 self.heartbeat({"error": message}, status="stopped" if interrupted else "failed", force=True)
             raise
         finally:
@@ -225,7 +238,7 @@ class Run:
                 self._lock.close()
 
     def finish(self, **fields: Any) -> Path:
-        """Write result.json with the run's identity and the given fields of :class:`RunResult`; returns its path."""
+        """Write result.json with the run's identity and the given fields of :class:`RunResult`. Returns its path."""
         path = self.path / RESULT
         if self.main:
             RunResult(
@@ -242,7 +255,7 @@ class Run:
 
 
 def run_of(config: Any, *, main: bool = True) -> Run:
-    """The run of the flags of a program, checked and not begun; raises ValueError as :class:`Run` does."""
+    """The run that a program's configuration describes, checked but not begun. Raises ValueError as :class:`Run` does."""
     return Run(
         directory_of(config),
         config.record(),
@@ -263,13 +276,13 @@ def directory_of(config: Any) -> Path:
 
 
 def run_directory(parent: Path, kind: type[Config], config: Mapping[str, Any], seed: int) -> Path:
-    """Where a run belongs below ``parent``: in the directory that holds it already, or in one named by its identity.
+    """The directory below ``parent`` that already holds this run, or else a new one whose name is the hash of its identity.
 
-    The former matters for runs that an earlier version began under another name.
+    An existing directory may have another name if an earlier version began the run.
     """
     wanted, found = identity(kind, config), []
     for path in sorted(parent.glob(f"*/seed{seed}/config.json")):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # of other programs, or damaged
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # files of other programs, or damaged ones
             held = {key: value for key, value in read_json(path).items() if key not in ("seed", "inputs")}
             if identity(kind, held) == wanted:
                 found.append(path.parent)

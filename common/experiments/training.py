@@ -1,4 +1,4 @@
-"""The training loop: steps recorded as a CUDA graph where that is possible, with metrics and checkpoints of each epoch."""
+"""The training loop, with metrics and checkpoints. If possible, it records the training step as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from .graph import record as record_graph
 from .run_config import RunConfig
 from .runs import REQUEUE, Run
 
-_CHECK_EVERY = 50  # steps between looking whether a loss or a weight is not finite: looking waits for the device
-_AGREE_EVERY = 10  # steps between asking the other processes whether they were told to stop
+_CHECK_EVERY = 50  # steps between checks that losses and weights are finite; a check waits for the device
+_AGREE_EVERY = 10  # steps between the exchanges in which processes learn that a signal told another one to stop
 
 
 class StepHook(Protocol):
-    """Something that acts after every optimizer step; ``step`` counts from 0 over the whole run."""
+    """An object that acts after every optimizer step. ``step`` counts from 0 over the whole run."""
 
     def after_step(self, step: int) -> None: ...
 
 
 @runtime_checkable
 class EpochHook(Protocol):
-    """A hook that also acts before the first step of every epoch, counted from 0."""
+    """A hook that also acts before the first step of every epoch. ``epoch`` counts from 0."""
 
     def before_epoch(self, epoch: int) -> None: ...
 
 
 @runtime_checkable
 class UpdateHook(Protocol):
-    """A hook that also acts between backward and the optimizer's step."""
+    """A hook that also acts between the backward pass and the optimizer's step. ``step`` counts from 0."""
 
     def before_update(self, step: int) -> None: ...
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """A hook whose state checkpoints keep."""
+    """A hook whose state is stored in checkpoints."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -59,47 +59,54 @@ class Stateful(Protocol):
 
 
 class Feed(Protocol):
-    """Batches in their order, from tensors that stay where they are, so that a recorded step can draw them."""
+    """Batches in their order, from tensors that keep their addresses, so that a recorded step can read them."""
 
     def start(self, step: int) -> None:
-        """Go to a step of the run."""
+        """Move to a step of the run, counted from 0. :meth:`next` then returns the batch of that step."""
 
     def next(self) -> Any:
         """The next batch."""
 
 
 class TrainingLoop(ABC):
-    """Trains a model to the end of the run and leaves checkpoints and metrics in its directory.
+    """Trains a model to the end of the run, and writes checkpoints and metrics to the run's directory.
 
-    A program's loop says what a batch is, how the model learns from it and how the model is evaluated; all else is here.
+    Subclasses define batches, the loss and the evaluation of a program. This class defines everything else.
 
     config:           the flags of the run.
-    steps_per_epoch:  steps between two evaluations; a whole number of epochs ends with an evaluation and a checkpoint.
+    steps_per_epoch:  steps between two evaluations. Each complete epoch ends with an evaluation; every ``save_every`` epochs
+                      and at the end of the run, a checkpoint follows.
     last_step:        number of steps of the whole run.
-    architecture:     what rebuilds the model, kept in every checkpoint beside the weights.
-    decay:            Frobenius decay. It joins the gradients between backward and the optimizer's step; decoupled decay is
-                      applied to the weights just before that step; an optimizer that has it as its ``decay`` applies it itself.
-    hook:             acts after every step and, where it is one, as :class:`EpochHook` and :class:`UpdateHook` say; where it
-                      is :class:`Stateful`, checkpoints keep its state.
-    best_from:        first epoch whose score may be the best one; earlier ones do not count, for instance while masks are
-                      still above the budget.
-    epoch_metrics:    called with the learning rate before training and after each epoch; its numbers join the metrics.
-    first_step:       steps made before, by the loop of an earlier round, and the ``seconds`` that they took.
-    record:           how a step is recorded, to be replayed (default: as a CUDA graph, on one GPU and without --eager).
+    architecture:     the values from which a program rebuilds the model. Every checkpoint stores them with the weights.
+    decay:            Frobenius decay. By default its gradients are added to the others between the backward pass and the
+                      optimizer's step. Decoupled decay is applied to the weights just before that step. An optimizer that
+                      has the decay as its attribute ``decay`` applies it itself.
+    hook:             acts after every step. An :class:`EpochHook` or :class:`UpdateHook` also acts at other times. The state
+                      of a :class:`Stateful` hook is stored in checkpoints.
+    best_from:        first epoch, counted from 0, whose score may be the best one. Earlier scores do not count, for instance
+                      while masks still keep more parameters than the budget.
+    epoch_metrics:    called with the learning rate before training and after each epoch. Its results join the metrics.
+    first_step:       number of steps that the loops of earlier rounds have made.
+    seconds:          time that these earlier steps took.
+    record:           records a step and returns a function that replays it (default: as a CUDA graph, on one GPU and without
+                      --eager; otherwise steps are not recorded).
 
-    On one GPU, weights are composed in groups (:class:`Composition`), and a step is one CUDA graph, but for batches that are
-    not whole. Hooks act between two replays. In four cases steps run kernel by kernel, and one line says why: the hook is an
-    :class:`UpdateHook`, which acts within a step; the learning rate is a number, whose changes a graph would not see; under
-    fp16, the optimizer leaves it to the GradScaler to skip steps that overflow, which waits for the device; recording fails.
+    On one GPU, weights are composed in groups (:class:`Composition`), and a step is one CUDA graph, except for batches that
+    are not whole. Hooks act between two replays. In four cases, steps run kernel by kernel, and a line on stderr says why:
 
-    A stopped run resumes exactly where it was: batches are functions of seed and step, and a checkpoint holds the rest.
-    SIGTERM, SIGUSR2 and Ctrl-C save a checkpoint after the current step and exit with status 75, to be queued again; a second
-    Ctrl-C interrupts at once. A loss or weight that is not finite ends the run with FloatingPointError, before any checkpoint
-    holds it.
+    - the hook is an :class:`UpdateHook`, which acts within a step;
+    - the learning rate is a number, so that a graph would not see it change;
+    - under fp16, the optimizer relies on the GradScaler to skip steps whose gradients overflow, which waits for the device;
+    - the recording fails.
 
-    split:            name of the split that is evaluated, as metrics call it.
-    speed:            what the metric of speed is called.
-    lower_is_better:  of the score.
+    A stopped run resumes exactly where it was, because batches depend only on seed and step, and a checkpoint holds everything
+    else. SIGTERM, SIGUSR2 and Ctrl-C save a checkpoint after the current step and exit with status 75, so that a scheduler can
+    queue the run again. A second Ctrl-C interrupts the run at once. A loss or weight that is not finite ends the run with
+    FloatingPointError before it reaches a checkpoint.
+
+    split:            name of the split that is evaluated, as in the names of metrics.
+    speed:            name of the metric of speed.
+    lower_is_better:  whether a lower score is better.
     """
 
     split: ClassVar[str] = "test"
@@ -110,7 +117,7 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def learning_rate(self) -> float:
-        """Learning rate of the present step."""
+        """Learning rate of the current step."""
 
     @abstractmethod
     def batch(self, step: int) -> Any:
@@ -118,36 +125,39 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def loss_and_sums(self, network: nn.Module, part: Any) -> tuple[Tensor, Tensor]:
-        """The loss of a part of a batch, to be minimized, and sums of it for the metrics: loss, correct answers, answers."""
+        """The loss of a part of a batch, to be minimized, and sums over that part for the metrics.
+
+        The sums are a tensor of shape (3,): loss, correct answers and answers.
+        """
 
     @abstractmethod
     def evaluate(self) -> dict[str, float]:
-        """Metrics of the split that is evaluated, among them ``loss`` and ``accuracy``."""
+        """Metrics of the split that is evaluated. They include ``loss`` and ``accuracy``."""
 
     @abstractmethod
     def score(self, evaluated: Mapping[str, float]) -> float:
-        """The metric that counts."""
+        """The score: the metric by which epochs are compared."""
 
     def parts(self, batch: Any) -> Sequence[Any]:
-        """The parts of a batch whose gradients are summed before the optimizer's step; losses are of equal weight."""
+        """The parts of a batch whose gradients are averaged, with equal weights, before the optimizer's step."""
         return (batch,)
 
     def feed(self) -> Feed | None:
-        """The batches for recorded steps; without them no step is recorded."""
+        """The batches for recorded steps. If it is None, no step is recorded."""
         return None
 
     def is_whole(self, step: int) -> bool:
-        """Whether the batch of a step has the size that recorded steps have."""
+        """Whether the batch of a step has the size that recorded steps require."""
         return True
 
-    def choose_contractions(self) -> None:  # noqa: B027 (a loop without a choice has nothing to do)
-        """Choose how factorized layers are contracted, before the first step on one GPU."""
+    def choose_contractions(self) -> None:  # noqa: B027 (optional to override)
+        """Choose how factorized layers are contracted. Called before the first step on one GPU."""
 
-    def before_optimizer(self) -> None:  # noqa: B027 (as above)
-        """Act on the gradients just before the optimizer's step, as clipping does; recorded as part of the step."""
+    def before_optimizer(self) -> None:  # noqa: B027 (optional to override)
+        """Change the gradients just before the optimizer's step, for instance by clipping. It is part of a recorded step."""
 
     def samples_per_answer(self) -> float:
-        """What the metric of speed counts for each answer."""
+        """The number of samples that the metric of speed counts for each answer."""
         return 1.0
 
     # What all loops share.
@@ -184,7 +194,7 @@ class TrainingLoop(ABC):
         self.composition: Composition | None = None
         self.contractions: dict[str, str] | None = None  # as measured, by layer
         recorded = self._record is not None and self._eager_because is None
-        mode = "reduce-overhead" if self._on_one_gpu and not recorded else None  # CUDA graphs of torch.compile's own
+        mode = "reduce-overhead" if self._on_one_gpu and not recorded else None  # torch.compile then makes CUDA graphs itself
         self.network = processes.parallel(cast(nn.Module, torch.compile(model, mode=mode)) if config.compile else model)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=config.amp == "fp16")
         self.step = first_step  # optimizer steps made so far
@@ -196,8 +206,8 @@ class TrainingLoop(ABC):
         self.seconds = seconds
         self._started = time.monotonic()
         self._saved: int | None = None  # step of the last checkpoint
-        self._bad = torch.full((), -1, device=processes.device)  # first step whose loss was not finite
-        self._number = torch.zeros((), dtype=torch.int64, device=processes.device)  # of a recorded step, counted from 1
+        self._bad = torch.full((), -1, device=processes.device)  # first step whose loss was not finite, or -1
+        self._number = torch.zeros((), dtype=torch.int64, device=processes.device)  # of the recorded step, counted from 1
         self._one = torch.ones((), device=processes.device)
         self._told_to_stop = False
         self._agree_every = 1 if processes.world_size == 1 else _AGREE_EVERY
@@ -225,19 +235,20 @@ class TrainingLoop(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a checkpoint, before :meth:`prepare`.
 
-        Raises ValueError where it is of another configuration, seed or program.
+        Raises ValueError if it comes from another configuration, seed or program, from other input files or from a later step,
+        or if it lacks training state.
         """
         if self.composition is not None:
-            raise RuntimeError("load a checkpoint before prepare(): contractions are chosen there, and may be the checkpoint's")
+            raise RuntimeError("load a checkpoint before prepare(), which may take the contractions from the checkpoint")
         if "config" not in state or "optimizer" not in state:
-            raise ValueError("the checkpoint to resume from holds no training state: it is a model only")
+            raise ValueError("the checkpoint to resume from holds no training state: it holds only a model")
         differing = self.run.differing_values(
-            {**state["config"], "seed": state["seed"], "max_steps": None},  # how far a run goes may change
+            {**state["config"], "seed": state["seed"], "max_steps": None},  # the number of steps may change
             {**self.run.config, "seed": self.run.seed, "max_steps": None},
         )
         if differing:
             changes = ", ".join(differing.values())
-            raise ValueError(f"the checkpoint to resume from is of another configuration: {changes}")
+            raise ValueError(f"the checkpoint to resume from has another configuration: {changes}")
         files = differing_values(state.get("inputs", self.run.inputs), self.run.inputs)
         if files:
             raise ValueError(f"the checkpoint to resume from was made from other files: {', '.join(files.values())}")
@@ -245,7 +256,7 @@ class TrainingLoop(ABC):
             raise ValueError(f"the checkpoint to resume from is at step {state['step']}, past the last step {self.last_step}")
         if isinstance(self.hook, Stateful) and state["hook"] is None:
             raise ValueError(
-                "the checkpoint to resume from lacks what acts after each step: it was made without --dump-frobnorms"
+                "the checkpoint to resume from lacks the state of the step hook: it was made without --dump-frobnorms"
             )
         self.model.load_state_dict(state["model"])
         self._load_optimizer_state(state["optimizer"])
@@ -255,15 +266,15 @@ class TrainingLoop(ABC):
             self.hook.load_state_dict(state["hook"])
         self.step, self.best, self.final = state["step"], state["best"], dict(state["final"])
         self._saved = self.step
-        if self.processes.main:  # the sum over all processes, which is taken again at the end of the epoch
+        if self.processes.main:  # the checkpoint holds the sum over all processes, and the end of the epoch sums again
             self.totals.copy_(state["totals"])
         self.seconds = state["seconds"]
         checkpoints.set_random_state(state["random"])
 
     def fit(self) -> dict[str, float]:
-        """Train to the end; returns the final and the best score, the final loss, and the seconds it took."""
+        """Train to the end. Returns ``final`` and ``best`` (scores), ``final_loss`` and ``seconds``."""
         numbers = [signal.SIGTERM, signal.SIGUSR2]
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else who runs this program has a handler
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise the caller handles Ctrl-C
             numbers.append(signal.SIGINT)
         handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         writer = self._tensorboard()
@@ -275,13 +286,13 @@ class TrainingLoop(ABC):
                 self._log({"epoch": 0, "step": 0, **self._epoch_metrics(self.learning_rate())}, writer)
             while self.step < self.last_step:
                 self._train_epoch(writer)
-            if self.step % self.steps_per_epoch:  # --max-steps ends within an epoch; no checkpoint keeps this result
+            if self.step % self.steps_per_epoch:  # --max-steps ended within an epoch; no checkpoint holds this evaluation
                 epoch = self.step // self.steps_per_epoch
                 self.final = self.evaluate()
                 record = {"epoch": epoch + 1, "step": self.step, **self._evaluated()}
                 self._log({**record, "partial": True, **self._epoch_metrics(self._rate_of_last_step())}, writer)
         finally:
-            self._graph = None  # with the memory that it holds
+            self._graph = None  # frees the memory that it holds
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             if writer is not None:
@@ -296,7 +307,10 @@ class TrainingLoop(ABC):
     def _train_epoch(self, writer: Any) -> None:
         epoch, first = divmod(self.step, self.steps_per_epoch)
         last = min(self.steps_per_epoch, first + self.last_step - self.step)
-        started, before = time.monotonic(), self.processes.sum(self.totals.clone())[2].item()  # answers before a resume
+        started, before = (
+            time.monotonic(),
+            self.processes.sum(self.totals.clone())[2].item(),
+        )  # answers of this epoch before a resume
         progress = tqdm(
             total=self.steps_per_epoch,
             initial=first,
@@ -341,7 +355,7 @@ class TrainingLoop(ABC):
         self._log(record, writer)
         if self.processes.main:
             accuracies = f"train {record['train_accuracy']:.2f} %, {self.split} {self.final['accuracy']:.2f} %"
-            if self.lower_is_better:  # of the loss, then
+            if self.lower_is_better:  # the score is then the loss
                 accuracies = f"{self.split} {self.final['loss']:.4f}; accuracy {accuracies}"
             speed = f"lr {lr:g}, {record[self.speed]:.0f} {self.speed.removesuffix('_per_second')}/s"
             where = f"epoch {epoch + 1}/{self.epochs}"
@@ -352,11 +366,14 @@ class TrainingLoop(ABC):
             self._stop_if_told()
 
     def prepare(self) -> None:
-        """Before the first step, on one GPU: choose contractions, group the layers that compose, and have steps recorded."""
+        """Prepare for the first step on one GPU: choose contractions, group layers to compose, set up the recording of steps.
+
+        On other devices, or with several processes, it only groups layers and sets up the recording, if ``record`` was given.
+        """
         if self.composition is not None:
             return
         if not self._on_one_gpu:
-            self.contractions = None  # of a run on one GPU that is resumed here: here the rule's are taken
+            self.contractions = None  # a checkpoint from one GPU holds measured ones; elsewhere the default rule applies
         if self._record is None and not self._on_one_gpu:
             return
         if self._on_one_gpu:
@@ -369,7 +386,7 @@ class TrainingLoop(ABC):
             self._graph = StepGraph(self._recorded_step, self._memory, record=self._record)
 
     def begin_epoch(self) -> None:
-        """Get ready for the next step, in its epoch: learning rate, order of the samples, hook."""
+        """Prepare the epoch of the next step: learning rate, order of the samples, hook and momentum."""
         epoch, first = divmod(self.step, self.steps_per_epoch)
         self._set_rate(always=True)
         if self._graph is not None:
@@ -381,7 +398,7 @@ class TrainingLoop(ABC):
         self._start_momentum()
 
     def next_step(self) -> None:
-        """Make the next optimizer step of the epoch: by replaying it where it is recorded and its batch is a whole one."""
+        """Make the next optimizer step of the epoch. It is a replay if steps are recorded and the batch is whole."""
         self._set_rate()
         if self._graph is not None and self.is_whole(self.step):
             try:
@@ -396,8 +413,8 @@ class TrainingLoop(ABC):
         self.train_step(self.batch(self.step))
 
     def train_step(self, batch: Any) -> None:
-        """Make one optimizer step. The sums of losses, correct answers and answers join ``totals``, on the device."""
-        # Beside recorded steps this is one of a smaller batch, for which the network would be compiled again.
+        """Make one optimizer step without a recording. Its sums are added to ``totals`` on the device."""
+        # If other steps are recorded, this batch is smaller, and the compiled network would be compiled again for it.
         self._update(batch, self.step + 1, self.network if self._graph is None else self.model)
         self._finish_step()
 
@@ -411,7 +428,7 @@ class TrainingLoop(ABC):
             self.hook.after_step(self.step - 1)
 
     def _update(self, batch: Any, number: int | Tensor, network: nn.Module) -> None:
-        """Learn from a batch, as step ``number`` counted from 1. Nothing here waits for the device."""
+        """Make the optimizer step of a batch. ``number`` counts steps from 1. Nothing here waits for the device."""
         scale = self.scaler.scale(self._one) if self.scaler.is_enabled() else None
         parts = self.parts(batch)
         sums = torch.zeros_like(self.totals)
@@ -439,7 +456,7 @@ class TrainingLoop(ABC):
         self._bad.copy_(torch.where(sums[0].isfinite() | (self._bad >= 0), self._bad, number))
 
     def _decay(self) -> None:
-        """Apply Frobenius decay, as far as it has not joined the gradients of composed weights and the optimizer does not."""
+        """Apply the part of Frobenius decay that neither the composition has added to gradients nor the optimizer applies."""
         if self.decay is not None and self.decay.decoupled:
             self.decay.step(self.optimizer.param_groups[0]["lr"])
         elif self.composition is not None:
@@ -448,7 +465,7 @@ class TrainingLoop(ABC):
             self.decay.step()
 
     def _set_rate(self, *, always: bool = False) -> None:
-        """Give the optimizer the learning rate of the present step."""
+        """Set the optimizer's learning rate to that of the current step."""
         lr = self.learning_rate()
         if lr == self._lr and not always:
             return
@@ -463,25 +480,25 @@ class TrainingLoop(ABC):
         return self.learning_rate() if self._lr is None else self._lr
 
     def _better(self, score: float) -> float:
-        """The better one of the best score so far and this one."""
+        """The better of the best score so far and this score."""
         return min(self.best, score) if self.lower_is_better else max(self.best, score)
 
     def _evaluated(self) -> dict[str, float]:
-        """The evaluation as metrics record it."""
+        """The latest evaluation, with the split's name as a prefix of each metric."""
         return {f"{self.split}_{name}": value for name, value in self.final.items()}
 
     def _why_eager(self) -> str | None:
-        """Why a step cannot be recorded, as far as that is known beforehand."""
+        """The reason why a step cannot be recorded, if it is known before the recording; otherwise None."""
         if isinstance(self.hook, UpdateHook):
             return f"{type(self.hook).__name__} acts between backward and the optimizer's step"
         if not all(isinstance(group["lr"], Tensor) for group in self.optimizer.param_groups):
-            return "the optimizer's learning rate is a number, whose changes a graph would not see (give a tensor on the GPU)"
+            return "the optimizer's learning rate is a number, so a graph would not see it change (give a tensor on the GPU)"
         if self.config.amp == "fp16" and not getattr(self.optimizer, "_step_supports_amp_scaling", False):
             return f"under fp16 {type(self.optimizer).__name__} waits to know whether gradients have overflowed (use bf16)"
         return None
 
     def _forget_broken_step(self) -> None:
-        """Put back what a step that broke off leaves behind in scaler, gradients and composition. Parameters are untouched."""
+        """Reset scaler, gradients and composition after a step that failed to record. It left the parameters unchanged."""
         scaler = torch.amp.GradScaler(self.processes.device.type, enabled=self.scaler.is_enabled())
         scaler.load_state_dict(self.scaler.state_dict())
         self.scaler = scaler
@@ -492,7 +509,7 @@ class TrainingLoop(ABC):
         print(f"steps are not recorded as a CUDA graph and run kernel by kernel: {self._eager_because}", file=sys.stderr)
 
     def _memory(self) -> Iterator[Any]:
-        """What a recorded step reads or writes and that outlives it, with the numbers that a recording keeps."""
+        """The tensors that a recorded step reads or writes and that outlive it, and the numbers that a recording fixes."""
         yield from self.model.parameters()
         yield from self.model.buffers()
         for values in self.optimizer.state.values():
@@ -503,9 +520,9 @@ class TrainingLoop(ABC):
         yield self.decay.coef if self.decay is not None else None
 
     def _start_momentum(self) -> None:
-        """Give momentum that is not there yet the value zero.
+        """Create missing momentum buffers, filled with zeros.
 
-        torch's fused SGD leaves it as the memory happens to be where the scaler skips the first step, as it mostly does.
+        Otherwise, torch's fused SGD leaves them uninitialized if the scaler skips the first step, which it usually does.
         """
         for group in self.optimizer.param_groups:
             for parameter in group["params"] if group.get("fused") and group.get("momentum") else ():
@@ -520,7 +537,10 @@ class TrainingLoop(ABC):
         return state
 
     def _load_optimizer_state(self, state: Mapping[str, Any]) -> None:
-        """Load momentum, in the memory layout of its Parameters; how the optimizer works on this device stays as it is."""
+        """Load the optimizer's state, with momentum in the memory layout of its Parameters.
+
+        The learning rate, and the options that depend on the device (fused, foreach, capturable), keep their present values.
+        """
         how = ("lr", "fused", "foreach", "capturable")
         own = [{key: group[key] for key in how if key in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(dict(state))
@@ -535,9 +555,10 @@ class TrainingLoop(ABC):
         return self.epoch_metrics(lr) if self.epoch_metrics is not None else {}
 
     def _check_numbers(self) -> None:
-        """Raise FloatingPointError, saying where, if a loss since the last look or a weight is not finite in any process.
+        """Raise FloatingPointError if a weight, or a loss since the last check, is not finite in any process.
 
-        Under fp16 a loss may overflow and the scaler skip the step; that counts once the scale has fallen below 1 in vain.
+        The message says where. Under fp16, a loss may overflow and the scaler then skips the step and lowers the scale. Such a
+        loss counts only if the scale has fallen below 1, because lowering it has then not helped.
         """
         state = {name: value for name, value in self.model.state_dict().items() if value.is_floating_point()}
         largest = torch.stack(torch._foreach_norm(list(state.values()), float("inf")))
@@ -566,12 +587,12 @@ class TrainingLoop(ABC):
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _stop_if_told(self) -> None:
-        """Where a signal told any process to stop, save a checkpoint and exit."""
+        """Save a checkpoint and exit with status 75 if a signal told any process to stop."""
         if self._told_to_stop if self.processes.world_size == 1 else self.processes.any(self._told_to_stop):
             self._check_numbers()
             self._save()
             if self.processes.main:
-                print(f"told to stop: saved a checkpoint at step {self.step}", file=sys.stderr)
+                print(f"stopped by a signal: saved a checkpoint at step {self.step}", file=sys.stderr)
             raise SystemExit(REQUEUE)
 
     def _tensorboard(self) -> Any:
