@@ -14,7 +14,7 @@ from tabulate import tabulate
 from ..experiments.config import FlagParser, natural, positive_int, say_interrupted
 from ..experiments.files import ROOT, write_atomic
 from ..experiments.runs import clean_errors, directory_of
-from . import archive, compare, emit, reading, rendering, run, slurm, status
+from . import archive, compare, documents, emit, reading, rendering, run, slurm, status
 from .commands import configuration
 from .rows import Program, Table, kinds, programs, select
 from .summaries import contrast_results, summarize
@@ -44,7 +44,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument("--table", help="only this table")
             command.add_argument("--row", metavar="PATTERN", help="only rows whose id matches, such as 'resnet20-*'")
             command.add_argument(
-                "--evidence", action="store_true", help="the rows of evidence/ in place of the paper's; collect also draws"
+                "--evidence",
+                action="store_true",
+                help="the rows of evidence/ in place of the paper's; collect also draws, and fills numbers in documents",
             )
         if name in ("status", "collect", "plot"):
             command.add_argument("--results", type=Path, help="where runs wrote (default: results/, --evidence: evidence/)")
@@ -242,6 +244,10 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
         print(f"page: {out / 'index.html'}", file=sys.stderr)
     if stopped:
         raise ValueError("; ".join(stopped))
+    everything = args.out is None and args.results == ROOT / "evidence" and not (args.subproject or args.table or args.row)
+    if args.command == "collect" and args.evidence and everything:
+        for path in documents.fill_all(documents.Evidence(chosen, results, known)):
+            print(f"filled: {path.relative_to(ROOT)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

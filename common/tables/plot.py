@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import statistics
@@ -16,8 +14,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..experiments.results import RunResult
-from .reading import Results
+from .reading import Results, epochs_of
 from .rows import ContrastFigure, CurveFigure, Program, SweepFigure, Table
 from .summaries import contrast_results
 
@@ -57,16 +54,6 @@ _RC: dict[Any, Any] = {
     "pdf.fonttype": 42,
     "svg.hashsalt": "tables",
 }
-
-
-def epochs_of(result: RunResult) -> list[dict[str, Any]]:
-    """The lines of the run's metrics.jsonl that are of whole epochs."""
-    path = result.path.with_name("metrics.jsonl")
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):  # half written when the process died
-            records.append(json.loads(line))
-    return [record for record in records if not record.get("partial")]
 
 
 def _mean_curve(runs: Sequence[list[dict[str, Any]]], metric: str) -> tuple[list[int], list[float], list[float]]:

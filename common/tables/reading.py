@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..experiments.results import NAME, RunResult
 from .rows import Key, Kinds, Program, Row, Table, keys
@@ -29,6 +32,16 @@ _DATA = {"train", "valid", "val", "dev", "test", "data"}  # names of inputs that
 def _data(run: RunResult) -> dict[str, str]:
     """Digests of the data of a run: all its inputs but the checkpoints that it starts from."""
     return {name: digest for name, digest in run.inputs.items() if name.partition("/")[0] in _DATA}
+
+
+def epochs_of(result: RunResult) -> list[dict[str, Any]]:
+    """The lines of the run's metrics.jsonl that are of whole epochs."""
+    path = result.path.with_name("metrics.jsonl")
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # half written when the process died
+            records.append(json.loads(line))
+    return [record for record in records if not record.get("partial")]
 
 
 class Results:

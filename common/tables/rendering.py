@@ -15,7 +15,8 @@ from .rows import Table
 from .summaries import ContrastResult, RowSummary
 
 
-def _spread(mean: float | None, std: float | None, decimals: int) -> str:
+def spread(mean: float | None, std: float | None, decimals: int) -> str:
+    """Mean ± sample standard deviation, as far as there are such."""
     if mean is None:
         return "-"
     return f"{mean:.{decimals}f}" if std is None else f"{mean:.{decimals}f} ± {std:.{decimals}f}"
@@ -34,8 +35,8 @@ def cells(summaries: Sequence[RowSummary], decimals: int = 2) -> tuple[list[str]
                 str(each.n),
                 f"{each.parameters:,}" if each.parameters else "-",
                 f"{each.ratio:.4f}" if each.ratio else "-",
-                _spread(each.final_mean, each.final_std, decimals),
-                _spread(each.best_mean, each.best_std, decimals),
+                spread(each.final_mean, each.final_std, decimals),
+                spread(each.best_mean, each.best_std, decimals),
                 f"{each.seconds:.0f}" if each.seconds is not None else "-",
                 published,
             ]
@@ -49,7 +50,7 @@ def arranged_as_published(table: Table, summaries: Sequence[RowSummary]) -> str:
     columns: dict[str, None] = {}
     for row, each in zip(table.rows, summaries, strict=True):
         if row.place is not None:
-            ours = f"{_spread(each.final_mean, each.final_std, table.decimals)} (n={each.n})" if each.n else "-"
+            ours = f"{spread(each.final_mean, each.final_std, table.decimals)} (n={each.n})" if each.n else "-"
             published = "n/a" if each.published is None else f"{each.published:g}"
             columns[row.place[1]] = None
             cells_of.setdefault(row.place[0], {})[row.place[1]] = f"{ours}; {published}"
@@ -72,6 +73,17 @@ CONTRASTS_NOTE = (
 )
 
 
+def interval(found: ContrastResult, decimals: int) -> str:
+    """The 95 % interval, [low, high]; empty where there is none."""
+    if found.low is None:
+        return ""
+    return f"[{found.low:+.{decimals}f}, {found.high:+.{decimals}f}]"
+
+
+def p_value(p: float | None) -> str:
+    return "-" if p is None else f"{p:.3f}" if p >= 0.0005 else "<0.001"
+
+
 def contrast_cells(found: Sequence[ContrastResult], decimals: int = 2) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the differences."""
     rows = [
@@ -80,8 +92,8 @@ def contrast_cells(found: Sequence[ContrastResult], decimals: int = 2) -> tuple[
             f"{each.row} - {each.base}",
             str(each.n),
             f"{each.mean:+.{decimals}f}" if each.mean is not None else "-",
-            f"[{each.low:+.{decimals}f}, {each.high:+.{decimals}f}]" if each.low is not None else "-",
-            "-" if each.p is None else f"{each.p:.3f}" if each.p >= 0.0005 else "<0.001",
+            interval(each, decimals) or "-",
+            p_value(each.p),
         ]
         for each in found
     ]

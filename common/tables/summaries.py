@@ -83,11 +83,12 @@ def contrast_results(program: Program, table: Table, results: Results) -> list[t
         ours, base = finals[contrast.row], finals[contrast.base]
         # Rounded, so that equal differences of scores are equal.
         each = [round(ours[seed] - base[seed], 9) for seed in sorted(ours.keys() & base.keys())]
-        found.append((_test(contrast, each), each))
+        found.append((paired(contrast, each), each))
     return found
 
 
-def _test(contrast: Contrast, each: Sequence[float]) -> ContrastResult:
+def paired(contrast: Contrast, each: Sequence[float]) -> ContrastResult:
+    """Student's t-test of the differences of a contrast, seed by seed."""
     n, mean, low, high, p = len(each), None, None, None, None
     if each:
         mean = statistics.mean(each)
