@@ -1,10 +1,11 @@
 """Factorized neural layers: spectral initialization, Frobenius decay, and the model surgery that applies them.
 
 The method is Khodak, Tenenholtz, Mackey and Fusi, "Initialization and Regularization of Factorized Neural Layers", ICLR 2021.
-Names are loaded on first use, so that programs which only read tables or write scripts start without torch.
+Names are loaded on first use, so that programs that only read tables or write scripts start without torch.
 
-Programs of the repository import this package as ``common``, the folder's name; installed, it is ``fnl``. One process can use
-only one of the two: layers of one would be unknown to the other, and decay, for instance, would leave them out in silence.
+The repository's programs import this package as ``common``, the name of its folder. The installed package is ``fnl``. A
+process can use only one of the two, because each name has its own classes: decay under one name, for instance, would silently
+skip the layers made under the other.
 """
 
 from __future__ import annotations
@@ -56,14 +57,14 @@ _HOME = {
 
 __all__ = list(_HOME)
 
-_LIBRARY = "factorized-neural-layers"  # tells this package, under either name, from a package of the user's own called common
+_LIBRARY = "factorized-neural-layers"  # distinguishes this package from any other called common
 
 for _name in {"common", "fnl"} - {__name__}:
     _other = sys.modules.get(_name)
     if _other is not None and getattr(_other, "_LIBRARY", None) == _LIBRARY:
         raise ImportError(
-            f"the library of factorized neural layers is loaded already, as {_name!r} from {_other.__file__}, and cannot be "
-            f"loaded again as {__name__!r} from {__file__}: import it under one name, which is 'fnl' in code of your own"
+            f"the library of factorized neural layers is already loaded as {_name!r} from {_other.__file__} and cannot also be "
+            f"loaded as {__name__!r} from {__file__}: import it under one name, which is 'fnl' in your own code"
         )
 
 

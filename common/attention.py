@@ -1,4 +1,4 @@
-"""Attention: one whose heads may be narrow, torch's with projections that can be factorized, and products of heads as pairs."""
+"""Attention with narrow heads, torch's attention with projections as layers, and the products of heads as factor pairs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ Heads = tuple[Tensor, Tensor]  # keys and values, (batch, heads, length, head_di
 
 
 class MultiheadAttention(nn.Module):
-    """Attention without biases, of ``num_heads`` heads of ``head_dim`` dimensions each, by default ``embed_dim // num_heads``.
+    """Attention without biases, with ``num_heads`` heads of size ``head_dim``, by default ``embed_dim // num_heads``.
 
-    Of each head the two products are matrices of (embed_dim, embed_dim) and rank ``head_dim``: query-key, W_Q^T W_K,
-    which scores a pair of positions, and output-value, W_O W_V, which maps what is attended to. A head
-    narrower than usual is a low-rank factorization of both.
+    Each head has two products, matrices of shape (embed_dim, embed_dim) and rank ``head_dim``. The query-key product W_Q^T W_K
+    scores pairs of positions. The output-value product W_O W_V maps the positions attended to. If heads are narrower than the
+    default, they are low-rank factorizations of both products.
+
+    Raises ValueError if ``head_dim`` is below 1, or is None and ``num_heads`` does not divide ``embed_dim``.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, head_dim: int | None = None, *, dropout: float = 0.0) -> None:
         super().__init__()
         if head_dim is None:
             if embed_dim % num_heads:
-                raise ValueError(f"embed_dim {embed_dim} does not split over {num_heads} heads: give head_dim")
+                raise ValueError(f"embed_dim {embed_dim} is not divisible by {num_heads} heads: give head_dim")
             head_dim = embed_dim // num_heads
         if head_dim < 1:
             raise ValueError(f"head_dim must be at least 1, got {head_dim}")
@@ -45,18 +47,18 @@ class MultiheadAttention(nn.Module):
         return hidden.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def project(self, memory: Tensor) -> Heads:
-        """Keys and values of what is attended to, (batch, source length, embed_dim)."""
+        """Keys and values of the memory, (batch, source length, embed_dim), that is attended to."""
         return self.split(self.key(memory)), self.split(self.value(memory))
 
     def forward(
         self, input: Tensor, memory: Heads | None = None, mask: Tensor | None = None, *, causal: bool = False
     ) -> Tensor:
-        """Attend from ``input`` (batch, length, embed_dim) to projected ``memory``, or to itself where there is none.
+        """Attend from ``input`` (batch, length, embed_dim) to projected ``memory``, or to ``input`` itself if it is None.
 
-        Of ``input`` alone, queries, keys and values are one matrix product with their joined weights, which is faster.
+        Without ``memory``, one matrix product with the joined weights gives queries, keys and values, which is faster.
 
-        ``mask`` is broadcast to (batch, heads, length, source length): boolean, True where attention is allowed, or numbers
-        that are added to the scores. ``causal`` allows each position itself and those before it.
+        ``mask`` is broadcast to (batch, heads, length, source length). It is boolean, True where attention is allowed, or holds
+        numbers to add to the scores. With ``causal``, each position attends to itself and to the positions before it.
         """
         if memory is None:
             joined = torch.cat([_weight(self.query), _weight(self.key), _weight(self.value)])
@@ -78,36 +80,36 @@ class MultiheadAttention(nn.Module):
     def query_key(self, name: str) -> FactorPair:
         """The products W_Q^T W_K of all heads: factors (heads, embed_dim, head_dim) and (heads, head_dim, embed_dim).
 
-        ``name`` is that of the attention; raises ValueError where one of the projections is factorized.
+        ``name`` is the name of the attention. Raises ValueError if a projection is factorized.
         """
         query, key = _parameter(name, self.query), _parameter(name, self.key)
         return FactorPair(f"{name}.query_key", query, key, self._by_head)
 
     def output_value(self, name: str) -> FactorPair:
-        """The products W_O W_V of all heads, as :meth:`query_key` gives its own."""
+        """The products W_O W_V of all heads. Shapes, ``name`` and errors are as in :meth:`query_key`."""
         output, value = _parameter(name, self.output), _parameter(name, self.value)
         return FactorPair(f"{name}.output_value", output, value, self._by_head_out)
 
 
 @torch.no_grad()
 def balance_(pair: FactorPair) -> None:
-    """Spectral initialization of a factor pair, in place: the same product, from balanced factors.
+    """Spectral initialization of a factor pair, in place: balanced factors with the same product.
 
-    The product has the rank of the factors already, so that its truncated SVD truncates nothing.
+    The rank of the product is at most that of the factors, so its truncated SVD removes nothing.
     """
     for factor, value in zip(pair.factors(), linalg.balance(*pair.factors()), strict=True):
         factor.copy_(value)
 
 
 class UnpackedMultiheadAttention(nn.MultiheadAttention):
-    """torch's MultiheadAttention with ``q_proj``, ``k_proj`` and ``v_proj`` as layers, made from an ordinary one.
+    """torch's MultiheadAttention with the layers ``q_proj``, ``k_proj`` and ``v_proj``, made from an ordinary one.
 
-    The layers have copies of the weights; biases and the output projection are those of the original. Forward is torch's own,
-    with the weights of factorized projections composed, which ``in_proj_weight`` or, where query, key and value differ in
-    size, ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight`` read as.
+    The layers have copies of the weights. Biases and the output projection are those of the original. Forward is torch's own.
+    It reads the weights, composed if a projection is factorized, from ``in_proj_weight``. If query, key and value differ in
+    size, it reads them from ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight``.
     """
 
-    _packed: Tensor | None = None  # the packed weight, during forward, which reads it several times
+    _packed: Tensor | None = None  # the packed weight during forward, which reads it several times
 
     def __init__(self, packed: nn.MultiheadAttention) -> None:
         nn.Module.__init__(self)
@@ -153,7 +155,7 @@ class UnpackedMultiheadAttention(nn.MultiheadAttention):
         return _weight(self.v_proj)
 
     def to_layer(self) -> nn.MultiheadAttention:
-        """torch's attention of the same function; its projections must be ordinary layers."""
+        """torch's attention with the same function. The projections must be ordinary layers."""
         layer = nn.MultiheadAttention(
             self.embed_dim,
             self.num_heads,
@@ -178,7 +180,7 @@ class UnpackedMultiheadAttention(nn.MultiheadAttention):
 
 
 def _linear(weight: Tensor) -> nn.Linear:
-    """A linear layer without bias of a copy of a weight."""
+    """A linear layer without bias, with a copy of a weight."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     return layer
@@ -191,14 +193,14 @@ def _weight(layer: nn.Module) -> Tensor:
     return layer.weight
 
 
-# The two products of the heads of an attention, as factor pairs
+# The two products of attention heads as factor pairs
 
 View = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class _Projection:
-    """A Parameter, and its view as the matrix (outputs, inputs) of a linear map."""
+    """A Parameter, and a function that views it as the matrix (outputs, inputs) of a linear map."""
 
     parameter: nn.Parameter
     view: View
@@ -208,11 +210,12 @@ class _Projection:
 class _Attention:
     """The projections of one attention.
 
-    inputs:         of query, key and value.
-    groups:         number of heads of keys and values, each of which serves ``heads // groups`` heads of queries.
-    biased:         whether query or key have biases.
-    between:        what stands between query and key, beside their product.
-    between_value:  what stands between value and output.
+    inputs:         projections of query, key and value.
+    heads:          number of query heads.
+    groups:         number of key-value heads. Each serves ``heads // groups`` query heads.
+    biased:         whether the query or key projection has a bias.
+    between:        operations between the query and key projections that change their product, or None.
+    between_value:  an operation between the value and output projections, or None.
     """
 
     inputs: Sequence[_Projection]
@@ -227,16 +230,17 @@ class _Attention:
 def attention_pairs(
     model: nn.Module, *, query_key: bool = True, output_value: bool = True, ignore_biases: bool = False
 ) -> list[FactorPair]:
-    """The products of the heads of every attention of a model, for :class:`FrobeniusDecay`, which then decays them.
+    """The products of the heads of every attention of a model. Pass them to :class:`FrobeniusDecay` as ``pairs``.
 
-    Of each head, query-key is W_Q^T W_K, (inputs, inputs), which scores a pair of positions, and output-value is W_O W_V,
-    (outputs, inputs), which maps what is attended to. Attentions are torch's MultiheadAttention and the one here, those of
-    BERT, GPT-2, ViT and Llama of transformers, and timm's Attention. Where heads of keys and values serve several of
-    queries, there is a pair for each of these. Every attention that is decayed so must be left out of :func:`factorize_`.
+    For each head, the query-key product is W_Q^T W_K, (inputs, inputs), which scores pairs of positions. The output-value
+    product is W_O W_V, (outputs, inputs), which maps the positions attended to. Supported are torch's MultiheadAttention, that
+    of this module, the attention of BERT, GPT-2, ViT and Llama in transformers, and timm's Attention. If a key-value head
+    serves n query heads, the products form n pairs. Leave the attention out of :func:`factorize_`.
 
-    Raises ValueError, naming the attention, where there is none, where a product is not what acts (between query and key
-    stand rotary positions or normalizations, or, without ``ignore_biases``, both or one have biases, which add terms to the
-    scores), or where a projection is factorized already.
+    Raises ValueError if no attention is found or no product is requested. Raises ValueError, naming the attention, if a
+    projection is already factorized, or if a product is not the whole of what the attention computes: rotary positions or
+    normalizations are applied between query and key, a gate or normalization is applied between value and output, or, without
+    ``ignore_biases``, the query or key projection has a bias, which adds terms to the scores.
     """
     pairs = []
     for name, module in model.named_modules():
@@ -247,21 +251,24 @@ def attention_pairs(
         if query_key:
             remedy = "pass query_key=False"
             if heads.between:
-                raise ValueError(f"W_Q^T W_K is not what scores in attention {name!r}: {heads.between} stand between; {remedy}")
+                raise ValueError(
+                    f"W_Q^T W_K alone does not give the scores of attention {name!r}: "
+                    f"{heads.between} act between query and key; {remedy}"
+                )
             if heads.biased and not ignore_biases:
                 raise ValueError(
-                    f"W_Q^T W_K is not all that scores in attention {name!r}: query or key have biases; "
-                    f"pass ignore_biases=True to decay it all the same, or {remedy}"
+                    f"W_Q^T W_K alone does not give the scores of attention {name!r}: query or key has a bias; "
+                    f"pass ignore_biases=True to decay it anyway, or {remedy}"
                 )
             pairs += _pairs(f"{name}.query_key", heads, query, key, _transposed_heads)
         if output_value:
             if heads.between_value:
-                reason = f"{heads.between_value} stands between; pass output_value=False"
-                raise ValueError(f"W_O W_V is not what acts in attention {name!r}: {reason}")
+                reason = f"{heads.between_value} acts between value and output; pass output_value=False"
+                raise ValueError(f"W_O W_V alone does not give the output of attention {name!r}: {reason}")
             pairs += _pairs(f"{name}.output_value", heads, heads.output, value, _output_heads)
     if not pairs:
-        known = "MultiheadAttention of torch and of this library, BERT, GPT-2, ViT and Llama of transformers, timm's Attention"
-        raise ValueError(f"no attention was found in {type(model).__name__}, or no product was asked for: known are {known}")
+        known = "MultiheadAttention of torch and this library, BERT, GPT-2, ViT and Llama in transformers, timm's Attention"
+        raise ValueError(f"found no attention in {type(model).__name__}, or no product was requested: supported are {known}")
     return pairs
 
 
@@ -278,7 +285,7 @@ def _output_heads(matrix: Tensor, heads: int) -> Tensor:
 def _pairs(
     name: str, heads: _Attention, left: _Projection, right: _Projection, by_head: Callable[[Tensor, int], Tensor]
 ) -> list[FactorPair]:
-    """The product of ``left``, taken apart by head, and ``right``: a pair for each head that shares keys and values."""
+    """Pairs of ``left``, split by head, and ``right``: one for each of the query heads that share a key-value head."""
     shared = heads.heads // heads.groups
 
     def pair(index: int) -> FactorPair:
@@ -291,7 +298,7 @@ def _pairs(
 
 
 def _read(name: str, module: Any, model: nn.Module) -> _Attention | None:
-    """The projections of a module that is an attention of a known kind, else None."""
+    """The projections of a module that is an attention of a supported kind, or None."""
     names = {kind.__name__ for kind in type(module).__mro__}
     if isinstance(module, nn.MultiheadAttention):
         return _read_torch(name, module)
@@ -314,18 +321,18 @@ def _parameter(name: str, layer: Any) -> nn.Parameter:
     if not isinstance(layer, Factorized) and isinstance(layer.weight, nn.Parameter):
         return layer.weight
     raise ValueError(
-        f"a projection of attention {name!r} is no ordinary layer ({type(layer).__name__}): a factorized one decays by itself, "
-        "and products of heads take ordinary ones; leave attention out of factorize_ with filter_fn"
+        f"a projection of attention {name!r} is not an ordinary layer ({type(layer).__name__}): products of heads need "
+        "ordinary layers, and FrobeniusDecay covers factorized ones itself; leave attention out of factorize_ with filter_fn"
     )
 
 
 def _rows(part: int, of: int) -> View:
-    """A view of one of several equal parts of the rows."""
+    """A view that takes one of ``of`` equal parts of the rows."""
     return lambda weight: weight.unflatten(0, (of, -1))[part]
 
 
 def _columns(part: int, of: int) -> View:
-    """A view of one of several equal parts of the columns, transposed: of a weight (inputs, outputs)."""
+    """A view that takes one of ``of`` equal parts of the columns of a weight (inputs, outputs), and transposes it."""
     return lambda weight: weight.unflatten(1, (of, -1))[:, part].mT
 
 

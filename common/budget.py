@@ -1,4 +1,4 @@
-"""Parameter budgets: how many parameters a model has, and which setting of a method comes closest to a wanted number."""
+"""Parameter budgets: how many parameters a model has, and which setting of a method comes closest to a target number."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def closest_index(count: Callable[[int], int], low: int, high: int, budget: float) -> int:
-    """The whole number from ``low`` to ``high``, both included, whose count is closest to the budget.
+    """The integer from ``low`` to ``high``, both included, whose count is closest to the budget.
 
-    ``count`` must not change direction: over the range it never falls, or never rises. It is called about log2(high - low)
-    times. The result is the first number whose count has reached the budget (``high`` where none has), or the one before it
-    where that is at least as close. Where all counts are equal it is ``low``.
+    ``count`` must be monotonic over the range, rising or falling. It is called about log2(high - low) times. The result is the
+    first integer whose count reaches the budget (``high`` if none does), or the one before it if that is at least as close. If
+    all counts are equal, the result is ``low``.
     """
     count = cache(count)
     if count(low) == count(high):
@@ -38,7 +38,7 @@ def closest_index(count: Callable[[int], int], low: int, high: int, budget: floa
 
 
 def step_midpoints(dimensions: Iterable[int], low: float, high: float) -> list[float]:
-    """Middles of the intervals of rank scales between ``low`` and ``high`` in which no rank changes, in rising order.
+    """Midpoints, in ascending order, of the intervals of rank scales between ``low`` and ``high`` in which no rank changes.
 
     The rank along a dimension d is ``max(1, round(scale * d))``, so it changes from k to k + 1 at the scale (k + 0.5) / d.
     """

@@ -1,4 +1,4 @@
-"""The weights of many factorized layers, composed at once: one batched product for each group of layers of equal shapes."""
+"""Compose the weights of many factorized layers at once: one batched product for each group of layers with equal shapes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .layers import Factorized
 
 
 class _Separate(torch.autograd.Function):
-    """Weights (layers, ...) of a group, taken apart for the layers in the precision and memory layout of their use.
+    """Split the weights (layers, ...) of a group by layer, in the precision and memory layout that forward passes use.
 
-    Backward adds ``coef * scale * W`` to the gradient of every W, the Frobenius decay of its factors once the chain rule is
-    applied: for W = U V^T it gives U the gradient ``coef * W V`` and V^T ``coef * U^T W``. The sum is taken in the precision
-    of W, which is at least float32: in bfloat16 it would round away.
+    Backward adds ``coef * scale * W`` to the gradient of every W. By the chain rule this is Frobenius decay of the factors:
+    with a scale of 1, W = U V^T adds ``coef * W V`` to the gradient of U and ``coef * U^T W`` to that of V^T. The sum is
+    computed in the precision of W, which is at least float32, because in bfloat16 rounding would lose the decay.
     """
 
     @staticmethod
@@ -29,7 +29,7 @@ class _Separate(torch.autograd.Function):
         ctx.save_for_backward(weights)
         planar = weights.ndim == 5  # (layers, out, in, kh, kw)
         used = _channels_last(weights, planar)
-        used = torch.empty(used.shape, dtype=dtype, device=used.device).copy_(used)  # casts and lays out in one launch
+        used = torch.empty(used.shape, dtype=dtype, device=used.device).copy_(used)  # one launch for the cast and the layout
         return _channels_first(used, planar).unbind()
 
     @staticmethod
@@ -51,7 +51,7 @@ class _Separate(torch.autograd.Function):
 
 
 def _channels_last(weights: Tensor, planar: bool) -> Tensor:
-    """A view of kernels of two dimensions (..., out, in, kh, kw) as (..., out, kh, kw, in); other weights as they are."""
+    """A view of kernels of two dimensions (..., out, in, kh, kw) as (..., out, kh, kw, in); other weights unchanged."""
     return weights.movedim(-3, -1) if planar else weights
 
 
@@ -63,10 +63,10 @@ def _channels_first(weights: Tensor, planar: bool) -> Tensor:
 class _Group:
     """Layers of one kind whose factors have equal shapes.
 
-    decay:    the Frobenius decay that joins the gradients of their weights, if any.
+    decay:    the Frobenius decay that is added to the gradients of their weights, or None.
     coef:     its coefficient when the weights were composed.
-    decays:   whether the decay joins the gradients of the weights composed last.
-    decayed:  whether the decay has joined the gradients, since :meth:`Composition.decay_rest`.
+    decays:   whether the decay is added to the gradients of the weights composed last.
+    decayed:  whether the decay has been added to gradients since the last :meth:`Composition.decay_rest`.
     """
 
     def __init__(self, layers: list[Factorized], decay: FrobeniusDecay | None) -> None:
@@ -76,7 +76,7 @@ class _Group:
         """Give each layer its weight, in ``dtype`` (None: that of its factors)."""
         columns = list(zip(*(layer.factors() for layer in self.layers), strict=True))
         own = columns[0][0].dtype
-        if dtype is None or own == torch.float64:  # which autocast leaves as it is
+        if dtype is None or own == torch.float64:  # autocast leaves float64 unchanged
             dtype = own
         with torch.autocast(columns[0][0].device.type, enabled=False):
             stacked = [torch.stack(linalg.at_least_float32(column)) for column in columns]
@@ -88,12 +88,13 @@ class _Group:
 
 
 class Composition:
-    """Composes the weights of a model's layers in groups of equal shapes. On a GPU that saves most of their launches.
+    """Composes the weights of a model's layers in groups of equal shapes. On a GPU this saves most of their launches.
 
-    It covers the layers whose ``contraction`` is "composed" when it is made, and their forward passes are the same functions
-    with it and without. Frobenius decay of these layers is added to the gradients of their weights, which costs one addition
-    a group where :meth:`FrobeniusDecay.step` takes products of factors; the gradients of the factors are the same. One
-    backward pass must make one optimizer step, and :meth:`decay_rest` must take the place of the decay's ``step``::
+    It covers the layers whose ``contraction`` is "composed" when it is created. Their forward passes compute the same
+    functions with or without it. Frobenius decay of these layers is added to the gradients of their weights. This costs one
+    addition per group, whereas :meth:`FrobeniusDecay.step` computes products of factors; the gradients of the factors are the
+    same. Decay must be added in exactly one backward pass per optimizer step. Call :meth:`decay_rest` instead of the decay's
+    ``step``::
 
         composition = Composition(model, decay)
         for images, labels in batches:
@@ -103,12 +104,12 @@ class Composition:
             composition.decay_rest()
             optimizer.step()
 
-    Raises ValueError for decoupled decay, which gradients take no part in.
+    Raises ValueError for decoupled decay, which does not act through gradients.
     """
 
     def __init__(self, model: nn.Module, decay: FrobeniusDecay | None = None) -> None:
         if decay is not None and decay.decoupled:
-            raise ValueError("a composition adds decay to gradients, and this decay is decoupled: call its step(lr) instead")
+            raise ValueError("a composition adds decay to gradients, but this decay is decoupled: call its step(lr) instead")
         self.decay = decay
         alike: dict[Any, list[Factorized]] = {}
         for layer in model.modules():
@@ -118,19 +119,19 @@ class Composition:
 
     @contextmanager
     def active(self, dtype: torch.dtype | None = None, scale: Tensor | None = None, *, decays: bool = True) -> Generator[None]:
-        """Compose the weights now, and have forward passes use them until the end of the block: forward and backward.
+        """Compose the weights now. Forward passes use them until the end of the block, which must include the backward pass.
 
-        dtype:  of the weights, where autocast computes in one (None: that of the factors). In half precision on a GPU, float32
-                products run in TF32 within the block: its mantissa of 10 bits is at least as precise as the weights.
-        scale:  what the loss is multiplied by (a scalar on the device), for the decay to be multiplied alike.
-        decays: whether the decay joins the gradients. Where the gradients of several backward passes are summed before the
-                optimizer's step, it joins those of one of them.
+        dtype:  of the weights: the dtype in which autocast computes (None: that of the factors). In half precision on a GPU,
+                float32 products run in TF32 within the block: its mantissa of 10 bits is at least as precise as the weights.
+        scale:  the factor by which the loss is multiplied (a scalar on the device); the decay is multiplied by it, too.
+        decays: whether the decay is added to the gradients. If the gradients of several backward passes are summed before the
+                optimizer's step, set it for only one of them.
 
-        Raises RuntimeError where gradients have been decayed and :meth:`decay_rest` has not been called since.
+        Raises RuntimeError if decay has been added to gradients and :meth:`decay_rest` has not been called since.
         """
         if any(group.decayed for group in self._groups):
             raise RuntimeError(
-                "a composition decays once a step: call decay_rest() after the backward pass, then the optimizer"
+                "a composition decays once a step: call decay_rest() after the backward pass, then the optimizer's step()"
             )
         on_gpu = any(group.layers[0].factors()[0].is_cuda for group in self._groups)
         try:
@@ -144,7 +145,7 @@ class Composition:
                     layer._composed = None
 
     def decay_rest(self) -> None:
-        """Decay what the last backward pass has not: layers that are not composed, or were not used, and factor pairs."""
+        """Apply decay where backward passes have not: to layers not composed or not used, and to factor pairs."""
         done = [layer for group in self._groups if group.decayed for layer in group.layers]
         for group in self._groups:
             group.decayed = False
@@ -154,10 +155,10 @@ class Composition:
 
 @contextmanager
 def _tf32() -> Generator[None]:
-    """Let float32 matrix products run in TF32, unless the user has chosen a precision by torch's newer settings."""
+    """Let float32 matrix products run in TF32, unless the user has chosen a precision through torch's newer settings."""
     try:
         before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # which do not mix with these
+    except RuntimeError:  # raised if the newer settings are in use; the two do not mix
         yield
         return
     try:
@@ -168,7 +169,7 @@ def _tf32() -> Generator[None]:
 
 
 def _kind(layer: Factorized, decay: FrobeniusDecay | None) -> Any:
-    """What layers of one group have in common, first of all whether they decay."""
+    """The properties that the layers of a group share. The first is whether they decay."""
     factors = layer.factors()
     covered = decay is not None and decay.covers(layer)
     shapes = tuple(factor.shape for factor in factors), layer.weight_shape()

@@ -1,4 +1,4 @@
-"""Which contraction of a factorized layer is faster, measured on the GPU where it is to run."""
+"""Measure which contraction of a factorized layer is faster, on the GPU on which it will run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from .composition import Composition
 from .layers import Factorized
 
-_REPEATS, _TURNS = 10, 5  # launches timed together, and how often
+_REPEATS, _TURNS = 10, 5  # launches timed together, and how many times
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the contractions of some equal layers take, forward and backward, in milliseconds a layer."""
+    """The time of each contraction of some equal layers, forward and backward, in milliseconds per layer."""
 
     layers: tuple[str, ...]
     description: str
@@ -34,13 +34,13 @@ class Measured:
 
 
 def automatic_layers(model: nn.Module) -> dict[str, Factorized]:
-    """The layers whose contraction was left to "auto", by name."""
+    """The layers whose contraction was given as "auto", by name."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, Factorized))
     return {name: layer for name, layer in layers if layer.contraction_is_automatic}
 
 
 def set_contractions_(model: nn.Module, choices: dict[str, str]) -> None:
-    """Give the named layers their contractions; raises ValueError for a name that is no layer of "auto" contraction."""
+    """Set the contractions of the named layers. Raises ValueError for any other choice, or a layer not made with "auto"."""
     layers = automatic_layers(model)
     for name, choice in choices.items():
         if name not in layers or choice not in ("thin", "composed"):
@@ -52,15 +52,15 @@ def set_contractions_(model: nn.Module, choices: dict[str, str]) -> None:
 def measure_contractions(
     model: nn.Module, input: Tensor, *, dtype: torch.dtype | None = None, milliseconds: Callable[..., float] | None = None
 ) -> list[Measured]:
-    """Time both contractions of each distinct layer of "auto" contraction, on the inputs that they get from a batch.
+    """Time both contractions of each distinct layer made with "auto" contraction, on its input from one batch.
 
-    The model is run once, in evaluation mode and without gradients, to see those inputs. Layers of one kind, shape and input
-    are measured together, as they are composed together. Nothing in the model changes; :func:`set_contractions_` applies a
-    choice.
+    The model runs once, in evaluation mode and without gradients, to record those inputs. Layers of the same kind, shape and
+    input shape are measured together, because they are composed together. The model does not change; apply a choice with
+    :func:`set_contractions_`.
 
-    dtype:         what autocast computes in (None: no autocast).
-    milliseconds:  times a function of no arguments; the default records it as a CUDA graph and times replays, because a
-                   training step is replayed, too, and launches would hide what the kernels take.
+    dtype:         the dtype in which autocast computes (None: no autocast).
+    milliseconds:  times a function without arguments. The default records it as a CUDA graph and times replays, because
+                   training steps are replayed, too, and the cost of launches would hide that of the kernels.
     """
     alike: dict[Any, dict[str, Factorized]] = {}
     inputs: dict[Any, Tensor] = {}
@@ -90,7 +90,7 @@ def measure_contractions(
 
 @torch.no_grad()
 def _inputs(model: nn.Module, input: Tensor, dtype: torch.dtype | None) -> Iterator[tuple[str, Factorized, Tensor]]:
-    """Name, layer and first input of each layer to measure, in the order of their use."""
+    """Name, layer and first input of each layer to measure, in the order in which the model uses them."""
     seen: dict[str, Tensor] = {}
     layers = automatic_layers(model)
 
@@ -115,7 +115,7 @@ def _inputs(model: nn.Module, input: Tensor, dtype: torch.dtype | None) -> Itera
 
 
 class _Pass:
-    """Forward and backward of each of some layers, as one group where they are composed."""
+    """Forward and backward pass of each of the layers, which form one group if they are composed."""
 
     def __init__(self, layers: list[Factorized], input: Tensor, dtype: torch.dtype | None) -> None:
         self.layers, self.dtype, self.device_type = layers, dtype, input.device.type
@@ -133,9 +133,9 @@ class _Pass:
 
 
 def replay_milliseconds(function: Callable[[], Any]) -> float:
-    """Milliseconds of a function on the present GPU, recorded as a CUDA graph and replayed: the least of some turns.
+    """Milliseconds that a function takes on the current GPU, recorded as a CUDA graph and replayed.
 
-    The least, because other runs may share the card.
+    This is the minimum of several measurements, because other runs may share the GPU.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

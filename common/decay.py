@@ -19,8 +19,8 @@ class FactorPair:
     """Two existing Parameters that act as the factors of one product, such as query and key of attention.
 
     ``view(u, vt)`` returns the same memory, viewed as batched factors (heads, m, r) and (heads, r, n). It is applied to
-    the Parameters and to their gradients, so it must return views and not copies. Both Parameters may be one packed
-    tensor of which the view takes two slices. With ``q`` and ``k`` of shape (heads * r, d), for instance::
+    the Parameters and to their gradients, so it must return views and not copies. Both Parameters may be the same packed
+    tensor, from which the view takes two slices. With ``q`` and ``k`` of shape (heads * r, d), for instance::
 
         FactorPair("attention.qk", q, k, lambda q, k: (q.view(heads, -1, d).mT, k.view(heads, -1, d)))
     """
@@ -35,7 +35,7 @@ class FactorPair:
         return self.view(self.u, self.vt)
 
     def map_factors(self, function: Callable[[nn.Parameter], Tensor]) -> tuple[Tensor, Tensor]:
-        """What a function gives for the Parameter of each factor, such as its gradient, viewed as the factors are."""
+        """Apply a function, such as one that returns the gradient, to both Parameters, and view the results as the factors."""
         return self.view(function(self.u), function(self.vt))
 
     def squared_norm(self) -> Tensor:
@@ -43,7 +43,7 @@ class FactorPair:
         return linalg.squared_norm(linalg.at_least_float32(self.factors()))
 
     def frobenius_grad_products(self) -> list[tuple[Tensor, ...]]:
-        """Gradients of 1/2 ||U V^T||_F^2 in at least float32, each as two matrices whose product it is."""
+        """Gradients of 1/2 ||U V^T||_F^2 in at least float32, each as two matrices to multiply."""
         return linalg.frobenius_grad_products(linalg.at_least_float32(self.factors()))
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class FactorPair:
         for given, viewed in ((self.u, u), (self.vt, vt)):
             if viewed.untyped_storage().data_ptr() != given.untyped_storage().data_ptr():
                 raise ValueError(
-                    f"the view of factor pair {self.name!r} copies its Parameters: use view, unflatten, mT or slices"
+                    f"the view of factor pair {self.name!r} copies its Parameters: use only view, unflatten, mT or slices"
                 )
         if any(stride == 0 for stride in (*u.stride(), *vt.stride())):
             raise ValueError(
@@ -65,7 +65,7 @@ class FactorPair:
 
 
 class _Stack:
-    """Layers whose chains have equal shapes, as one batched product of the layers' factors: on a GPU that saves launches."""
+    """Layers whose chains have equal shapes, as one batched product of their factors. On a GPU this saves launches."""
 
     def __init__(self, layers: Sequence[Factorized]) -> None:
         self.chains = [layer.chain() for layer in layers]
@@ -75,7 +75,7 @@ class _Stack:
         return [torch.stack(linalg.at_least_float32(column)) for column in zip(*self.chains, strict=True)]
 
     def map_factors(self, function: Callable[[nn.Parameter], Tensor]) -> list[tuple[Tensor, ...]]:
-        """Factor by factor, what a function gives for the Parameter of each layer."""
+        """Apply a function to every Parameter. The result has a tuple for each factor, with an element for each layer."""
         return [tuple(map(function, column)) for column in zip(*self.chains, strict=True)]
 
     def squared_norm(self) -> Tensor:
@@ -89,22 +89,21 @@ class FrobeniusDecay:
     """Adds the gradient of coef/2 ||W||_F^2 to the gradients of the factors of every W (paper, section 3.2).
 
     Covers the factors of every :class:`Factorized` layer of the model, unless ``layers`` is false, and the Parameters of
-    ``pairs``. Call
-    :meth:`step` after backward (and after unscaling, under AMP) and before gradient clipping and the optimizer; it
-    computes outside autocast and, for matrices, in at least float32. Factors that need no gradient are left alone; a covered
-    Parameter without a gradient receives one, as if the penalty had been part of the loss. Layers of tied weights share
-    their factors, and their weight decays once.
+    ``pairs``. Call :meth:`step` after backward (and after unscaling, under AMP) and before gradient clipping and the
+    optimizer. It computes outside autocast and, for matrices, in at least float32. Factors that do not require gradients stay
+    unchanged. A covered Parameter without a gradient receives one, as if the penalty were part of the loss. Layers with tied
+    weights share their factors, so their weight decays once.
 
-    With ``decoupled`` the gradient is not added to ``.grad`` but applied to the weights, times the learning rate given to
-    :meth:`step`, as AdamW does with weight decay. Where the gradient of a Parameter of the model is not finite, nothing is
-    applied: that is when a GradScaler skips the optimizer's step. An optimizer that takes the decay into its own update
-    calls :meth:`add_to` instead, as :class:`Lamb` does.
+    With ``decoupled`` the gradient, times the learning rate given to :meth:`step`, is subtracted from the weights instead of
+    added to ``.grad``, as in AdamW's weight decay. If the gradient of any Parameter of the model is not finite, nothing is
+    applied, because a GradScaler then skips the optimizer's step. An optimizer that includes the decay in its own update calls
+    :meth:`add_to` instead, as :class:`Lamb` does.
 
-    Make it when the model has its final Parameters: after ``load_state_dict(..., assign=True)``, ``to_empty`` and
-    ``fully_shard``, and before the optimizer. A step raises RuntimeError once a covered layer or Parameter has been
-    replaced, because neither it nor the optimizer would reach the new one.
+    Create it when the model has its final Parameters: after ``load_state_dict(..., assign=True)``, ``to_empty`` and
+    ``fully_shard``, and before the optimizer. After a covered layer or Parameter is replaced, a step raises RuntimeError,
+    because neither the decay nor the optimizer would reach the replacement.
 
-    Raises ValueError for a coefficient that is negative or not finite, or where there is nothing to decay.
+    Raises ValueError if the coefficient is negative or not finite, or if there is nothing to decay.
     """
 
     def __init__(
@@ -144,28 +143,28 @@ class FrobeniusDecay:
         """Add the decay to the gradients or, decoupled, subtract lr (a number or 0-d tensor) times it from the weights."""
         if self.decoupled == (lr is None):
             raise ValueError(
-                "decoupled decay needs step(lr)" if self.decoupled else "lr is for decoupled decay, which this is not"
+                "decoupled decay needs step(lr)" if self.decoupled else "decay that is not decoupled takes no lr: call step()"
             )
         self._step(self._layers, lr)
 
     @torch.no_grad()
     def add_to(self, updates: Mapping[nn.Parameter, Tensor]) -> None:
-        """Add the decay to updates that an optimizer has computed, each of its Parameter's shape, instead of to gradients.
+        """Add the decay to an optimizer's updates instead of to gradients. Each update has the shape of its Parameter.
 
-        A covered Parameter that has no update gets none. Raises ValueError for decoupled decay.
+        Covered Parameters without an update are skipped. Raises ValueError for decoupled decay.
         """
         if self.decoupled:
-            raise ValueError("decoupled decay is applied to the weights by step(lr), and not added to updates")
+            raise ValueError("decoupled decay cannot be added to updates: call step(lr), which applies it to the weights")
         self._step(self._layers, None, updates)
 
     @torch.no_grad()
     def step_without(self, layers: Iterable[Factorized]) -> None:
-        """Add the decay to the gradients, but for layers that were decayed in another way (:class:`Composition`)."""
+        """Add the decay to the gradients, except for the given layers, which :class:`Composition` has already decayed."""
         done = set(layers)
         self._step([layer for layer in self._layers if layer not in done], None)
 
     def check(self) -> None:
-        """Raise RuntimeError, by name, where a covered layer or Parameter is not in its place any more."""
+        """Raise RuntimeError, naming it, if a covered layer or Parameter is no longer in its place in the model."""
         moved = next((name for holder, key, held, name in self._places if holder.get(key) is not held), None)
         if moved is None:
             return
@@ -174,13 +173,13 @@ class FrobeniusDecay:
         if not all(same) or not all(id(each) in here for each in (*self._layers, *self.parameters())):
             raise RuntimeError(
                 f"{moved} was replaced after this FrobeniusDecay was created, so its decay would not reach the replacement: "
-                "create the decay and the optimizer after what replaced it (load_state_dict with assign, to_empty, "
+                "create the decay and the optimizer after the call that replaced it (load_state_dict with assign, to_empty, "
                 "fully_shard, parametrizations, pruning, densify_)"
             )
-        self._places = list(_places(self._model, self._layers, self.parameters()))  # all are there, some within a wrapper
+        self._places = list(_places(self._model, self._layers, self.parameters()))  # moved into wrappers
 
     def covers(self, layer: Factorized) -> bool:
-        """Whether the layer is one of those that decay."""
+        """Whether the decay covers the layer."""
         return any(layer is covered for covered in self._layers)
 
     def _step(
@@ -211,7 +210,7 @@ class FrobeniusDecay:
         return torch.stack([norm.to(device) for norm in torch._foreach_norm(grads, float("inf"))]).isfinite().all()
 
     def _products(self, layers: Sequence[Factorized], *, alone: bool) -> Iterator[Factorized | _Stack | FactorPair]:
-        """What decays: layers of equal shapes as one batch or, in full precision and if ``alone``, one at a time."""
+        """The products to decay. Layers of equal shapes form one batch or, if ``alone`` and in full precision, come singly."""
         alike, others = _grouped(layers)
         for group in alike:
             full = group[0].chain()[0].dtype in (torch.float32, torch.float64)
@@ -220,9 +219,9 @@ class FrobeniusDecay:
         yield from self.pairs
 
     def _target(self, parameter: nn.Parameter, given: Mapping[nn.Parameter, Tensor] | None) -> Tensor:
-        """Where the decay of a Parameter goes: to its update if ``given``, to its gradient or, decoupled, to itself.
+        """The tensor that receives the decay of a Parameter: its update in ``given``, its gradient or, decoupled, itself.
 
-        Of a frozen one, or one that is not given, to a scratch tensor.
+        For a frozen Parameter, or one that is missing in ``given``, it is a scratch tensor.
         """
         if not parameter.requires_grad or (given is not None and parameter not in given):
             return torch.empty_like(parameter)
@@ -236,7 +235,7 @@ class FrobeniusDecay:
 
 
 def _grouped(layers: Iterable[Factorized]) -> tuple[list[list[Factorized]], list[Factorized]]:
-    """Groups of layers whose chains have equal shapes, and the layers without a chain, as the factors are now."""
+    """Groups of layers whose chains have equal shapes at present, and the layers without a chain."""
     alike: dict[Any, list[Factorized]] = {}
     others = []
     for layer in layers:
@@ -248,10 +247,10 @@ def _grouped(layers: Iterable[Factorized]) -> tuple[list[list[Factorized]], list
 
 
 class _Updates:
-    """Sums ``target += scale * gradient``, each gradient given as the matrices whose product it is.
+    """Computes ``target += scale * gradient``, with each gradient given as a product of matrices.
 
-    With ``in_place``, for a CPU, a product of two matrices is added to its target at once, which saves copies. All else waits
-    for :meth:`apply`, which adds it in few launches.
+    With ``in_place``, for a CPU, a product of two matrices is added to its target immediately, which saves copies. Everything
+    else waits for :meth:`apply`, which adds it in few launches.
     """
 
     def __init__(self, scale: float | Tensor, *, in_place: bool) -> None:
@@ -265,13 +264,13 @@ class _Updates:
         if alone and not isinstance(self.scale, Tensor):
             target.addmm_(*gradient, alpha=self.scale)
             return
-        scaled = linalg.compose(gradient) * self.scale  # before it is cast: half precision would overflow
+        scaled = linalg.compose(gradient) * self.scale  # scaled before the cast: half precision would overflow
         targets, parts = ((target,), (scaled,)) if isinstance(target, Tensor) else (target, scaled.unbind())
         self.targets += targets
         self.updates += [part.to(each.dtype) for each, part in zip(targets, parts, strict=True)]
 
     def apply(self, wanted: Tensor | None) -> None:
-        """Add what waits; nothing where ``wanted`` is given and false."""
+        """Add the waiting updates, unless ``wanted`` is given and false."""
         if wanted is not None:
             self.updates = [torch.where(wanted, update, 0) for update in self.updates]
         if self.targets:
@@ -281,7 +280,7 @@ class _Updates:
 def _places(
     model: nn.Module, layers: Sequence[Factorized], parameters: Sequence[nn.Parameter]
 ) -> Iterator[tuple[Mapping[str, Any], str, Any, str]]:
-    """Where the layers, Parameters, and modules around them are in the model: dictionary, key, what is there, its name."""
+    """The places in the model of layers, Parameters, and modules around them: dictionary, key, value, and qualified name."""
     wanted = {id(each) for each in (*layers, *parameters)}
     for name, module in model.named_modules():
         for holder in (module._modules, module._parameters):
@@ -298,14 +297,15 @@ def param_groups(
     decay: FrobeniusDecay | None = None,
     factor_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: exactly the Parameters that ``decay`` covers get no weight decay, all others ``weight_decay``.
+    """Optimizer groups in which Parameters covered by ``decay`` get no weight decay, and all others get ``weight_decay``.
 
-    ``factor_weight_decay`` is the weight decay of those covered Parameters instead of 0 or, without ``decay``, of the
-    factors of every :class:`Factorized` layer, which otherwise get ``weight_decay`` like the rest. Groups are disjoint and
-    complete, are told apart by module type and never by name, and carry ``name`` ("rest", "factors").
+    ``factor_weight_decay`` is the weight decay of the covered Parameters, instead of 0. Without ``decay``, it applies to the
+    factors of every :class:`Factorized` layer, which otherwise get ``weight_decay`` like the rest. Together the groups hold
+    every Parameter of the model once. Factors are identified by the type of their module and never by name. Each group has a
+    ``name``: "rest" or "factors".
 
-    Raises ValueError for a weight decay that is negative or not finite, or a Parameter that ``decay`` covers and the model does
-    not have, and RuntimeError where one that it covers was replaced: what the model has now would get neither decay.
+    Raises ValueError if a weight decay is negative or not finite, or if ``decay`` covers a Parameter that the model does not
+    have. Raises RuntimeError if a covered Parameter was replaced, because its replacement would get neither kind of decay.
     """
     for value in (weight_decay, factor_weight_decay or 0.0):
         if not math.isfinite(value) or value < 0:
@@ -321,7 +321,7 @@ def param_groups(
     parameters = list(model.parameters())
     strange = len(ids - {id(parameter) for parameter in parameters})
     if strange:
-        raise ValueError(f"{strange} of the {len(ids)} Parameters that the decay covers are not of this {type(model).__name__}")
+        raise ValueError(f"{strange} of the {len(ids)} Parameters that the decay covers are not in this {type(model).__name__}")
     groups = [
         {"params": [p for p in parameters if id(p) not in ids], "weight_decay": weight_decay, "name": "rest"},
         {"params": [p for p in parameters if id(p) in ids], "weight_decay": factor_weight_decay or 0.0, "name": "factors"},

@@ -1,4 +1,7 @@
-"""The kinds of layers that surgery replaces: their unrolled weight, their factorized form, and what stands against it."""
+"""The kinds of layers that surgery replaces: unrolled weights, factorized forms, and reasons not to replace a layer.
+
+A donor is an ordinary layer that surgery replaces with a factorized one.
+"""
 
 from __future__ import annotations
 
@@ -44,15 +47,15 @@ class Kind:
     factorized: type[FactorizedMatrix]
 
     def includes(self, module: nn.Module) -> bool:
-        """Whether a module is of this kind, as far as its class says."""
+        """Whether a module is of this kind, judged by its class."""
         return isinstance(module, self.dense) and not getattr(module, "transposed", False)
 
     def refusal(self, module: nn.Module) -> Refusal | None:
-        """What stands against a layer of this kind in particular."""
+        """The reason not to replace a layer that is specific to this kind, or None."""
         return None
 
     def shape(self, module: Any) -> tuple[int, ...]:
-        """Shape of :meth:`unroll`, from the shape of the weight alone."""
+        """Shape of :meth:`unroll`, without unrolling the weight."""
         return tuple(module.weight.shape)
 
     def unroll(self, module: Any) -> Tensor:
@@ -60,11 +63,11 @@ class Kind:
         return module.weight.detach()
 
     def rank_dimension(self, module: nn.Module, rank_of: RankOf) -> int:
-        """What a rank scale multiplies."""
+        """The dimension by which a rank scale is multiplied."""
         return min(self.shape(module)[-2:])
 
     def make(self, module: Any, rank: int, depth: int, contraction: Contraction) -> FactorizedMatrix:
-        """A factorized layer of the same function, its values not set."""
+        """A factorized layer with the same shape and options. Its factors are not initialized."""
         raise NotImplementedError
 
     def own_attributes(self) -> set[str]:
@@ -72,7 +75,7 @@ class Kind:
         return set(vars(self.example()))
 
     def example(self) -> nn.Module:
-        """Some layer of this kind."""
+        """An example of a layer of this kind."""
         return self.dense(1, 1, device="meta")
 
     def _options(self, module: Any, depth: int, contraction: Contraction) -> dict[str, Any]:
@@ -102,18 +105,18 @@ class _Embedding(Kind):
         return nn.utils.skip_init(FactorizedEmbedding, *args, **self._options(module, depth, contraction))
 
     def example(self) -> nn.Module:
-        return nn.Embedding(1, 1, _weight=torch.empty(1, 1))  # drawing on the device "meta" takes seconds
+        return nn.Embedding(1, 1, _weight=torch.empty(1, 1))  # random initialization on the device "meta" takes seconds
 
 
 class _Convolution(Kind):
-    """Of one dimension or two."""
+    """A convolution in one or two dimensions."""
 
     def __init__(self, dense: type[nn.Module], factorized: type[FactorizedMatrix]) -> None:
         self.dense, self.factorized = dense, factorized
 
     def refusal(self, module: nn.Module) -> Refusal | None:
         if getattr(type(module), "_conv_forward", None) is not getattr(self.dense, "_conv_forward", None):
-            return Refusal(f"{type(module).__name__} has a _conv_forward of its own")
+            return Refusal(f"{type(module).__name__} overrides _conv_forward")
         return None
 
     def shape(self, module: Any) -> tuple[int, ...]:
@@ -126,7 +129,7 @@ class _Convolution(Kind):
         return linalg.as_matrix(module.weight.detach()).reshape(self.shape(module))
 
     def rank_dimension(self, module: nn.Module, rank_of: RankOf) -> int:
-        """The rows, as in the released code, or the smaller side."""
+        """The number of rows, as in the released code, or the smaller side."""
         rows, columns = self.shape(module)[-2:]
         return rows if rank_of == "released" else min(rows, columns)
 
@@ -151,7 +154,7 @@ class _Convolution(Kind):
 
 
 class _TransposedLinear(Kind):
-    """transformers' Conv1D: a linear layer with weight (in, out), known by its name and what it has."""
+    """transformers' Conv1D: a linear layer with weight (in, out), identified by its class name and attributes."""
 
     dense, factorized = nn.Module, FactorizedTransposedLinear
 
@@ -192,7 +195,7 @@ _UNSUPPORTED = (nn.modules.conv._ConvNd, nn.EmbeddingBag)
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """The kind of a module, or None for one of another kind."""
+    """The kind of a module, or None if no kind includes it."""
     return next((kind for kind in _KINDS if kind.includes(module)), None)
 
 
@@ -208,12 +211,12 @@ def shape(donor: nn.Module) -> tuple[int, ...]:
 
 
 def unroll(donor: nn.Module) -> Tensor:
-    """The unrolled weight, in that shape."""
+    """The unrolled weight, with the shape that :func:`shape` returns."""
     return _known(donor).unroll(donor)
 
 
 def unrolling(donor: nn.Module) -> object:
-    """What two layers that can share the factors of one weight have in common."""
+    """A value to compare: layers with a tied weight can share its factors only if this is equal."""
     return shape(donor), isinstance(_known(donor), _TransposedLinear)
 
 
@@ -229,7 +232,7 @@ def numel(donor: nn.Module) -> int:
 
 
 def rank_dimension(donor: nn.Module, rank_of: RankOf) -> int:
-    """What a rank scale multiplies."""
+    """The dimension by which a rank scale is multiplied."""
     return _known(donor).rank_dimension(donor, rank_of)
 
 
@@ -239,12 +242,12 @@ def is_candidate(module: nn.Module) -> bool:
 
 
 def refusal(module: Any) -> Refusal | None:
-    """What stands against replacing a layer, or None."""
+    """The reason why a layer cannot be replaced, or None."""
     name, kind = type(module).__name__, kind_of(module)
     if kind is None:
         return Refusal(f"{name} is not a Linear, Conv1d, Conv2d, Embedding or MultiheadAttention")
     if kind.dense is not nn.Module and type(module).forward is not kind.dense.forward:
-        return Refusal(f"{name} has a forward of its own")
+        return Refusal(f"{name} overrides forward")
     if parametrize.is_parametrized(module):
         return Refusal("its weight is parametrized", "remove the parametrization or exclude it with filter_fn")
     if "weight" not in module._parameters:
@@ -260,7 +263,7 @@ def refusal(module: Any) -> Refusal | None:
     return altered(module) or _altered_weight(weight) or kind.refusal(module)
 
 
-# What a user, or a library, added to a layer, and where it goes
+# Attributes and hooks that a user or a library added to a layer
 
 _HOOKS = (
     "_forward_hooks",
@@ -276,15 +279,15 @@ _STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_
 
 
 def altered(module: nn.Module) -> Refusal | None:
-    """What was changed about one layer that its replacement could not keep."""
+    """A change to a layer that its replacement could not keep, or None."""
     remedy = "undo that first or exclude it with filter_fn"
     for name in vars(module):
         if callable(getattr(type(module), name, None)):
             return Refusal(f"its {name} is overridden on the instance", remedy)
     if module._compiled_call_impl is not None:
-        return Refusal("it was compiled by its method compile", "compile it afterwards or exclude it with filter_fn")
+        return Refusal("it was compiled by its method compile()", "compile it afterwards or exclude it with filter_fn")
     if any(getattr(module, hooks) for hooks in _STATE_HOOKS):
-        return Refusal("it has state dict hooks, and its state dict will have other names", remedy)
+        return Refusal("it has state dict hooks, but the names in its state dict will change", remedy)
     return None
 
 
@@ -298,11 +301,13 @@ def _altered_weight(weight: Tensor) -> Refusal | None:
 
 
 def carry_over(old: nn.Module, new: nn.Module, own: Set[str], parts: Set[str]) -> None:
-    """Give a replacement the hooks of what it replaces, and what was added to that: attributes, buffers, Parameters, modules.
+    """Give a replacement the hooks of the old layer, and the attributes, buffers, Parameters and modules added to that layer.
 
     own:    names of the attributes that every layer of the old kind has.
-    parts:  names of its own Parameters and modules.
-    Handles of hooks that were registered before keep working. Raises ValueError where the replacement has a name already.
+    parts:  names of the Parameters and modules that every layer of the old kind has.
+
+    Handles of hooks that were registered before keep working. Raises ValueError if the replacement already has an attribute of
+    the same name.
     """
     added = {name: value for name, value in vars(old).items() if name not in own}
     registers = [
@@ -311,7 +316,7 @@ def carry_over(old: nn.Module, new: nn.Module, own: Set[str], parts: Set[str]) -
     ]
     for name in (name for names in (added, *registers) for name in names):
         if hasattr(new, name):
-            raise ValueError(f"{type(new).__name__} cannot take over the attribute {name!r} of {type(old).__name__}: rename it")
+            raise ValueError(f"{type(new).__name__} already has an attribute {name!r}: rename that of {type(old).__name__}")
     vars(new).update(added)
     for target, register in zip((new._parameters, new._buffers, new._modules), registers, strict=True):
         target.update(register)
@@ -327,7 +332,7 @@ def _own_attributes(kind: Kind) -> frozenset[str]:
 
 
 def skeleton(module: Any, rank: int, depth: int, contraction: Contraction) -> FactorizedMatrix:
-    """A factorized layer in the place of a donor, its factors uninitialized; the bias is the donor's own Parameter."""
+    """A factorized layer to replace a donor. Its factors are uninitialized, and its bias is the donor's Parameter."""
     kind = _known(module)
     layer = kind.make(module, rank, depth, contraction)
     for factor in layer.factors():
@@ -340,12 +345,12 @@ def skeleton(module: Any, rank: int, depth: int, contraction: Contraction) -> Fa
 
 
 def fold(layer: Factorized) -> nn.Module:
-    """An ordinary layer in the place of a factorized one."""
+    """An ordinary layer to replace a factorized one, with the same function."""
     dense = layer.to_layer()
     if isinstance(layer, FactorizedMatrix):
         dense.weight.__dict__.update(layer.u.__dict__)
         carry_over(layer, dense, layer.own_attributes | {"_composed", "padding_row_is_shared"}, {"u", "m", "vt", "bias"})
-    else:  # which attributes are its own is not known
+    else:  # a class of the user: all its attributes count as its own
         carry_over(layer, dense, set(vars(layer)), {*layer._parameters, *layer._buffers, *layer._modules})
     return dense
 
@@ -355,15 +360,15 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 def projection_weights(attention: nn.MultiheadAttention) -> list[str]:
-    """Names of the Parameters that hold the input projections of torch's attention: one packed, or three."""
+    """Names of the Parameters that hold the input projections of torch's attention: one packed weight, or three."""
     packed = attention._parameters.get("in_proj_weight") is not None
     return ["in_proj_weight"] if packed else [f"{name}_weight" for name in PROJECTIONS]
 
 
 def attention_refusal(attention: nn.MultiheadAttention) -> Refusal | None:
-    """What stands against unpacking the input projections of torch's attention, or None."""
+    """The reason why the input projections of torch's attention cannot be unpacked, or None."""
     if type(attention).forward is not nn.MultiheadAttention.forward:
-        return Refusal(f"{type(attention).__name__} has a forward of its own")
+        return Refusal(f"{type(attention).__name__} overrides forward")
     if parametrize.is_parametrized(attention):
         return Refusal("its weight is parametrized", "remove the parametrization or exclude it with filter_fn")
     for name in projection_weights(attention):
@@ -376,7 +381,7 @@ def attention_refusal(attention: nn.MultiheadAttention) -> Refusal | None:
 
 
 def unpack(attention: nn.MultiheadAttention) -> UnpackedMultiheadAttention:
-    """The same attention with input projections that are layers, whose weights are copies."""
+    """The same attention with separate layers as input projections. Their weights are copies."""
     unpacked = UnpackedMultiheadAttention(attention)
     parts = _MULTIHEAD | {f"{name}_weight" for name in PROJECTIONS}
     carry_over(attention, unpacked, set(vars(nn.MultiheadAttention(1, 1, device="meta"))), parts)
@@ -384,7 +389,7 @@ def unpack(attention: nn.MultiheadAttention) -> UnpackedMultiheadAttention:
 
 
 def pack(unpacked: UnpackedMultiheadAttention) -> nn.MultiheadAttention:
-    """Inverse of :func:`unpack`, once the projections are ordinary layers."""
+    """Inverse of :func:`unpack`. The projections must be ordinary layers."""
     attention = unpacked.to_layer()
     carry_over(unpacked, attention, unpacked.own_attributes | {"_packed"}, _MULTIHEAD | set(PROJECTIONS))
     return attention

@@ -1,4 +1,4 @@
-"""LAMB, whose step for each Parameter is as long as the Parameter itself times the learning rate, with Frobenius decay."""
+"""LAMB with Frobenius decay. The length of its step for each Parameter is the learning rate times the Parameter's norm."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .decay import FrobeniusDecay
 class Lamb(torch.optim.Optimizer):
     """LAMB with phi(z) = z (You et al., "Large Batch Optimization for Deep Learning", ICLR 2020, Algorithm 2).
 
-    With m and v the moments of Adam, corrected for bias, a step makes u = m / (sqrt(v) + eps) + weight_decay * p of every
-    Parameter p that has a gradient, and subtracts lr * (||p|| / ||u||) * u from it. Where either norm is 0, the trust ratio
+    For every Parameter p with a gradient, a step computes u = m / (sqrt(v) + eps) + weight_decay * p, where m and v are the
+    bias-corrected moments of Adam, and subtracts lr * (||p|| / ||u||) * u from p. If either norm is 0, the trust ratio
     ||p|| / ||u|| is 1. Parameters without weight decay have a trust ratio, too.
 
     params:        Parameters or groups. The trust ratio of a group with ``adapt=False`` is 1, which suits biases and norms.
     lr:            learning rate, a number or a 0-d tensor on the Parameters' device.
     betas, eps, weight_decay: as in AdamW.
-    decay:         Frobenius decay of coefficient coef ("FLAMBe"): coef U (V^T V) joins the u of a factor U of U V^T, and
-                   likewise for V, before the trust ratio. Do not call its ``step`` as well, and leave weight decay off the
-                   factors that it covers (:func:`param_groups`).
+    decay:         Frobenius decay of coefficient coef ("FLAMBe"): coef U (V^T V) is added to the u of a factor U of U V^T,
+                   and likewise for V, before the trust ratio. Do not also call its ``step``, and exclude the factors that it
+                   covers from weight decay (:func:`param_groups`).
 
-    A step can be recorded as a CUDA graph if lr is a tensor: step counts are tensors, too. Raises ValueError for
-    hyper-parameters out of range, in any group, for Parameters in half precision, in which steps could not be counted, and for
-    decoupled decay, which would act after the trust ratio.
+    A step can be recorded as a CUDA graph if lr is a tensor, because step counts are tensors, too. Raises ValueError if
+    hyper-parameters of any group are out of range, if Parameters are in half precision, which cannot count steps, or if decay
+    is decoupled, because it would act after the trust ratio.
     """
 
     def __init__(
@@ -42,7 +42,8 @@ class Lamb(torch.optim.Optimizer):
     ) -> None:
         if decay is not None and decay.decoupled:
             raise ValueError(
-                "LAMB adds decay to its update before the trust ratio, and this decay is decoupled: make it without"
+                "LAMB adds decay to its update before the trust ratio, but this decay is decoupled: "
+                "create it with decoupled=False"
             )
         self.decay = decay
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": True})
@@ -51,12 +52,14 @@ class Lamb(torch.optim.Optimizer):
         return {**super().__getstate__(), "decay": self.decay}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of Parameters. Raises ValueError for hyper-parameters out of range and for half precision."""
+        """Add a group of Parameters. Raises ValueError if hyper-parameters are out of range or Parameters in half precision."""
         _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         half = next((p.dtype for p in self.param_groups[-1]["params"] if p.dtype.itemsize < 4), None)
         if half is not None:
-            raise ValueError(f"LAMB needs Parameters in float32 or float64, got {half}: keep them so, and use torch.autocast")
+            raise ValueError(
+                f"LAMB needs Parameters in float32 or float64, got {half}: keep them in float32 and use torch.autocast"
+            )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -66,7 +69,7 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every Parameter that has a gradient. Returns what ``closure``, called before with gradients enabled, gives."""
+        """Update every Parameter that has a gradient. Calls ``closure`` first, with gradients enabled, and returns its loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -80,13 +83,13 @@ class Lamb(torch.optim.Optimizer):
         return loss
 
     def _updates(self, group: dict[str, Any], batch: list[nn.Parameter]) -> tuple[Tensor, ...]:
-        """What LAMB multiplies by learning rate and trust ratio, of Parameters of one device and dtype: their u."""
+        """The u of Parameters of one device and dtype. LAMB multiplies it by the learning rate and the trust ratio."""
         for p in batch:
             if not self.state[p]:
-                # Not named "step": load_state_dict would leave that where it was saved, and move this to its Parameter.
+                # Not named "step": load_state_dict moves all state to its Parameter's device except "step".
                 self.state[p] = {"steps": p.new_zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         steps, first, second = ([self.state[p][key] for p in batch] for key in ("steps", "exp_avg", "exp_avg_sq"))
-        grads = [p.grad for p in batch if p.grad is not None]  # which all have
+        grads = [p.grad for p in batch if p.grad is not None]  # all of them have one
         beta1, beta2 = group["betas"]
         torch._foreach_add_(steps, 1)
         torch._foreach_lerp_(first, grads, 1 - beta1)
@@ -101,7 +104,7 @@ class Lamb(torch.optim.Optimizer):
 
 
 def _bias(beta: float, steps: list[Tensor]) -> tuple[Tensor, ...]:
-    """1 - beta^steps, by which moments are divided; by expm1, since 1 - .999 has four digits in float32."""
+    """1 - beta^steps, the divisor of moments. Uses expm1, because 1 - 0.999 has only four correct digits in float32."""
     exponents = torch._foreach_mul(steps, math.log(beta) if beta else -math.inf)
     return torch._foreach_neg(torch._foreach_expm1(exponents))
 
@@ -130,7 +133,7 @@ def _check(group: dict[str, Any]) -> None:
     lr, betas = group["lr"], group["betas"]
     if isinstance(lr, Tensor):
         if lr.ndim:
-            raise ValueError(f"a learning rate that is a tensor must have no dimension, got the shape {tuple(lr.shape)}")
+            raise ValueError(f"a learning rate given as a tensor must have no dimensions, got shape {tuple(lr.shape)}")
     elif not 0 <= lr < math.inf:
         raise ValueError(f"the learning rate must be finite and not negative, got {lr}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):

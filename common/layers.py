@@ -1,4 +1,4 @@
-"""Layers whose weight is a product of factors, drop-in for torch's Linear, Conv1d, Conv2d and Embedding."""
+"""Layers whose weight is a product of factors: replacements for torch's Linear, Conv1d, Conv2d and Embedding."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Contraction = Literal["auto", "thin", "composed"]
 class Factorized(nn.Module):
     """Base class of layers that hold the factors of a weight instead of the weight.
 
-    A subclass defines :meth:`factors`, :meth:`to_dense` and :meth:`to_layer`; what decay and norms need follows
-    from these, and a subclass that knows a cheaper way overrides it.
+    A subclass defines :meth:`factors`, :meth:`to_dense` and :meth:`to_layer`. Decay and norms need nothing else. A subclass
+    may override the other methods with cheaper computations.
 
-    ``.weight`` reads as the dense weight, because other code looks for it, and cannot be assigned or changed in place. It is
-    composed when something computes with it (:class:`common.weight.ComposedWeight`).
+    ``.weight`` reads as the dense weight, because other code expects it. It cannot be assigned or changed in place. It is
+    composed when it is first used in a computation (:class:`common.weight.ComposedWeight`).
 
-    A subclass whose forward pass multiplies by :meth:`weight_in_use` and whose weight :meth:`compose` makes says so by
-    ``contraction = "composed"``: :class:`common.composition.Composition` then makes the weights of many layers at once.
+    A subclass sets ``contraction = "composed"`` if its forward pass uses :meth:`weight_in_use` and it defines :meth:`compose`.
+    :class:`common.composition.Composition` then composes the weights of many such layers at once.
     """
 
-    contraction: str = "thin"  # how forward uses the factors: "thin" one after the other, "composed" as one weight
-    contraction_is_automatic = False  # whether it was left to the layer, so that measuring may change it
+    contraction: str = "thin"  # how forward uses the factors: "thin" in sequence, "composed" as one weight
+    contraction_is_automatic = False  # whether it was given as "auto", so that measurements may change it
     _composed: Tensor | None = None  # the weight that a Composition made, while it is active
 
     def factors(self) -> tuple[nn.Parameter, ...]:
@@ -38,51 +38,52 @@ class Factorized(nn.Module):
         raise NotImplementedError
 
     def to_dense(self) -> Tensor:
-        """The weight, in the shape that the ordinary layer stores; differentiable."""
+        """The weight, in the shape that the ordinary layer stores. It is differentiable."""
         raise NotImplementedError
 
     def to_layer(self) -> nn.Module:
-        """An ordinary layer with the same function, on the same device, dtype and mode."""
+        """An ordinary layer with the same function, device, dtype and mode."""
         raise NotImplementedError
 
     def compose(self, factors: Sequence[Tensor]) -> Tensor:
-        """The weight that given factors make, in the shape that the ordinary layer stores; differentiable.
+        """The weight composed from the given factors, in the shape that the ordinary layer stores. It is differentiable.
 
-        Leading dimensions of the factors, equal in all of them, lead the weight: those of several layers of equal shapes. So
-        the weight may depend on the factors and their shapes alone, and on no other state of the layer.
+        Factors of several layers with equal shapes may be stacked. Their leading dimensions, equal in all factors, are then
+        leading dimensions of the weight. The weight must therefore depend only on the factors and their shapes, and on no other
+        state of the layer.
         """
         raise NotImplementedError
 
     def weight_in_use(self) -> Tensor:
-        """The weight for this forward pass: the one that a Composition made, or else :meth:`to_dense`."""
+        """The weight for this forward pass: the one that an active Composition made, or :meth:`to_dense`."""
         return self.to_dense() if self._composed is None else self._composed
 
     def chain(self) -> tuple[nn.Parameter, ...]:
-        """The factors, where their matrix product is the unrolled weight; none where the weight is made in another way.
+        """The factors if their matrix product is the unrolled weight, otherwise an empty tuple.
 
         Decay treats chains of equal shapes as one batch.
         """
         return ()
 
     def matrices(self) -> tuple[Tensor, ...]:
-        """Matrices whose product is the unrolled weight: the factors of a chain, else the one dense matrix.
+        """Matrices whose product is the unrolled weight: the factors of a chain, or the dense matrix alone.
 
-        Those of a grouped convolution have a leading dimension of groups, the blocks of block-diagonal matrices.
+        Matrices of a grouped convolution have a leading dimension of groups: the blocks of block-diagonal matrices.
         """
         return self.chain() or (linalg.as_matrix(self.to_dense()),)
 
     def map_factors(self, function: Callable[[nn.Parameter], Tensor]) -> tuple[Tensor, ...]:
-        """What a function gives for the Parameter of each factor, such as its gradient."""
+        """Apply a function, such as one that returns the gradient, to the Parameter of each factor."""
         return tuple(map(function, self.factors()))
 
     def squared_norm(self) -> Tensor:
-        """||weight||_F^2, differentiable, in the dtype of the factors; a subclass may know it without forming the weight."""
+        """||weight||_F^2, differentiable, in the dtype of the factors. A subclass may compute it without forming the weight."""
         return self.to_dense().square().sum()
 
     def frobenius_grads(self) -> list[Tensor]:
         """Gradients of 1/2 ||weight||_F^2 with respect to each factor, zero for frozen ones.
 
-        By autograd of :meth:`squared_norm`; a subclass may override it with a closed form.
+        They are computed by autograd of :meth:`squared_norm`. A subclass may override this with a closed form.
         """
         grads = [torch.zeros_like(factor) for factor in self.factors()]
         wanted = [index for index, factor in enumerate(self.factors()) if factor.requires_grad]
@@ -95,7 +96,7 @@ class Factorized(nn.Module):
         return grads
 
     def frobenius_grad_products(self) -> list[tuple[Tensor, ...]]:
-        """The gradients of :meth:`frobenius_grads`, each as the matrices whose product it is; here as the one that it is."""
+        """The gradients of :meth:`frobenius_grads`, each as matrices to multiply. By default each is one matrix."""
         return [(grad,) for grad in self.frobenius_grads()]
 
     @property
@@ -106,7 +107,7 @@ class Factorized(nn.Module):
         return self.to_dense() if shape is None else ComposedWeight.of(self, shape)
 
     def weight_shape(self) -> torch.Size | None:
-        """Shape of the weight. A subclass that defines it and :meth:`compose` lets ``.weight`` wait for its first use."""
+        """Shape of the weight. If a subclass defines this and :meth:`compose`, ``.weight`` is composed only when it is used."""
         return None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -119,12 +120,12 @@ class Factorized(nn.Module):
 
 
 class FactorizedMatrix(Factorized):
-    """Base of the layers whose weight unrolls to one matrix, U V^T (``depth`` 2) or U M V^T (``depth`` 3).
+    """Base class of layers whose weight unrolls to one matrix, U V^T (``depth`` 2) or U M V^T (``depth`` 3).
 
-    Parameters are ``u`` (m, r), ``vt`` (r, n) and, at depth 3, ``m`` (r, r) between them. With groups, each group has a
-    matrix and factors of its own, and the Parameters have a leading dimension of groups.
+    Parameters are ``u`` (m, r), ``vt`` (r, n) and, at depth 3, ``m`` (r, r) between them. With groups, each group has its own
+    matrix and factors, and the Parameters have a leading dimension of groups.
 
-    ``own_attributes`` are the names of the attributes that the layer was made with; others were added to it later.
+    ``own_attributes`` are the names of the attributes that the layer was created with. Any others were added later.
     """
 
     def _create(
@@ -145,7 +146,7 @@ class FactorizedMatrix(Factorized):
         else:
             self.bias = nn.Parameter(torch.zeros(bias, device=device, dtype=dtype))
         self.own_attributes = frozenset(vars(self)) | {"own_attributes", "_composed"}
-        if not self.u.is_meta:  # there is nothing to draw there, and drawing would load torch's compiler, which takes seconds
+        if not self.u.is_meta:  # random initialization on meta would load torch's compiler, which takes seconds
             self.reset_parameters()
 
     def reset_factors(self) -> None:
@@ -170,7 +171,7 @@ class FactorizedMatrix(Factorized):
         return self.factors()
 
     def set_factors(self, *factors: Tensor) -> None:
-        """Copy values into the factors, left to right; raises ValueError where number or shapes differ."""
+        """Copy values into the factors, left to right. Raises ValueError if their number or shapes differ."""
         own = self.factors()
         given, expected = [tuple(f.shape) for f in factors], [tuple(f.shape) for f in own]
         if given != expected:
@@ -195,7 +196,7 @@ class FactorizedMatrix(Factorized):
         return linalg.frobenius_grad_products(self.factors())
 
     def _two_factors(self) -> tuple[Tensor, Tensor]:
-        """The weight as two factors; M joins the smaller neighbor."""
+        """The weight as two factors. M is multiplied into the smaller of the outer factors."""
         if self.depth == 2:
             return self.u, self.vt
         if self.u.shape[-2] < self.vt.shape[-1]:
@@ -217,7 +218,7 @@ class FactorizedMatrix(Factorized):
 
 
 def _groups(factor: Tensor) -> list[Tensor]:
-    """The matrix of each group, sharing the memory of the factor."""
+    """The matrices of the groups, which share the memory of the factor."""
     return [factor.detach()] if factor.ndim == 2 else list(factor.detach())
 
 
@@ -232,8 +233,9 @@ def _resolve_contraction(contraction: Contraction, thin_cost: int, composed_cost
 class FactorizedLinear(FactorizedMatrix):
     """Linear layer with weight (out, in) = U V^T or U M V^T.
 
-    ``contraction`` is how the input meets the factors: "thin" multiplies by V^T and then by U, "composed" forms the
-    weight first, and "auto" takes the one with fewer multiply-adds per sample, r (in + out) against in * out.
+    ``contraction`` is how the layer applies its factors: "thin" multiplies the input by V^T and then by U, and "composed"
+    forms the weight first. "auto" chooses the one with fewer multiply-adds per sample: r (in + out) for thin, in * out for
+    composed.
 
     Shapes: input (..., in_features), output (..., out_features).
     """
@@ -279,8 +281,8 @@ class FactorizedLinear(FactorizedMatrix):
 class FactorizedTransposedLinear(FactorizedLinear):
     """Linear layer whose ordinary form stores the weight as (in, out): transformers' ``Conv1D``, as in GPT-2.
 
-    The factors are those of :class:`FactorizedLinear`, U V^T = weight^T. ``dense_class(out_features, in_features)`` makes the
-    ordinary layer.
+    The factors are those of :class:`FactorizedLinear`, so U V^T = weight^T. ``dense_class(out_features, in_features)`` creates
+    the ordinary layer.
     """
 
     def __init__(
@@ -313,7 +315,7 @@ class FactorizedTransposedLinear(FactorizedLinear):
         return super().forward(input)
 
     def to_layer(self) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):  # what it draws is not used
+        with torch.random.fork_rng(devices=[]):  # its random initialization is not used
             layer = self.dense_class(self.out_features, self.in_features)
         trainable = any(factor.requires_grad for factor in self.factors())
         layer.weight = nn.Parameter(self.to_dense().detach().contiguous(), requires_grad=trainable)
@@ -322,12 +324,13 @@ class FactorizedTransposedLinear(FactorizedLinear):
 
 
 class FactorizedEmbedding(FactorizedMatrix):
-    """Embedding with table (num_embeddings, embedding_dim) = U V^T or U M V^T; the padding row is always zero.
+    """Embedding with table (num_embeddings, embedding_dim) = U V^T or U M V^T. The padding row is always zero.
 
-    Where the factors are another layer's, too (tied weights), ``padding_row_is_shared``: the row has the values that the other
-    layer gives it, and as in torch no gradient flows to it, or through it, from here.
+    If another layer shares the factors (tied weights), ``padding_row_is_shared`` is true. The padding row then has the values
+    that the other layer gives it. As in torch, this layer passes no gradient to the row, or through it to V^T.
 
-    ``contraction`` is how rows are looked up: "thin", which "auto" takes, in U, multiplied by V^T; "composed" in the table.
+    ``contraction`` is how rows are looked up: "thin" looks them up in U and multiplies by V^T, and "composed" looks them up in
+    the composed table. "auto" chooses thin.
 
     Shapes: input (...) of integers, output (..., embedding_dim).
     """
@@ -348,7 +351,7 @@ class FactorizedEmbedding(FactorizedMatrix):
     ) -> None:
         super().__init__()
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
-            raise ValueError(f"padding_idx must be a row of {num_embeddings}, got {padding_idx}")
+            raise ValueError(f"padding_idx must be one of the {num_embeddings} rows, got {padding_idx}")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = padding_idx if padding_idx is None else padding_idx % num_embeddings
         self.contraction = _resolve_contraction(contraction, 0, 1)
@@ -364,7 +367,7 @@ class FactorizedEmbedding(FactorizedMatrix):
         self._zero_padding()
 
     def _zero_padding(self) -> None:
-        # F.embedding gives this row of U no gradient, and the decay of a zero row is zero: it stays zero.
+        # The row stays zero: F.embedding gives this row of U no gradient, and the decay of a zero row is zero.
         if self.padding_idx is not None and not self.padding_row_is_shared:
             with torch.no_grad():
                 self.u[self.padding_idx].zero_()
@@ -392,10 +395,10 @@ class FactorizedEmbedding(FactorizedMatrix):
 
 
 class _FactorizedConv(FactorizedMatrix):
-    """What convolutions of one and two dimensions share; one dimension is a row of height 1."""
+    """The common part of convolutions in one and two dimensions. A sequence is treated as an image of height 1."""
 
     _dense: type[nn.Module]  # the ordinary layer
-    _sides: Callable[[Any], tuple[int, ...]]  # one number, or one a side, as one a side
+    _sides: Callable[[Any], tuple[int, ...]]  # expands one number to one per side
 
     def __init__(
         self,
@@ -451,7 +454,7 @@ class _FactorizedConv(FactorizedMatrix):
         return [(p, p) for p in _plane(self.padding, 0)]
 
     def _convolve(self, input: Tensor) -> Tensor:
-        """The convolution of (..., channels, H, W)."""
+        """The convolution of an input (..., channels, H, W)."""
         (top, bottom), (left, right) = self._split_padding()
         pad_h, pad_w = top, left
         if self.padding_mode != "zeros":
@@ -477,13 +480,14 @@ class _FactorizedConv(FactorizedMatrix):
         return F.conv2d(hidden, down, self.bias, (stride_h, 1), (pad_h, 0), (dilation_h, 1), self.groups)
 
     def _laid_out(self, kernel: Tensor) -> Tensor:
-        """The kernel, contiguous where there are groups: of a strided one, torch's CPU convolutions of channels-last input with
-        groups read other entries (torch 2.14), and the output is wrong.
+        """The kernel, made contiguous if there are groups.
+
+        With groups and channels-last input, torch's CPU convolutions (torch 2.14) read wrong entries of a strided kernel.
         """
         return kernel if self.groups == 1 else kernel.contiguous()
 
     def _compose_kernel(self, factors: Sequence[Tensor]) -> Tensor:
-        """The kernel (..., out, in / groups, kh, kw) of two dimensions."""
+        """The two-dimensional kernel (..., out, in / groups, kh, kw)."""
         matrix = linalg.compose(factors)
         return linalg.roll(matrix if self.groups == 1 else matrix.flatten(-3, -2), _plane(self.kernel_size, 1))
 
@@ -513,23 +517,25 @@ class _FactorizedConv(FactorizedMatrix):
 
 
 def _plane(sides: tuple[int, ...], height: int) -> tuple[int, int]:
-    """The two sides of a plane; that of one dimension has a height of its own."""
+    """Height and width. If only a width is given, the height is ``height``."""
     return (sides[0], sides[1]) if len(sides) == 2 else (height, sides[0])
 
 
 class FactorizedConv2d(_FactorizedConv):
     """Convolution whose kernel unrolls to (out * kh, in * kw) = U V^T or U M V^T (paper, section 2).
 
-    ``contraction`` is how the input meets the factors: "thin" runs a (1, kw) convolution to r channels and a (kh, 1)
-    convolution to the output, "composed" forms the kernel and runs one convolution, and "auto" takes the one with
-    fewer multiply-adds per output position, r (in * kw * vertical stride + out * kh) against in * out * kh * kw / groups: the
-    first thin convolution runs before the vertical stride thins the rows. Composing the kernel is not counted: it
-    does not grow with the batch. Along a side where the kernel is 1 and nothing is padded, the stride is a slice of the
-    input: that is less work, and oneDNN's strided 1x1 convolution corrupts memory below 16 channels (oneDNN issue 6035).
+    ``contraction`` is how the layer applies its factors: "thin" runs a (1, kw) convolution to r channels and a (kh, 1)
+    convolution to the output, and "composed" forms the kernel and runs one convolution. "auto" chooses the one with fewer
+    multiply-adds per output position: r (in * kw * vertical stride + out * kh) for thin, in * out * kh * kw / groups for
+    composed. The vertical stride counts because the first thin convolution runs before it removes rows. Composing the kernel
+    is not counted, because its cost does not grow with the batch.
 
-    With ``groups``, each group has factors of rank r of its own: its kernel unrolls to (out / groups * kh, in / groups * kw).
+    Along a side with kernel size 1 and no padding, the stride is implemented by slicing the input. This is less work, and it
+    avoids oneDNN's strided 1x1 convolution, which corrupts memory below 16 channels (oneDNN issue 6035).
 
-    Shapes: input (N, in_channels, H, W) or (in_channels, H, W), output as that of ``nn.Conv2d``.
+    With ``groups``, each group has its own factors of rank r, and its kernel unrolls to (out / groups * kh, in / groups * kw).
+
+    Shapes: input (N, in_channels, H, W) or (in_channels, H, W), output as for ``nn.Conv2d``.
     """
 
     _dense, _sides = nn.Conv2d, staticmethod(_pair)
@@ -542,11 +548,11 @@ class FactorizedConv2d(_FactorizedConv):
 
 
 class FactorizedConv1d(_FactorizedConv):
-    """Convolution over a sequence, whose kernel unrolls to (out, in * k) = U V^T or U M V^T.
+    """Convolution over a sequence, with a kernel that unrolls to (out, in * k) = U V^T or U M V^T.
 
-    ``contraction`` and ``groups`` are as in :class:`FactorizedConv2d`, of a kernel of height 1.
+    ``contraction`` and ``groups`` are as in :class:`FactorizedConv2d` with a kernel of height 1.
 
-    Shapes: input (N, in_channels, L) or (in_channels, L), output as that of ``nn.Conv1d``.
+    Shapes: input (N, in_channels, L) or (in_channels, L), output as for ``nn.Conv1d``.
     """
 
     _dense, _sides = nn.Conv1d, staticmethod(_single)

@@ -1,7 +1,7 @@
-"""Linear algebra of factorized matrices: pure functions on tensors, with no knowledge of layers.
+"""Linear algebra of factorized matrices: pure functions on tensors that know nothing of layers.
 
-A matrix W of shape (m, n) is a chain of factors, W = U V^T or W = U M V^T. Suffixes name shapes: ``u_mr`` is (m, r),
-``vt_rn`` is (r, n). Every function that takes ``factors`` also takes leading batch dimensions, equal in all of them.
+A matrix W of shape (m, n) is a chain of factors, W = U V^T or W = U M V^T. Suffixes denote shapes: ``u_mr`` is (m, r),
+``vt_rn`` is (r, n). Every function that takes ``factors`` also accepts leading batch dimensions, equal in all factors.
 "Paper" is Khodak et al., ICLR 2021.
 """
 
@@ -17,17 +17,17 @@ from torch import Tensor
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64, on the CPU where its device has no such type (Apple's GPU)."""
+    """The tensor in float64. It moves to the CPU if its device does not support float64 (Apple's GPU)."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def at_least_float32(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The tensors, those in half precision as float32."""
+    """The tensors, with half precision converted to float32."""
     return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
 
 
 def unroll(kernel: Tensor) -> Tensor:
-    """Matrix of a convolution kernel: (out, in, kh, kw) -> (out * kh, in * kw).
+    """The matrix of a convolution kernel: (out, in, kh, kw) -> (out * kh, in * kw).
 
     Rows run over (output channel, kernel row) and columns over (input channel, kernel column), so that W = U V^T is a
     (1, kw) convolution followed by a (kh, 1) convolution (paper, section 2).
@@ -44,9 +44,9 @@ def roll(matrix: Tensor, kernel_size: tuple[int, int]) -> Tensor:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """The matrix of an ordinary layer's weight: a convolution kernel unrolled, that of other layers as it is.
+    """The matrix of an ordinary layer's weight: a convolution kernel is unrolled, and other weights are unchanged.
 
-    A kernel of one dimension, (out, in, k), is a kernel of height 1.
+    A one-dimensional kernel, (out, in, k), is treated as a kernel of height 1.
     """
     if weight.ndim == 3:
         return weight.flatten(1)
@@ -54,10 +54,11 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 def fan_out_init(matrix_mn: Tensor, rank: int, *, kernel: int) -> tuple[Tensor, Tensor]:
-    """Regular initialization of the factors of a convolution with a square kernel, of which only the shape is read.
+    """Regular initialization of the factors of a convolution with a square kernel. Only the shape of the matrix is used.
 
-    Both are drawn from N(0, 2 / (out_channels * kernel^2)), as He's initialization (fan out) draws the convolution itself.
-    Returns ``u_mr`` and ``vt_rn`` for a matrix of m = out_channels * kernel rows (:func:`unroll`).
+    Both factors are drawn from N(0, 2 / (out_channels * kernel^2)), the distribution from which He's initialization (fan out)
+    draws the convolution itself. Returns ``u_mr`` and ``vt_rn`` for a matrix with m = out_channels * kernel rows
+    (:func:`unroll`).
     """
     rows, columns = matrix_mn.shape
     std = math.sqrt(2 / (kernel * rows))
@@ -67,16 +68,17 @@ def fan_out_init(matrix_mn: Tensor, rank: int, *, kernel: int) -> tuple[Tensor, 
 def spectral_init(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Spectral initialization: factors U_r sqrt(S_r) and sqrt(S_r) V_r^T of the truncated SVD (paper, section 3.1).
 
-    Returns ``u_mr`` and ``vt_rn``; their product is the best rank-r approximation of the matrix (Eckart-Young). Columns
-    beyond the rank of the matrix carry no singular value: they are zero in U and random in V^T, which leaves the product
-    as it is but, unlike zeros in both, lets gradient descent use them. Half-precision input is decomposed in float32.
+    Returns ``u_mr`` and ``vt_rn``. Their product is the best rank-r approximation of the matrix (Eckart-Young). Columns of U
+    and rows of V^T beyond the rank of the matrix have no singular value. They are zero in U and random in V^T. This leaves
+    the product unchanged but, unlike zeros in both, lets gradient descent use them. Half-precision input is decomposed in
+    float32.
 
-    Raises ValueError for a rank below 1 or a matrix that is not finite.
+    Raises ValueError if the rank is below 1 or the matrix is not finite.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     if not torch.isfinite(matrix_mn).all():
-        raise ValueError(f"cannot decompose a {tuple(matrix_mn.shape)} matrix that holds NaN or infinite values")
+        raise ValueError(f"cannot decompose a {tuple(matrix_mn.shape)} matrix that contains NaN or infinite values")
     wide = matrix_mn.detach().to(torch.promote_types(matrix_mn.dtype, torch.float32))
     u, s, vt = _leading_svd(wide, rank) or _svd(wide)
     tolerance = s[:1] * max(wide.shape) * torch.finfo(s.dtype).eps
@@ -92,21 +94,21 @@ def spectral_init(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _svd(matrix_mn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The reduced SVD; where it does not converge, that of the matrix in float64 on the CPU, with a warning."""
+    """The reduced SVD. If it does not converge, it is computed in float64 on the CPU, with a warning."""
     try:
         return torch.linalg.svd(matrix_mn, full_matrices=False)
     except torch.linalg.LinAlgError as error:
-        warnings.warn(f"the SVD of a {tuple(matrix_mn.shape)} matrix failed, and is taken in float64: {error}", stacklevel=3)
+        warnings.warn(f"the SVD of a {tuple(matrix_mn.shape)} matrix failed and is redone in float64: {error}", stacklevel=3)
         u, s, vt = torch.linalg.svd(matrix_mn.cpu().double(), full_matrices=False)
         return u.to(matrix_mn), s.to(matrix_mn), vt.to(matrix_mn)
 
 
 def _leading_svd(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The leading ``rank`` singular triples of a large float32 matrix on the CPU, or None where the whole SVD is the way.
+    """The leading ``rank`` singular triples of a large float32 matrix on the CPU, or None if the full SVD is needed.
 
-    From the leading eigenvectors of the Gram matrix of the shorter side, in float64, where squaring the singular values
-    still leaves more digits than float32 has. LAPACK finds some eigenvectors in a third of the time of the SVD. Not for
-    singular values below a thousandth of the largest, of which squares keep too few digits.
+    They are computed from the leading eigenvectors of the Gram matrix of the shorter side, in about a third of the time of the
+    SVD. In float64, the squared singular values keep more digits than float32 has. The result is None if a wanted singular
+    value is below a thousandth of the largest, because its square would keep too few digits.
     """
     shorter = min(matrix_mn.shape)
     if matrix_mn.dtype != torch.float32 or matrix_mn.device.type != "cpu" or shorter < 256 or 2 * rank > shorter:
@@ -130,14 +132,14 @@ def _leading_svd(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] 
 
 
 def balance(u_mr: Tensor, vt_rn: Tensor) -> tuple[Tensor, Tensor]:
-    """Spectral initialization of a product that is given by its factors: the same product, from balanced factors.
+    """Spectral initialization of a product given by its factors: balanced factors with the same product.
 
-    Equals ``spectral_init(u_mr @ vt_rn, r)`` up to the signs of singular vectors, without forming the product, for
-    r <= min(m, n). Takes leading batch dimensions.
+    Equals ``spectral_init(u_mr @ vt_rn, r)`` up to the signs of singular vectors, without forming the product. Accepts leading
+    batch dimensions. Raises ValueError unless r <= min(m, n).
     """
     rank = u_mr.shape[-1]
     if rank > min(u_mr.shape[-2], vt_rn.shape[-1]):
-        raise ValueError(f"rank {rank} is above the sides of the {u_mr.shape[-2]} x {vt_rn.shape[-1]} product")
+        raise ValueError(f"rank {rank} exceeds the shorter side of the {u_mr.shape[-2]} x {vt_rn.shape[-1]} product")
     wide = torch.promote_types(u_mr.dtype, torch.float32)
     q_left, r_left = torch.linalg.qr(u_mr.detach().to(wide))
     q_right, r_right = torch.linalg.qr(vt_rn.detach().to(wide).mT)
@@ -148,7 +150,7 @@ def balance(u_mr: Tensor, vt_rn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compose(factors: Sequence[Tensor]) -> Tensor:
-    """Product of the factors, (..., m, n)."""
+    """The product of the factors, (..., m, n)."""
     product = factors[0]
     for factor in factors[1:]:
         product = product @ factor
@@ -158,7 +160,7 @@ def compose(factors: Sequence[Tensor]) -> Tensor:
 def _dense_is_cheaper(factors: Sequence[Tensor]) -> bool:
     """Whether forming the (m, n) product of two factors costs less than their two (r, r) Gram matrices.
 
-    In multiply-adds, 3 m n r against 2 r^2 (m + n); only overcomplete ranks fall on the dense side.
+    In multiply-adds, this compares 3 m n r with 2 r^2 (m + n). The dense product is cheaper only for overcomplete ranks.
     """
     m, r = factors[0].shape[-2:]
     n = factors[-1].shape[-1]
@@ -168,15 +170,15 @@ def _dense_is_cheaper(factors: Sequence[Tensor]) -> bool:
 def frobenius_grads(factors: Sequence[Tensor]) -> list[Tensor]:
     """Gradients of 1/2 ||F_1 F_2 ... F_k||_F^2 with respect to each factor (paper, section 3.2).
 
-    With P_i the product of the factors before F_i and S_i of those after it, the gradient is P_i^T P_i F_i S_i S_i^T. For
-    W = U V^T that is (U V^T V, V U^T U). The Gram matrices are at most (r, r), so W itself is formed only where that
-    is cheaper.
+    The gradient is P_i^T P_i F_i S_i S_i^T, where P_i is the product of the factors before F_i and S_i that of the factors
+    after it. For W = U V^T, the gradients are (U V^T V, V U^T U). The Gram matrices are at most (r, r), so W itself is formed
+    only if that is cheaper.
     """
     return [compose(product) for product in frobenius_grad_products(factors)]
 
 
 def frobenius_grad_products(factors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    """The gradients of :func:`frobenius_grads`, each as the two matrices whose product it is, for two or more factors."""
+    """The gradients of :func:`frobenius_grads` for two or more factors, each as two matrices to multiply."""
     if _dense_is_cheaper(factors):
         u, vt = factors
         product = u @ vt
@@ -198,7 +200,7 @@ def frobenius_grad_products(factors: Sequence[Tensor]) -> list[tuple[Tensor, ...
 
 
 def frobenius_norm(factors: Sequence[Tensor]) -> Tensor:
-    """Frobenius norm of the product of the factors, shape (...), from Gram matrices where they are cheaper."""
+    """Frobenius norm of the product of the factors, shape (...). Uses Gram matrices if they are cheaper."""
     if len(factors) == 1 or _dense_is_cheaper(factors):
         return torch.linalg.matrix_norm(compose(factors))
     gram = factors[0].mT @ factors[0]
@@ -226,15 +228,16 @@ class _SquaredNorm(torch.autograd.Function):
 
 
 def squared_norm(factors: Sequence[Tensor]) -> Tensor:
-    """||F_1 F_2 ... F_k||_F^2, summed over batch dimensions; differentiable, also twice.
+    """||F_1 F_2 ... F_k||_F^2, summed over batch dimensions. It is differentiable twice.
 
-    The gradients of :func:`frobenius_grads` are computed with it, which takes two thirds of what autograd needs.
+    The forward pass also computes the gradients (:func:`frobenius_grads`). In all, this takes two thirds of the
+    operations of autograd.
     """
     return _SquaredNorm.apply(*factors)
 
 
 def nuclear_norm(factors: Sequence[Tensor]) -> Tensor:
-    """Nuclear norm of the product, in float64: singular values of R_U M R_V^T after QR of the outer factors."""
+    """Nuclear norm of the product, in float64: the sum of the singular values of R_U M R_V^T after QR of the outer factors."""
     chain = [to_float64(factor) for factor in factors]
     if len(chain) > 1:
         chain[0] = torch.linalg.qr(chain[0])[1]
@@ -243,9 +246,9 @@ def nuclear_norm(factors: Sequence[Tensor]) -> Tensor:
 
 
 def nuclear_norm_bound(factors: Sequence[Tensor]) -> Tensor:
-    """Upper bound on the nuclear norm that weight decay on the factors acts on (paper, equation 2), in float64.
+    """Upper bound on the nuclear norm, in float64. It is what weight decay on the factors penalizes (paper, equation 2).
 
-    (||U||_F^2 + ||V||_F^2) / 2 for two factors, times the spectral norm ||M||_2 for three.
+    For two factors it is (||U||_F^2 + ||V||_F^2) / 2. For three it is also multiplied by the spectral norm ||M||_2.
     """
     u, *middle, vt = (to_float64(factor) for factor in factors)
     bound = (u.square().sum((-2, -1)) + vt.square().sum((-2, -1))) / 2
@@ -255,7 +258,7 @@ def nuclear_norm_bound(factors: Sequence[Tensor]) -> Tensor:
 def non_orthogonality(factor_mr: Tensor) -> Tensor:
     """How far the columns of F are from orthogonal: ||F^T F - diag(F^T F)||_F / ||F^T F||_F, between 0 and 1.
 
-    Leading batch dimensions are the blocks of one block-diagonal matrix.
+    Leading batch dimensions are treated as the blocks of one block-diagonal matrix.
     """
     gram = factor_mr.mT @ factor_mr
     off_diagonal = gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
@@ -265,7 +268,7 @@ def non_orthogonality(factor_mr: Tensor) -> Tensor:
 
 
 def rescale(factors: Sequence[Tensor], norm: Tensor | float) -> list[Tensor]:
-    """The factors, all scaled alike, so that their product has the given Frobenius norm; a zero product stays as it is.
+    """Scale all factors by one number, so that their product has the given Frobenius norm. A zero product is unchanged.
 
     Norms are compared in float64, where the squares of tiny float32 factors do not underflow.
     """

@@ -1,4 +1,4 @@
-"""Norms of a model's layers through training: metrics of each epoch, a record of every step, and its replay."""
+"""Norms of a model's layers during training: metrics of each epoch, a record of every step, and its replay."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .layers import Factorized, FactorizedMatrix
 
 
 def _matrices(layer: nn.Module) -> tuple[Tensor, ...]:
-    """Matrices whose product is the layer's unrolled weight; an ordinary layer's weight is one."""
+    """Matrices whose product is the layer's unrolled weight. For an ordinary layer this is the unrolled weight alone."""
     if isinstance(layer, Factorized):
         return layer.matrices()
     assert isinstance(layer.weight, Tensor)
@@ -22,18 +22,19 @@ def _matrices(layer: nn.Module) -> tuple[Tensor, ...]:
 
 
 def _norm(factors: Sequence[Tensor]) -> Tensor:
-    """||W||_F, a scalar; the matrices of groups are the blocks of one block-diagonal matrix."""
+    """||W||_F, a scalar. Matrices of groups are treated as the blocks of one block-diagonal matrix."""
     norm = linalg.frobenius_norm(factors)
     return torch.linalg.vector_norm(norm) if norm.ndim else norm
 
 
 @torch.no_grad()
 def norm_metrics(layers: Mapping[str, nn.Module], lr: float) -> dict[str, float]:
-    """Means over the layers of what the paper's figures plot: norms, bound, non-orthogonality and effective steps.
+    """Means over the layers of the quantities in the paper's figures: norms, bound, non-orthogonality, effective step sizes.
 
-    ``effective_lr`` is lr / ||W||_F^2, the step of a weight that a normalization follows (paper, claim 3.1), and
+    ``effective_lr`` is lr / ||W||_F^2, the effective step size of a weight followed by a normalization (paper, claim 3.1).
     ``effective_lr_norm`` is lr / ||W||_F, as the released code plots it. Ordinary layers have no bound and no
-    non-orthogonality; those keys are left out where no layer is factorized.
+    non-orthogonality. If no layer is factorized, those keys are absent. A layer with a value that is not finite makes the
+    Frobenius norm NaN and is left out of the other means.
     """
     values: dict[str, list[Tensor]] = {}
     for layer in layers.values():
@@ -58,7 +59,7 @@ def norm_metrics(layers: Mapping[str, nn.Module], lr: float) -> dict[str, float]
 
 
 class NormRecorder:
-    """Keeps ||W||_F of each layer after every optimizer step."""
+    """Records ||W||_F of each layer after every optimizer step."""
 
     def __init__(self, layers: Mapping[str, Factorized]) -> None:
         self.layers = dict(layers)
@@ -80,7 +81,7 @@ class NormRecorder:
 
 
 def load_record(path: Path) -> dict[str, Any]:
-    """The record of norms in a file that ``--dump-frobnorms`` wrote; raises ValueError where it is not one."""
+    """The record of norms in a file that ``--dump-frobnorms`` wrote. Raises ValueError for any other or a missing file."""
     try:
         record = torch.load(path, map_location="cpu", weights_only=True)
         return {"layers": list(record["layers"]), "norms": record["norms"], "path": path}
@@ -91,9 +92,9 @@ def load_record(path: Path) -> dict[str, Any]:
 
 
 class NormReplay:
-    """After every optimizer step, scales the factors of each layer alike so that ||W||_F is that of a recorded run.
+    """Scales the factors of each layer by one number after every optimizer step, so that ||W||_F is that of a recorded run.
 
-    Raises ValueError, before any training, where the record is of other layers or of fewer than ``steps`` steps.
+    Raises ValueError, before any training, if the record has other layers or fewer than ``steps`` steps.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class NormReplay:
     def after_step(self, step: int) -> None:
         for layer, norm in zip(self.layers.values(), self._norms[step], strict=True):
             factors = layer.factors()
-            if factors[0].ndim > 2:  # groups keep their shares of the norm
+            if factors[0].ndim > 2:  # each group keeps its share of the norm
                 own = linalg.frobenius_norm([linalg.to_float64(factor) for factor in factors])
                 norm = own * (norm / torch.linalg.vector_norm(own).clamp_min(torch.finfo(own.dtype).tiny))
             layer.set_factors(*linalg.rescale(factors, norm))

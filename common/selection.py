@@ -1,4 +1,4 @@
-"""Which layers of a model surgery replaces: what it could, what the caller selects, and what stands against it."""
+"""Select the layers that surgery replaces: candidates, the caller's selection, and reasons not to replace a layer."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .layers import Factorized
 
 FilterFn = Callable[[nn.Module, str], bool]
 Unsupported = Literal["raise", "skip"]
-Donors = dict[str, nn.Module]  # by first name; several share one weight
+Donors = dict[str, nn.Module]  # by the first of their names; if several, they share one weight
 
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """A layer that was selected and left dense, and why."""
+    """A selected layer that was left dense, and the reason."""
 
     name: str
     reason: str
 
 
 class Selection(NamedTuple):
-    """What is to be replaced.
+    """The layers to replace.
 
-    tied:      donors, those that share a weight together; most are alone.
+    tied:      groups of donors that share a weight. Most groups have one donor.
     skipped:   selected layers that are unsupported.
-    unpacked:  what takes the place of torch's attentions whose input projections are among the donors.
+    unpacked:  replacements of torch's attentions whose input projections are among the donors.
     """
 
     tied: list[Donors]
@@ -43,7 +43,7 @@ class Selection(NamedTuple):
 
 
 def select(model: nn.Module, filter_fn: FilterFn | None, unsupported: Unsupported) -> Selection:
-    """The donors, each one checked; raises ValueError where there are none or, with "raise", one is unsupported."""
+    """Select and check the donors. Raises ValueError if there are none or, with "raise", if one is unsupported."""
     if unsupported not in ("raise", "skip"):
         raise ValueError(f"unsupported must be 'raise' or 'skip', got {unsupported!r}")
     candidates, refusals, unpacked = _candidates(model)
@@ -75,20 +75,20 @@ def select(model: nn.Module, filter_fn: FilterFn | None, unsupported: Unsupporte
         reason = f"; {len(skipped)} are not supported, such as {skipped[0].name!r}: {skipped[0].reason}" if skipped else ""
         raise ValueError(
             f"nothing to factorize in {type(model).__name__}: of {len(candidates)} Linear, convolution and Embedding layers "
-            f"filter_fn selected {len(skipped) or 'none'} ({already} layers are factorized already){reason}"
+            f"filter_fn selected {len(skipped) or 'none'} ({already} layers are already factorized){reason}"
         )
     used = {parent: made for (name, parent), made in unpacked.items() if _projections(name, selected)}
     return Selection(tied, skipped, used)
 
 
 def _projections(attention: str, names: Donors) -> list[str]:
-    """Which of the names are those of the input projections of an attention."""
+    """The names that are input projections of an attention."""
     prefix = f"{attention}." if attention else ""
     return [f"{prefix}{part}" for part in donors.PROJECTIONS if f"{prefix}{part}" in names]
 
 
 def _candidates(model: nn.Module) -> tuple[Donors, dict[str, Refusal], dict[tuple[str, nn.MultiheadAttention], nn.Module]]:
-    """Layers that have a weight to factorize, what stands against some of them, and torch's attentions, unpacked."""
+    """Layers with a weight to factorize, reasons not to replace some of them, and torch's attentions, unpacked."""
     found: Donors = {}
     refusals: dict[str, Refusal] = {}
     unpacked: dict[tuple[str, nn.MultiheadAttention], nn.Module] = {}
@@ -113,17 +113,17 @@ def _candidates(model: nn.Module) -> tuple[Donors, dict[str, Refusal], dict[tupl
     for place, held in held_modules(model):
         for inner, module in held.named_modules():
             if module in names and (module is held or held not in registered):
-                reason = f"{place} holds it outside of the registered modules, and would keep it"
+                reason = f"{place} holds it outside the registered modules and would keep it"
                 refusals |= dict.fromkeys(names[module], Refusal(reason, remedy))
             elif module not in registered and donors.is_candidate(module):
                 name = f"{place}.{inner}" if inner else place
                 found[name], names[module] = module, [name]
-                refusals[name] = Refusal("it is held outside of the registered modules", remedy)
+                refusals[name] = Refusal("it is held outside the registered modules", remedy)
     return found, refusals, unpacked
 
 
 def held_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that attributes hold beside the registered ones, in a plain list for instance, by their place."""
+    """Modules held by attributes outside the registered modules, for instance in a plain list. Yields place and module."""
     registers = set(vars(nn.Module()))
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
@@ -132,11 +132,11 @@ def held_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def refuse_held(model: nn.Module, verb: str, modules: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError where an attribute holds one of the modules beside the registered ones."""
+    """Raise ValueError if an attribute holds one of the modules outside the registered modules."""
     held = {module: place for place, module in held_modules(model)}
     for name, module in modules.items():
         if module in held:
-            reason = f"{held[module]} holds it outside of the registered modules, and would keep it"
+            reason = f"{held[module]} holds it outside the registered modules and would keep it"
             raise ValueError(f"cannot {verb} {name!r}: {reason}; register it (nn.ModuleList, nn.ModuleDict)")
 
 
@@ -152,7 +152,7 @@ def _modules_in(value: object, place: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that have a Parameter, by its id."""
+    """Names of the modules that own each Parameter, by the id of the Parameter."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -161,7 +161,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _tie_refusals(group: Donors, owners: Mapping[int, list[str]]) -> dict[str, Refusal]:
-    """What stands against the layers of one weight: another one that is not replaced, or uses it in another way."""
+    """Refuse donors of one weight if it also has an owner that is not replaced, or donors that use it differently."""
     first, *others = group
     weight = group[first].weight
     for owner in owners.get(id(weight), []):
@@ -170,5 +170,5 @@ def _tie_refusals(group: Donors, owners: Mapping[int, list[str]]) -> dict[str, R
             return dict.fromkeys(group, refusal)
     for name in others:
         if donors.unrolling(group[name]) != donors.unrolling(group[first]):
-            return dict.fromkeys(group, Refusal(f"its weight is tied to {name!r}, which uses it in another way", "untie it"))
+            return dict.fromkeys(group, Refusal(f"its weight is tied to {name!r}, which uses it differently", "untie it"))
     return {}

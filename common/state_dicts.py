@@ -1,4 +1,4 @@
-"""State dicts as other programs save them: inside a dictionary, and with the prefixes of wrappers."""
+"""State dicts as other programs save them: nested in a dictionary, or with the prefixes of wrappers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-KEYS = ("model", "state_dict", "model_state_dict", "net", "network")  # under which checkpoints keep a model's state dict
+KEYS = ("model", "state_dict", "model_state_dict", "net", "network")  # keys under which checkpoints store a model's state dict
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel and AveragedModel, torch.compile, and Lightning
 _COUNT = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 
 
 def find(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a model's state dict, which may be in a dictionary under one of KEYS.
+    """The tensors of a model's state dict, which may be nested in dictionaries under any of KEYS.
 
-    Raises ValueError, naming the keys, where there is none.
+    Raises ValueError, naming the keys found, if there is no state dict.
     """
     outer = list(state)
     while (key := next((key for key in KEYS if isinstance(state.get(key), Mapping)), None)) is not None:
@@ -23,14 +23,15 @@ def find(state: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and isinstance(name, str)}
     if not tensors or len(tensors) != len(state):
         strange = ", ".join(map(repr, [name for name in state if name not in tensors][:5] or outer[:5])) or "nothing"
-        raise ValueError(f"it holds no state dict of a model, alone or under {', '.join(map(repr, KEYS))}: it has {strange}")
+        raise ValueError(f"it is not a model's state dict and has none under {', '.join(map(repr, KEYS))}: it has {strange}")
     return tensors
 
 
 def unwrap(state: Mapping[str, Any], own: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of a model's state dict, as :func:`find` finds them, without the PREFIXES of wrappers.
+    """The tensors of a model's state dict, as :func:`find` returns them, without the PREFIXES of wrappers.
 
-    A prefix is removed where all names have it, again and again, but not one that all of the model's ``own`` names have.
+    A prefix is removed, repeatedly, while all names in the state dict have it and not all of the model's ``own`` names do.
+    The counter of AveragedModel is removed too, unless it is among ``own``.
     """
     tensors, kept = find(state), list(own)
     if len(tensors) > 1 and _COUNT not in kept:
@@ -41,6 +42,6 @@ def unwrap(state: Mapping[str, Any], own: Iterable[str]) -> dict[str, Tensor]:
 
 
 def _common(prefix: str, names: Iterable[str]) -> bool:
-    """Whether there are names and all have the prefix."""
+    """Whether there is at least one name and all names have the prefix."""
     found = list(names)
     return bool(found) and all(name.startswith(prefix) for name in found)

@@ -1,4 +1,4 @@
-"""Model surgery: replace ordinary layers by factorized ones in place, and fold them back."""
+"""Model surgery: replace ordinary layers with factorized ones in place, and fold them back."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ Init = Callable[[Tensor, int], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class LowRankConfig:
-    """How to factorize a layer.
+    """How to factorize layers. Raises ValueError if a value is out of range.
 
-    rank_scale:    rank of a convolution is ``max(1, round(rank_scale * out / groups * kh))``, of a linear layer or an
-                   embedding ``max(1, round(rank_scale * min(rows, columns)))``. Above 1 is overcomplete; 0 keeps the layer
-                   dense.
-    rank_of:       what the rank scale multiplies: "released", as above and in the released code, or "min", the smaller side of
-                   the unrolled weight for convolutions, too.
-    init:          "spectral" (truncated SVD of the donor's weight), "regular" (each factor drawn on its own, by the layer's
-                   ``reset_factors``), "norm-matched" (regular, then all factors of a layer scaled alike so that
-                   ||U V^T||_F is what spectral initialization gives for the same donor; it controls the scale, not the
-                   balance of the factors), or a function of (unrolled weight, rank) that returns ``depth`` factors.
-                   "kaiming" is an older name of "regular".
-    depth:         2 for U V^T, 3 for U M V^T with M starting at the identity.
+    rank_scale:    sets the rank of a convolution to ``max(1, round(rank_scale * out / groups * kh))`` and that of a linear
+                   layer or embedding to ``max(1, round(rank_scale * min(rows, columns)))``. With 0, the layer stays dense.
+                   Scales above 1 are overcomplete.
+    rank_of:       the dimension that the rank scale multiplies: "released", as above and in the released code, or "min", the
+                   smaller side of the unrolled weight for convolutions, too.
+    init:          "spectral" is the truncated SVD of the donor's weight. "regular" draws each factor separately, with the
+                   layer's ``reset_factors``. "kaiming" is an older name of "regular". "norm-matched" is regular, with all
+                   factors of a layer then scaled by one number so that ||U V^T||_F is what spectral initialization gives for
+                   the same donor. It controls the scale of the factors, not their balance. A function of (unrolled weight,
+                   rank) returns ``depth`` factors.
+    depth:         2 for U V^T, 3 for U M V^T with M initialized to the identity.
     residual:      standard deviation of noise added to the initial M (depth 3 only).
-    rank_pattern:  {regular expression: rank_scale} for layers whose whole name matches; the first match wins.
+    rank_pattern:  {regular expression: rank_scale} for layers whose full name matches. The first match is used.
     contraction:   see :class:`FactorizedConv2d`.
     """
 
@@ -74,7 +74,7 @@ class LowRankConfig:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One factorized layer: shape of its dense weight, rank, and its parameters (bias included) before and after."""
+    """One factorized layer: shape of its dense weight, rank, and number of parameters (with bias) before and after."""
 
     name: str
     shape: tuple[int, ...]
@@ -89,9 +89,9 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class FactorizationReport:
-    """What a factorization did: its layers, the parameters of the whole model before and after, and layers left dense.
+    """Result of a factorization: the layers, the model's number of parameters before and after, and the layers left dense.
 
-    A weight that tied layers share is in the row of each of them, and once in the counts of the model.
+    A weight shared by tied layers is counted in the row of each layer, but only once in the counts of the model.
     """
 
     layers: tuple[LayerReport, ...]
@@ -168,16 +168,16 @@ def _spectral(matrix: Tensor, rank: int, depth: int) -> tuple[Tensor, ...]:
 
 
 def _of_each_group(matrix: Tensor, factors: Callable[[Tensor], Sequence[Tensor]]) -> Sequence[Tensor]:
-    """The factors of a matrix or, stacked, those of the matrix of each group."""
+    """The factors of a matrix. With groups, the factors of each group's matrix are stacked."""
     if matrix.ndim == 2:
         return factors(matrix)
     return [torch.stack(column) for column in zip(*map(factors, matrix), strict=True)]
 
 
 def _tie(layers: Sequence[FactorizedMatrix]) -> FactorizedMatrix:
-    """Have layers of one weight share the factors of one of them, which is returned.
+    """Make layers with a tied weight share the factors of one of them. Returns that layer.
 
-    That is one whose rows are all in use, since an embedding on its own keeps its padding row at zero.
+    A layer that is not an embedding is preferred, because it uses all rows. An embedding alone keeps its padding row at zero.
     """
     first = next((layer for layer in layers if not isinstance(layer, FactorizedEmbedding)), layers[0])
     for layer in layers:
@@ -190,7 +190,7 @@ def _tie(layers: Sequence[FactorizedMatrix]) -> FactorizedMatrix:
 
 
 def _replace(model: nn.Module, *steps: Mapping[Any, nn.Module]) -> None:
-    """Put each replacement wherever its module is referenced, shared modules included, one step after the other."""
+    """Replace modules wherever they are registered, including shared modules. Steps are applied in order."""
     before = dict(model.named_parameters())
     for replacements in steps:
         for parent in list(model.modules()):
@@ -202,12 +202,12 @@ def _replace(model: nn.Module, *steps: Mapping[Any, nn.Module]) -> None:
 
 
 def _refuse_wrapped(model: nn.Module, verb: str) -> None:
-    """Raise ValueError where a wrapper trains the model on several processes."""
+    """Raise ValueError if a wrapper in the model trains it on several processes."""
     for name, module in model.named_modules():
         for kind in type(module).__mro__:
             if kind.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"):
                 where = f"{name!r}" if name else "the model"
-                consequence = "its processes would drift apart, as it would not know the new Parameters"
+                consequence = "it would not know the new Parameters, so its processes would diverge"
                 raise ValueError(f"cannot {verb} inside {kind.__name__} ({where}): {consequence}; {verb} first, then wrap")
 
 
@@ -232,27 +232,28 @@ def factorize_(
     unsupported: Unsupported = "raise",
     skip_growing: bool | None = None,
 ) -> FactorizationReport:
-    """Replace the selected layers of a model by factorized ones, in place.
+    """Replace the selected layers of a model with factorized ones, in place.
 
-    Layers are Linear, Conv1d, Conv2d (with groups: each group on its own), Embedding, transformers' Conv1D and the input
-    projections of torch's MultiheadAttention, which become layers ``q_proj``, ``k_proj`` and ``v_proj``. Layers that share
-    one weight, such as an embedding and the output projection, share its factors.
+    Supported layers are Linear, Conv1d, Conv2d, Embedding, transformers' Conv1D and the input projections of torch's
+    MultiheadAttention, which become the layers ``q_proj``, ``k_proj`` and ``v_proj``. The groups of a convolution are
+    factorized separately. Layers that share one weight, such as an embedding and the output projection, share its factors.
 
-    ``filter_fn(module, name)`` selects; without it every such layer is selected. Layers that are not selected are not
-    touched; selected ones keep bias, stride, padding, dilation, device, dtype, mode, requires_grad, forward and backward
-    hooks, and what was added to them: attributes, buffers, modules. Call it before the optimizer is made, since the weights
-    of replaced layers are new Parameters, and before the model is wrapped in DistributedDataParallel or sharded.
+    ``filter_fn(module, name)`` returns whether to replace a layer. Without it, every supported layer is selected. Other layers
+    do not change. Selected layers keep bias, stride, padding, dilation, device, dtype, mode, requires_grad, forward and
+    backward hooks, and any attributes, buffers and modules added to them. Call this before creating the optimizer, because the
+    factors are new Parameters, and before wrapping the model in DistributedDataParallel or sharding it.
 
-    unsupported:   "raise" for a selected layer that cannot be factorized, or "skip": it stays dense, and the report says why.
-    skip_growing:  whether layers that would have more parameters than before stay dense. None factorizes them and warns;
-                   False does not warn, for models that are overcomplete on purpose.
+    unsupported:   "raise" raises for a selected layer that cannot be factorized. "skip" leaves it dense, and the report says
+                   why.
+    skip_growing:  whether layers stay dense if they would have more parameters than before. None factorizes them and warns.
+                   False factorizes them without a warning, for models that are overcomplete on purpose.
 
-    Raises ValueError, with the model as it was, where nothing is selected, a selected layer is unsupported (transposed, of
-    three dimensions, lazy, quantized, parametrized, of a class with a forward of its own, tied to one that is not selected),
-    or an entry of ``config.rank_pattern`` matches no selected layer.
+    Raises ValueError, with the model unchanged, if nothing is selected, if an entry of ``config.rank_pattern`` matches no
+    selected layer, or if a selected layer is unsupported: a transposed or three-dimensional convolution, or a layer that is
+    lazy, quantized, parametrized, of a class that overrides forward, or tied to a layer that is not selected.
     """
     if not isinstance(config, LowRankConfig):
-        raise TypeError(f"factorize_ takes a LowRankConfig, got {config!r}: write LowRankConfig(rank_scale=...)")
+        raise TypeError(f"factorize_ takes a LowRankConfig, got {config!r}: pass LowRankConfig(rank_scale=...)")
     _refuse_wrapped(model, "factorize")
     selection = select(model, filter_fn, unsupported)
     names, skipped = selection.names(), list(selection.skipped)
@@ -270,7 +271,7 @@ def factorize_(
         rank = _rank(donors.rank_dimension(donor, config.rank_of), scale)
         before, after = donors.numel(donor), _factor_numel(donors.shape(donor), rank, config.depth)
         if skip_growing and after > before:
-            reason = f"rank {rank} would take {after:,} parameters instead of {before:,}"
+            reason = f"rank {rank} would need {after:,} parameters instead of {before:,}"
             skipped += [SkippedLayer(name, reason) for name in group]
             continue
         made = {name: donors.skeleton(module, rank, config.depth, config.contraction) for name, module in group.items()}
@@ -284,42 +285,42 @@ def factorize_(
         warnings.warn(
             f"{len(report.growing)} of {len(report.layers)} layers have more parameters than before, such as "
             f"{report.growing[0].name!r}, and the model has {report.ratio:.2f} times as many: pass skip_growing=True to leave "
-            "such layers dense, or False for none of these warnings",
+            "such layers dense, or False to silence this warning",
             stacklevel=2,
         )
     return report
 
 
 def _check_values(donor: nn.Module, name: str, config: LowRankConfig) -> None:
-    """Raise ValueError, naming the layer, where its weight has no values to start from, or not finite ones."""
+    """Raise ValueError, naming the layer, if its weight has no values or values that are not finite."""
     weight = donor.weight
     assert isinstance(weight, Tensor)
     if weight.is_meta:
         if config.init in ("spectral", "norm-matched"):
             raise ValueError(
-                f"cannot take factors from the weight of {name!r}: it is on the meta device and has no values; load weights "
+                f"cannot compute factors from the weight of {name!r}: it is on the meta device and has no values; load weights "
                 "first, or use init='regular' and initialize the model after to_empty"
             )
     elif not weight.isfinite().all():
-        raise ValueError(f"cannot factorize {name!r}: its weight holds NaN or infinite values")
+        raise ValueError(f"cannot factorize {name!r}: its weight contains NaN or infinite values")
 
 
 def _scale(group: Donors, config: LowRankConfig) -> float:
     """The rank scale of layers that share one weight."""
     scales = {name: config.scale_for(name) for name in group}
     if len(set(scales.values())) > 1:
-        raise ValueError(f"layers of one weight have one rank scale, and rank_pattern gives {scales}")
+        raise ValueError(f"layers that share a weight must have the same rank scale, but rank_pattern gives {scales}")
     return next(iter(scales.values()))
 
 
 def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> FactorizationReport:
-    """Load a state dict, first giving the model the factorized layers that the state dict holds, in place.
+    """Load a state dict into a model, in place. Layers that the state dict holds as factors are first replaced.
 
-    ``model`` is the dense architecture; ranks and depth come from the shapes in the state dict, so that a factorized
-    model is rebuilt from its checkpoint alone. A dense state dict is loaded as it is. What wrappers such as DataParallel add
-    is removed (:func:`common.state_dicts.unwrap`). As in ``load_state_dict``, normalizations may lack the count of batches
-    that torch has had since 0.4.1. A model on the meta device gets the state dict's own tensors. Raises ValueError, with
-    the model as it was, naming the first mismatch.
+    ``model`` is the dense architecture. Ranks and depth come from the shapes in the state dict, so a factorized model can be
+    rebuilt from its checkpoint alone. A dense state dict is loaded without replacing layers. Prefixes of wrappers such as
+    DataParallel are removed (:func:`common.state_dicts.unwrap`). As in ``load_state_dict``, the state dict may lack
+    ``num_batches_tracked`` of all normalizations, which torch introduced in 0.4.1. A model on the meta device gets the tensors
+    of the state dict themselves. Raises ValueError, naming the first mismatch, with the model unchanged.
     """
     _refuse_wrapped(model, "load")
     state_dict = unwrap(state_dict, model.state_dict())
@@ -343,7 +344,7 @@ def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Fact
                 }
                 expected |= {f"{child}.weight": modules[child].weight for child in children}
     layers: dict[str, tuple[nn.Module, FactorizedMatrix]] = {}
-    made: dict[nn.Module, FactorizedMatrix] = {}  # a module that is used twice becomes one layer used twice
+    made: dict[nn.Module, FactorizedMatrix] = {}  # a module that is used twice becomes one factorized layer that is used twice
     for name, donor in modules.items():
         if f"{name}.vt" in state_dict and donors.kind_of(donor) is not None:
             if donor not in made:
@@ -382,7 +383,7 @@ def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Fact
 
 
 def _assign(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Give a model without values the tensors of a state dict; Parameters that modules shared they share again."""
+    """Assign the tensors of a state dict to a model on the meta device. Parameters that modules share stay shared."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -394,11 +395,11 @@ def _assign(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def densify_(model: nn.Module) -> list[str]:
-    """Fold every factorized layer back into an ordinary one with the same function, in place; returns their names.
+    """Fold every factorized layer back into an ordinary layer with the same function, in place. Returns the layers' names.
 
-    Layers keep their hooks and what was added to them; layers that share their factors share their weight; torch's
-    attention is packed again. Raises ValueError, with the model as it was, where there is none, or where one was altered
-    in a way that would be lost.
+    Layers keep their hooks and anything added to them. Layers that share factors share the new weight. torch's attention is
+    packed again. Raises ValueError, with the model unchanged, if there is no factorized layer, or if folding would lose a
+    change that was made to a layer.
     """
     _refuse_wrapped(model, "densify")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Factorized)}
@@ -436,18 +437,20 @@ def rank_scale_for_ratio(
     unsupported: Unsupported = "raise",
     skip_growing: bool = False,
 ) -> float:
-    """Rank scale at which the factorized model's parameter count is closest to ``target`` times the model's own.
+    """The rank scale at which the factorized model's number of parameters is closest to ``target`` times that of the model.
 
-    Counts on shapes alone. Ranks are integers, so the count is a step function of the scale; the middle of the best
-    step is returned. ``rank_pattern`` fixes the scale of some layers and ``rank_of`` says what it multiplies, as in
-    :class:`LowRankConfig`; ``unsupported`` and ``skip_growing`` are as in :func:`factorize_`. Raises ValueError
-    for a target that is not positive and finite, below what rank 1 everywhere leaves (naming that floor and the
-    largest layer that is not factorized) or, with ``skip_growing``, above 1.
+    Only shapes are read. Ranks are integers, so the number is a step function of the scale. The result is the midpoint of the
+    best step. ``rank_pattern`` fixes the scale of some layers, and ``rank_of`` is the dimension that scales multiply, as in
+    :class:`LowRankConfig`. ``unsupported`` and ``skip_growing`` are as in :func:`factorize_`.
+
+    Raises ValueError if the target is not positive and finite, if it is above 1 with ``skip_growing``, if every selected layer
+    has a fixed scale, or if the target is below the ratio that rank 1 everywhere gives. The message then names that floor and
+    the largest Parameter that stays dense.
     """
     if not math.isfinite(target) or target <= 0:
         raise ValueError(f"target ratio must be positive and finite, got {target}")
     if skip_growing and target > 1:
-        raise ValueError(f"target ratio {target} is above 1, and with skip_growing no layer grows: leave that out")
+        raise ValueError(f"target ratio {target} is above 1, but with skip_growing no layer grows: leave out skip_growing")
     fixed = LowRankConfig(0, depth=depth, rank_pattern=rank_pattern or {}, rank_of=rank_of)
     selection = select(model, filter_fn, unsupported)
     original = count_parameters(model)
@@ -471,7 +474,7 @@ def rank_scale_for_ratio(
         else:
             free[step] = free.get(step, 0) + 1
     if not free:
-        raise ValueError("every selected layer has a fixed rank scale in rank_pattern: there is none left to solve for")
+        raise ValueError("rank_pattern fixes the rank scale of every selected layer: leave at least one layer free")
 
     def count(scale: float) -> int:
         return rest + sum(n * parameters(step, scale) for step, n in free.items())
@@ -490,7 +493,7 @@ def rank_scale_for_ratio(
     limit = 1
     while count(limit) < wanted and limit < 2**60:
         limit *= 2
-    # First to the nearest whole scale, then among the steps around it: an overcomplete scale may have very many below.
+    # Find the nearest integer scale, then search the steps around it: below an overcomplete scale there may be very many.
     whole = closest_index(count, 0, limit, wanted)
     scales = step_midpoints((dimension for _, dimension, _ in free), max(0, whole - 2), whole + 2)
     return scales[closest_index(lambda step: count(scales[step]), 0, len(scales) - 1, wanted)]

@@ -1,4 +1,4 @@
-"""The weight that a factorized layer shows to code which looks for one."""
+"""The ``weight`` of a factorized layer, for code that expects layers to have one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class ComposedWeight(Tensor):
-    """The product of a layer's factors, composed when something first computes with it.
+    """The product of a layer's factors, composed when it is first used in a computation.
 
-    Shape, dtype and device are known without composing; for autograd it is the product in every way. It is composed once for
-    each read of ``layer.weight``, and :meth:`detach` gives it as an ordinary tensor.
+    Shape, dtype and device are known without composing. Autograd treats it as the product. Each read of ``layer.weight``
+    composes it at most once. :meth:`detach` returns it as an ordinary tensor.
 
-    A change in place, of this tensor, its ``.data`` or a view of it, raises AttributeError: it would change the product and
-    not the factors. Computing with it after the factors were changed raises RuntimeError.
+    Changing this tensor, its ``.data`` or a view of it in place raises AttributeError, because that would change the product
+    and not the factors. Computing with it after the factors have changed raises RuntimeError.
     """
 
     _layer: Factorized
@@ -29,14 +29,14 @@ class ComposedWeight(Tensor):
 
     @classmethod
     def of(cls, layer: Factorized, shape: torch.Size) -> Tensor:
-        """The weight of a layer, whose shape is known."""
+        """The weight of a layer, given its shape."""
         return _Composed.apply(layer, shape, *layer.factors())
 
     @classmethod
     def _make(
         cls, layer: Factorized, factors: tuple[Tensor, ...], shape: torch.Size, product: Tensor | None = None
     ) -> ComposedWeight:
-        """A tensor of this shape that holds no values: those of the product, which is composed later unless it is given."""
+        """A tensor of this shape without storage. Its values are those of ``product``, which is composed later if None."""
         like = factors[0] if product is None else product
         strides = torch.empty(shape, device="meta").stride() if product is None else product.stride()
         made = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=like.dtype, device=like.device)
@@ -45,11 +45,11 @@ class ComposedWeight(Tensor):
         return made
 
     def composed(self) -> Tensor:
-        """The product, as an ordinary tensor that autograd does not record."""
+        """The product, as an ordinary tensor outside of the autograd graph."""
         if self._product is None:
             if list(map(_version, self._factors)) != self._versions:
                 name = type(self._layer).__name__
-                raise RuntimeError(f"the factors of a {name} were changed after its weight was read: read layer.weight again")
+                raise RuntimeError(f"the factors of a {name} changed after its weight was read: read layer.weight again")
             with torch.no_grad():
                 self._product = self._layer.compose(self._factors).contiguous()
         return self._product
@@ -68,7 +68,7 @@ class ComposedWeight(Tensor):
     def __setitem__(self, index: Any, value: Any) -> NoReturn:
         _refuse(self, "setting entries")
 
-    # What torch refuses to do with a subclass.
+    # Operations that torch does not support for such a subclass.
 
     def numpy(self, *, force: bool = False) -> Any:
         if self.requires_grad and not force:
@@ -102,7 +102,7 @@ class ComposedWeight(Tensor):
                 for each in tree_leaves(given.get(spec.name)):
                     if isinstance(each, ComposedWeight):
                         _refuse(each, func._schema.name.removeprefix("aten::"))
-        if func is torch.ops.aten.detach.default:  # of .data
+        if func is torch.ops.aten.detach.default:  # called by .data
             (weight,) = own
             return cls._make(weight._layer, weight._factors, weight.shape, weight._product)
         result = func(*tree_map(_composed, args), **tree_map(_composed, kwargs))
@@ -111,7 +111,7 @@ class ComposedWeight(Tensor):
 
 
 class _Composed(torch.autograd.Function):
-    """A :class:`ComposedWeight`, for autograd a function of the factors."""
+    """Makes a :class:`ComposedWeight`, which autograd treats as a function of the factors."""
 
     @staticmethod
     def forward(ctx: Any, layer: Factorized, shape: torch.Size, *factors: Tensor) -> ComposedWeight:
@@ -138,12 +138,12 @@ def _refuse(weight: ComposedWeight, name: str) -> NoReturn:
 
 
 def _view(weight: ComposedWeight, view: Any) -> Any:
-    """A view of a weight's product, that cannot be changed in place either."""
+    """A view of a weight's product, which also cannot be changed in place."""
     return ComposedWeight._make(weight._layer, weight._factors, view.shape, view) if isinstance(view, Tensor) else view
 
 
 def _version(factor: Tensor) -> int:
-    """How often a factor was changed in place; tensors of inference mode do not count that."""
+    """The number of times a factor was changed in place. It is 0 for inference tensors, which do not count changes."""
     return 0 if factor.is_inference() else factor._version
 
 

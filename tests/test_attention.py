@@ -192,7 +192,7 @@ def test_pairs_beside_factorized_layers():
     model(torch.randn(2, 5, 12).double()).sum().backward()
     decay.step()
     factorize_(model, config)
-    with pytest.raises(ValueError, match=r"a projection of attention 'layers.0.self_attn' is no ordinary layer \(Fact"):
+    with pytest.raises(ValueError, match=r"a projection of attention 'layers.0.self_attn' is not an ordinary layer \(Fact"):
         attention_pairs(model, ignore_biases=True)
 
 
@@ -209,20 +209,20 @@ def test_dense_projections_that_were_unpacked():
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (lambda: torch_attention(), {}, r"attention '0': query or key have biases; pass ignore_biases=True"),
-        (bert, {}, r"attention 'encoder.layer.0.attention.self': query or key have biases"),
-        (gpt2, {}, r"attention 'h.0.attn': query or key have biases"),
-        (vit, {}, r"query or key have biases"),
-        (llama, {}, r"attention 'layers.0.self_attn': rotary positions stand between; pass query_key=False"),
-        (llama, {"ignore_biases": True}, r"rotary positions stand between"),
-        (lambda: timm_attention(qk_norm=True, norm_layer=nn.LayerNorm), {}, r"'0': normalizations stand between"),
+        (lambda: torch_attention(), {}, r"attention '0': query or key has a bias; pass ignore_biases=True"),
+        (bert, {}, r"attention 'encoder.layer.0.attention.self': query or key has a bias"),
+        (gpt2, {}, r"attention 'h.0.attn': query or key has a bias"),
+        (vit, {}, r"query or key has a bias"),
+        (llama, {}, r"attention 'layers.0.self_attn': rotary positions act between query and key; pass query_key=False"),
+        (llama, {"ignore_biases": True}, r"rotary positions act between"),
+        (lambda: timm_attention(qk_norm=True, norm_layer=nn.LayerNorm), {}, r"'0': normalizations act between"),
         (
             lambda: timm_attention(scale_norm=True, norm_layer=nn.LayerNorm),
             {"query_key": False},
-            r"W_O W_V is not what acts in attention '0': a normalization stands between; pass output_value=False",
+            r"W_O W_V alone does not give the output of attention '0': a normalization acts between value and output; pass",
         ),
-        (lambda: nn.Sequential(nn.Linear(4, 4)), {}, "no attention was found in Sequential"),
-        (lambda: torch_attention(bias=False), {"query_key": False, "output_value": False}, "no product was asked for"),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), {}, "found no attention in Sequential"),
+        (lambda: torch_attention(bias=False), {"query_key": False, "output_value": False}, "no product was requested"),
     ],
 )
 def test_products_that_are_not_what_acts_are_refused_by_name(make, options, message):

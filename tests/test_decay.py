@@ -363,7 +363,7 @@ def test_a_replaced_parameter_of_a_pair_is_an_error():
 
 def test_groups_of_another_model_are_refused():
     decay = FrobeniusDecay(nn.Sequential(FactorizedLinear(4, 4, 2)), 0.1)
-    with pytest.raises(ValueError, match="2 of the 2 Parameters that the decay covers are not of this Sequential"):
+    with pytest.raises(ValueError, match="2 of the 2 Parameters that the decay covers are not in this Sequential"):
         param_groups(nn.Sequential(FactorizedLinear(4, 4, 2)), weight_decay=0.1, decay=decay)
 
 

@@ -352,11 +352,11 @@ def test_tied_layers_are_refused_where_only_one_is_selected_or_they_differ():
     report = factorize_(model, low_rank(0.5), filter_fn=lambda module, name: name != "output", unsupported="skip")
     assert [layer.name for layer in report.layers] == ["middle"]
     model, _ = make("tied")
-    with pytest.raises(ValueError, match="layers of one weight have one rank scale"):
+    with pytest.raises(ValueError, match="layers that share a weight must have the same rank scale"):
         factorize_(model, low_rank(0.5, rank_pattern={"words": 0.2}))
     crossed = nn.Sequential(nn.Linear(4, 4), Conv1D(4, 4))
     crossed[1].weight = crossed[0].weight
-    with pytest.raises(ValueError, match="'0': its weight is tied to '1', which uses it in another way"):
+    with pytest.raises(ValueError, match="'0': its weight is tied to '1', which uses it differently"):
         factorize_(crossed, low_rank(0.5))
     assert type(crossed[0]) is nn.Linear
 
@@ -436,7 +436,7 @@ def test_attention_that_cannot_be_unpacked_is_refused_by_name():
     parametrized = parametrizations.weight_norm(nn.MultiheadAttention(4, 2), "in_proj_weight")
     pruned = prune.random_unstructured(nn.MultiheadAttention(4, 2), "in_proj_weight", 0.5)
     for model, message in [
-        (nn.ModuleList([OwnForward(4, 2)]), "'0': OwnForward has a forward of its own"),
+        (nn.ModuleList([OwnForward(4, 2)]), "'0': OwnForward overrides forward"),
         (nn.ModuleList([one, two]), "'0': its weight is tied to '1'"),
         (nn.MultiheadAttention(4, 2), "inside a container"),
         (nn.ModuleList([parametrized]), "'0': its weight is parametrized"),
@@ -447,7 +447,7 @@ def test_attention_that_cannot_be_unpacked_is_refused_by_name():
     model = nn.ModuleList([OwnForward(4, 2)])
     report = factorize_(model, low_rank(0.5), unsupported="skip")
     assert [layer.name for layer in report.layers] == ["0.out_proj"]
-    assert [(layer.name, layer.reason) for layer in report.skipped] == [("0", "OwnForward has a forward of its own")]
+    assert [(layer.name, layer.reason) for layer in report.skipped] == [("0", "OwnForward overrides forward")]
 
 
 def test_a_convolution_with_another_convolution_function_is_refused():
@@ -455,7 +455,7 @@ def test_a_convolution_with_another_convolution_function_is_refused():
         def _conv_forward(self, input, weight, bias):
             return super()._conv_forward(input, weight / weight.std(), bias)
 
-    with pytest.raises(ValueError, match="'0': Standardized has a _conv_forward of its own"):
+    with pytest.raises(ValueError, match="'0': Standardized overrides _conv_forward"):
         factorize_(nn.Sequential(Standardized(4, 4, 3)), low_rank(0.5))
 
 

@@ -251,7 +251,7 @@ def test_copies_of_model_decay_and_optimizer_go_on_together():
     [
         ({"lr": -1.0}, "learning rate must be finite and not negative, got -1.0"),
         ({"lr": float("nan")}, "learning rate must be finite"),
-        ({"lr": torch.ones(2)}, r"must have no dimension, got the shape \(2,\)"),
+        ({"lr": torch.ones(2)}, r"must have no dimensions, got shape \(2,\)"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers from 0 to below 1, got \(0.9, 1.0\)"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
         ({"eps": -1e-6}, "eps must be finite and not negative"),
@@ -276,9 +276,9 @@ def test_half_precision_is_refused():
 def test_decoupled_decay_is_refused():
     model = make_model()
     decay = FrobeniusDecay(model, 0.1, decoupled=True)
-    with pytest.raises(ValueError, match="before the trust ratio, and this decay is decoupled"):
+    with pytest.raises(ValueError, match="before the trust ratio, but this decay is decoupled"):
         Lamb(model.parameters(), 0.1, decay=decay)
-    with pytest.raises(ValueError, match=r"by step\(lr\), and not added to updates"):
+    with pytest.raises(ValueError, match=r"cannot be added to updates"):
         decay.add_to({})
 
 

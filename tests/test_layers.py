@@ -177,7 +177,7 @@ def test_layers_copy_and_change_dtype():
         (lambda: FactorizedLinear(3, 3, 0), "rank must be at least 1, got 0"),
         (lambda: FactorizedLinear(3, 3, 1, depth=4), "depth must be 2"),
         (lambda: FactorizedLinear(3, 3, 1, contraction="fast"), "got 'fast'"),
-        (lambda: FactorizedEmbedding(3, 3, 1, padding_idx=3), "padding_idx must be a row of 3, got 3"),
+        (lambda: FactorizedEmbedding(3, 3, 1, padding_idx=3), "padding_idx must be one of the 3 rows, got 3"),
         (lambda: FactorizedConv2d(3, 3, 3, 1, padding="full"), "got 'full'"),
         (lambda: FactorizedConv2d(3, 3, 3, 1, stride=2, padding="same"), "at stride"),
         (lambda: FactorizedConv2d(3, 3, 3, 1, padding_mode="mirror"), "got 'mirror'"),

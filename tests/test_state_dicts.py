@@ -86,7 +86,7 @@ def test_some_missing_counts_are_an_error():
     [({}, "nothing"), ({"epoch": 3, "weights": torch.ones(2)}, "'epoch'"), ({"net": {"conv": {"weight": 1}}}, "'conv'")],
 )
 def test_what_holds_no_state_dict_is_refused_by_its_keys(state, named, tmp_path):
-    with pytest.raises(ValueError, match=f"no state dict of a model.*{named}"):
+    with pytest.raises(ValueError, match=f"not a model's state dict.*{named}"):
         load_factorized_(network(), state)
     with pytest.raises(ValueError, match=r"weights\.pt is no checkpoint of a model"):
         checkpoints.model_state(state, tmp_path / "weights.pt")

@@ -205,7 +205,7 @@ class Scaled(nn.Linear):
         (nn.Sequential(nn.Conv3d(4, 4, 3)), "'0': Conv3d is not"),
         (nn.Sequential(nn.EmbeddingBag(4, 4)), "'0': EmbeddingBag is not"),
         (nn.Sequential(nn.Linear(4, 4).to(torch.complex64)), "'0': its weight is torch.complex64, not floating point"),
-        (nn.Sequential(Scaled(4, 4)), "'0': Scaled has a forward of its own"),
+        (nn.Sequential(Scaled(4, 4)), "'0': Scaled overrides forward"),
         (nn.Sequential(nn.LazyLinear(4)), "has no weight yet"),
         (nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))), "parametriz"),
         (nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4))), "'0': a hook computes its weight"),
@@ -274,7 +274,7 @@ class Nested(nn.Parameter):
         (with_accumulation_hook(), "its weight has gradient hooks"),
         (altered(weight=Nested(torch.ones(8, 8))), "its weight is a Nested"),
         (compiled(), "it was compiled by its method compile"),
-        (altered(rank=3), "cannot take over the attribute 'rank' of Linear: rename it"),
+        (altered(rank=3), "already has an attribute 'rank': rename that of Linear"),
     ],
 )
 def test_what_would_be_lost_is_refused_by_name(layer, message):
@@ -287,11 +287,11 @@ def test_what_would_be_lost_is_refused_by_name(layer, message):
 
 def test_layers_in_a_plain_list_are_refused_by_their_place():
     model = InList(registered=True)
-    message = "'body.0': taps.0. holds it outside of the registered modules, and would keep it; register it"
+    message = "'body.0': taps.0. holds it outside the registered modules and would keep it; register it"
     with pytest.raises(ValueError, match=message):
         factorize_(model, LowRankConfig(0.25))
     model = InList(registered=False)
-    with pytest.raises(ValueError, match=r"'taps\[0\]': it is held outside of the registered modules; register it"):
+    with pytest.raises(ValueError, match=r"'taps\[0\]': it is held outside the registered modules; register it"):
         factorize_(model, LowRankConfig(0.25))
     report = factorize_(model, LowRankConfig(0.25), unsupported="skip")
     assert [layer.name for layer in report.layers] == ["body.0"]
@@ -470,10 +470,10 @@ def test_skipping_what_is_unsupported():
     assert [type(module) for module in model] == [FactorizedConv2d, *expected[1:3], FactorizedLinear]
     assert [(layer.name, layer.reason) for layer in report.skipped] == [
         ("1", "ConvTranspose2d is not a Linear, Conv1d, Conv2d, Embedding or MultiheadAttention"),
-        ("2", "Scaled has a forward of its own"),
+        ("2", "Scaled overrides forward"),
     ]
-    assert "2: left dense, Scaled has a forward of its own" in str(report).splitlines()
-    assert report.to_dict()["skipped"][1] == {"name": "2", "reason": "Scaled has a forward of its own"}
+    assert "2: left dense, Scaled overrides forward" in str(report).splitlines()
+    assert report.to_dict()["skipped"][1] == {"name": "2", "reason": "Scaled overrides forward"}
     with pytest.raises(ValueError, match=r"nothing to factorize .* selected 1 .*; 1 are not supported, such as '0': Scaled"):
         factorize_(nn.Sequential(Scaled(4, 4)), LowRankConfig(0.5), unsupported="skip")
     with pytest.raises(ValueError, match="unsupported must be 'raise' or 'skip', got 'ignore'"):
@@ -505,8 +505,8 @@ def test_layers_that_grow_are_warned_of_once_or_left_dense():
     assert [layer.name for layer in report.layers] == ["1"]
     assert report.compressed == 256 + 4 * 40 + 72
     assert [(layer.name, layer.reason) for layer in report.skipped] == [
-        ("0", "rank 16 would take 640 parameters instead of 256"),
-        ("2", "rank 2 would take 96 parameters instead of 72"),
+        ("0", "rank 16 would need 640 parameters instead of 256"),
+        ("2", "rank 2 would need 96 parameters instead of 72"),
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -536,7 +536,7 @@ def test_the_scale_for_a_ratio_follows_what_it_multiplies(target, rank_of, skip_
 
     grid = [ratio(step / 200) for step in range(1, 400)]
     assert abs(ratio(scale) - target) == pytest.approx(min(abs(each - target) for each in grid))
-    with pytest.raises(ValueError, match=r"target ratio 1.5 is above 1, and with skip_growing no layer grows"):
+    with pytest.raises(ValueError, match=r"target ratio 1.5 is above 1, but with skip_growing no layer grows"):
         rank_scale_for_ratio(growing_model(), 1.5, skip_growing=True)
 
 
@@ -805,7 +805,7 @@ def test_readme_lines_on_a_transformer_encoder():
 
 
 def test_a_rank_scale_in_place_of_a_configuration_is_refused():
-    with pytest.raises(TypeError, match=r"takes a LowRankConfig, got 0\.25: write LowRankConfig\(rank_scale=\.\.\.\)"):
+    with pytest.raises(TypeError, match=r"takes a LowRankConfig, got 0\.25: pass LowRankConfig\(rank_scale=\.\.\.\)"):
         factorize_(nn.Sequential(nn.Linear(4, 4)), 0.25)
 
 
@@ -816,7 +816,7 @@ def test_a_weight_that_is_not_finite_is_named(value, init):
     with torch.no_grad():
         model[1][0].weight[1, 2] = value
     before = list(model)
-    with pytest.raises(ValueError, match=r"cannot factorize '1\.0': its weight holds NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"cannot factorize '1\.0': its weight contains NaN or infinite values"):
         factorize_(model, LowRankConfig(0.5, init=init))
     assert list(model) == before
 

@@ -90,7 +90,7 @@ def test_balancing_keeps_the_product_and_is_the_truncated_svd():
 
 
 def test_balance_names_a_rank_above_the_sides():
-    with pytest.raises(ValueError, match="rank 5 is above the sides of the 4 x 9 product"):
+    with pytest.raises(ValueError, match="rank 5 exceeds the shorter side of the 4 x 9 product"):
         balance(torch.randn(4, 5), torch.randn(5, 9))
 
 
