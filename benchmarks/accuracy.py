@@ -1,8 +1,8 @@
-"""Whether the fast paths learn as well: python -m benchmarks.accuracy DATA_DIR [--epochs N] [--repeats N] [--markdown].
+"""Compare the accuracy of the fast paths: python -m benchmarks.accuracy DATA_DIR [--epochs N] [--repeats N] [--markdown].
 
-Trains ResNet20 at rank scale 0.111 with both schemes on the images of DATA_DIR (train/ and test/, a folder a class), in float32
-and eagerly, and with each flag that makes it faster, on the same seeds. Prints the final test accuracies and the mean of the
-differences of each seed; there are --repeats seeds. Finished runs are in results/accuracy and are not made again.
+Trains ResNet20 at rank scale 0.111 with both schemes on the images of DATA_DIR (train/ and test/, one folder per class): in
+eager float32, and with the flags that make it faster, on the same --repeats seeds. Prints the final test accuracies and the
+mean of the per-seed differences. Finished runs are kept in results/accuracy and are not repeated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WAYS = {
 
 
 def accuracy(data_dir: Path, way: str, epochs: int, seed: int) -> float:
-    """Final test accuracy in percent of a run, which is made where it is not there yet."""
+    """Final test accuracy in percent of a run. The run is made if it does not exist yet."""
     name = way.replace("--", "").replace(", ", "-").replace(" ", "-")
     directory = ROOT / "results" / "accuracy" / f"{data_dir.name}-{epochs}" / name / f"seed{seed}"
     flags = [*BASE.split(), "--data-dir", str(data_dir), "--epochs", str(epochs), "--seed", str(seed)]

@@ -1,9 +1,9 @@
-"""Batches of 32x32 images, cropped, flipped and normalized, ready on the device.
+"""Time batches of 32x32 images that are cropped, flipped, normalized and ready on the device.
 
     python -m benchmarks.data [--repeats N] [--markdown]
 
-Against what the released code does: torchvision's transforms on PIL images, image by image, through a DataLoader without and
-with two processes. Prints images a second over an epoch of 10,000 images in batches of 128.
+The comparison is the released code's way: torchvision's transforms on PIL images, one by one, through a DataLoader without and
+with two worker processes. Prints images per second over an epoch of 10,000 images in batches of 128.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
 
     def ours() -> None:
         nonlocal epoch
-        epoch += 1  # each epoch draws its augmentation anew
+        epoch += 1  # each epoch draws new augmentation
         for step in range(data.steps_per_epoch(BATCH)):
             data.train_batch(0, epoch, step, BATCH)
 

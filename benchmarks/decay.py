@@ -1,9 +1,9 @@
-"""What Frobenius decay costs beside the rest of a training step: python -m benchmarks.decay [--repeats N] [--markdown].
+"""Time Frobenius decay as part of a training step: python -m benchmarks.decay [--repeats N] [--markdown].
 
-Image networks at batch 128 of 32x32 images, where the decay is ``FrobeniusDecay.step``, and the small Transformer on a batch of
-about 4,000 target tokens, where it is the forward and backward pass of ``FrobeniusDecay.penalty``. Steps and decay are timed
-in turns, and the operators that compute are counted: on a GPU each is a kernel to launch, and a loop over the layers would
-launch some for every layer.
+For image networks at batch 128 of 32x32 images, the decay is ``FrobeniusDecay.step``. For the small Transformer on a batch of
+about 4,000 target tokens, it is the forward and backward pass of ``FrobeniusDecay.penalty``. Steps and decay take turns. The
+operators that compute something are counted, since on a GPU each of them launches a kernel; a loop over layers would launch
+some for every layer.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
-"""Training on a GPU: first whether it is right, then how fast it is.
+"""Training on a GPU: its correctness, then its speed.
 
     python -m benchmarks.gpu [--only PART...] [--minutes M] [--out DIR] [--device cpu]
 
-Parts, in this order; without --only all but "compile" are run, which take four minutes at most on one card:
+The parts run in this order. Without --only, all parts except "compile" run, in at most four minutes on one card:
 
     programs     every program for two epochs of embedded data in float32, float16 and bfloat16, side by side
-    agreement    50 steps recorded as a CUDA graph against the same steps launched kernel by kernel; a run that is stopped
-                 and resumed against one that is not
-    steps        a training step of each network, dense and factorized, as it was before, kernel by kernel, and recorded:
-                 milliseconds, kernels, memory, share of the card's bandwidth, and what Frobenius decay takes
-    cards        images a second of 1, 2, 4 and 8 runs on one card
-    translation  tokens a second against fairseq's own Transformer
-    pretraining  tokens a second of BERT-base: dense, with heads of half width, and with both schemes
-    compile      the recorded step of a compiled network; compiling takes a minute each, up to eight in all
+    agreement    50 steps recorded as a CUDA graph, compared with the same steps launched kernel by kernel; a run that is
+                 stopped and resumed, compared with an uninterrupted one
+    steps        a training step of each network, dense and factorized: as it was before, kernel by kernel, and recorded.
+                 Milliseconds, kernels, memory, share of the card's bandwidth, and share of Frobenius decay
+    cards        images per second of 1, 2, 4 and 8 runs on one card
+    translation  tokens per second, compared with fairseq's own Transformer
+    pretraining  tokens per second of BERT-base: dense, with heads of half width, and with both schemes
+    compile      the recorded step of a compiled network; compiling takes a minute each, up to eight in total
 
-A case that fails, or takes longer than it may, is listed with its reason, and the others go on. --out receives gpu.md and
-gpu.json, written anew after each case. "--device cpu" tries the command itself on a machine without a GPU, at a size where
+A case that fails or exceeds its time limit is listed with its reason, and the other cases continue. --out receives gpu.md and
+gpu.json, which are rewritten after each case. "--device cpu" tests the command on a computer without a GPU, at a size where the
 times mean nothing.
 """
 
@@ -71,12 +71,12 @@ PRECISIONS = {"off": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class TimeUp(Exception):
-    """A case took longer than it may."""
+    """A case exceeded its time limit."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Generator[None]:
-    """Raise TimeUp in the block after so many seconds."""
+    """Raise TimeUp in the block after this many seconds."""
 
     def stop(number: int, frame: Any) -> None:
         raise TimeUp(f"it took longer than {seconds:.0f} seconds")
@@ -91,7 +91,7 @@ def time_limit(seconds: float) -> Generator[None]:
 
 
 class Report:
-    """What was measured, as tables; what was left out, and why. Written to ``out`` after each case."""
+    """The measurements as tables, and the cases that were left out, with reasons. Written to ``out`` after each case."""
 
     def __init__(self, device: torch.device, out: Path | None, minutes: float | None) -> None:
         self.device, self.out = device, out
@@ -99,14 +99,14 @@ class Report:
         self.deadline = None if minutes is None else self.started + 60 * minutes
         self.tables: dict[str, dict[str, Any]] = {}
         self.left_out: list[str] = []
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU: a dry run, whose times mean nothing"
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU: a dry run with meaningless times"
         self.head = f"{name}; {machine()}, CUDA {torch.version.cuda}"
 
     def case(self, name: str, call: Callable[[], Any], seconds: float = 60.0) -> Any:
-        """What a call gives, or None where it fails, takes too long, or time is up before it."""
+        """The result of a call, or None if it fails, takes too long, or would start after --minutes."""
         left = seconds if self.deadline is None else min(seconds, self.deadline - time.monotonic())
         if left <= 0:
-            self.left_out.append(f"{name}: --minutes were over")
+            self.left_out.append(f"{name}: the time of --minutes was used up")
             return None
         started = time.monotonic()
         try:
@@ -121,13 +121,13 @@ class Report:
             self.write()
 
     def add(self, title: str, header: Sequence[str], line: Sequence[Any] | None) -> None:
-        """Add a line to the table of this title."""
+        """Add a line to the table with this title."""
         if line is not None:
             self.tables.setdefault(title, {"header": list(header), "lines": []})["lines"].append([str(cell) for cell in line])
         self.write()
 
     def markdown(self) -> str:
-        parts = [f"{self.head}; {time.monotonic() - self.started:.0f} seconds in all."]
+        parts = [f"{self.head}; {time.monotonic() - self.started:.0f} seconds in total."]
         for title, table in self.tables.items():
             lines = tabulate(table["lines"], table["header"], tablefmt="github", disable_numparse=True)
             parts.append(f"### {title}\n\n{lines}")
@@ -143,7 +143,7 @@ class Report:
 
 
 def images(device: torch.device, count: int | None = None) -> Data:
-    """Random images: by default as many as CIFAR-10 has; on a CPU, a few."""
+    """Random images: by default as many as in CIFAR-10, or a few on a CPU."""
     count = count or (50_000 if device.type == "cuda" else 300)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
@@ -163,11 +163,11 @@ def make_trainer(
     contractions: dict[str, str] | None = None,
     **flags: Any,
 ) -> Trainer:
-    """Training as the programs do it, ready for its next step; the learning rate falls after the third and the sixth epoch.
+    """A trainer like that of the programs, ready for its next step. The learning rate falls after every third epoch.
 
-    before:        as it was before steps were recorded and weights composed in groups.
-    checkpoint:    to resume from.
-    contractions:  to use in place of those that would be measured.
+    before:        train as before steps were recorded and weights composed in groups.
+    checkpoint:    checkpoint to resume from.
+    contractions:  contractions to use instead of measuring them.
     """
     seed_everything(0)
     made = NETWORKS[network]
@@ -198,7 +198,7 @@ def make_trainer(
 
 
 def train(trainer: TrainingLoop, steps: int) -> None:
-    """Make some steps, wherever in an epoch the trainer is."""
+    """Make this many steps, from any position in an epoch."""
     trainer.begin_epoch()
     for step in range(steps):
         if step and trainer.step % trainer.steps_per_epoch == 0:
@@ -215,7 +215,7 @@ def wait(device: torch.device) -> None:
 
 
 def commands(device: torch.device) -> dict[str, list[str]]:
-    """A small run of every program, on embedded data; "&&" joins two that need each other."""
+    """A small run of every program on embedded data. "&&" joins commands that depend on each other."""
     small = "--data digits --image-size {} --epochs 2 --save-dir {}"
     compression = f"--network resnet --depth 8 {small}"
     translation = "--embed-dim 64 --ffn-dim 128 --rank-scale 0.5 --spectral --spectral-quekey --spectral-outval --wd2fd \
@@ -249,7 +249,7 @@ transformer_iwslt/train.py {{run}}/numbers {translation} --save-dir {{run}}"
 
 
 def run_program(steps: Sequence[str], amp: str, run: Path, device: torch.device) -> str:
-    """Run a program's commands; returns the final score of the last one's result."""
+    """Run a program's commands. Returns the final score of the last result."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for step in steps:
         words = step.format(run=run).split()
@@ -289,7 +289,7 @@ def programs(report: Report) -> None:
 
 
 def losses(trainer: Trainer, steps: int) -> Tensor:
-    """The loss of each step, times the size of its batch."""
+    """The loss of each step times its batch size."""
     found = []
     for _ in range(steps):
         before = trainer.totals[0].clone()
@@ -299,10 +299,10 @@ def losses(trainer: Trainer, steps: int) -> Tensor:
 
 
 def compare(network: str, amp: str, data: Data, steps: int) -> tuple[str, str]:
-    """Largest relative difference of a loss, recorded against kernel by kernel; and of a weight, resumed against not.
+    """The largest relative difference of a loss, recorded or not, and the largest difference of a weight, resumed or not.
 
-    Over several epochs, each with a smaller last batch, and changes of the learning rate. With those algorithms of cuDNN that
-    add up in the same order every time: the others differ from themselves.
+    The steps cover several epochs, each with a smaller last batch, and changes of the learning rate. cuDNN uses deterministic
+    algorithms here, since with others a run does not reproduce itself.
     """
     torch.backends.cudnn.deterministic = True
     whole = make_trainer(network, True, data, amp=amp)
@@ -321,7 +321,7 @@ def compare(network: str, amp: str, data: Data, steps: int) -> tuple[str, str]:
 
 
 def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint as it is after saving and loading."""
+    """A checkpoint after saving and loading."""
     with tempfile.TemporaryFile() as file:
         torch.save(state, file)
         file.seek(0)
@@ -343,7 +343,7 @@ def agreement(report: Report) -> None:
 
 
 def milliseconds(trainer: TrainingLoop, steps: int, turns: int = 5) -> float:
-    """Median over turns of the milliseconds that a step takes, after ten to warm up."""
+    """Milliseconds per step, as the median over turns, after ten warm-up steps (five on a CPU)."""
     device = trainer.processes.device
     train(trainer, 10 if device.type == "cuda" else 5)
     found = []
@@ -367,7 +367,7 @@ def kernels(trainer: Trainer) -> int:
 
 
 def gigabytes(trainer: Trainer) -> float:
-    """What the operators of a step read and write, each operand once."""
+    """Gigabytes that the operators of a step read and write, counting each operand once."""
     batch = trainer.data.train_batch(0, 0, 0, trainer.config.batch_size)
     with Traffic() as traffic:
         trainer.train_step(batch)
@@ -375,7 +375,7 @@ def gigabytes(trainer: Trainer) -> float:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Gigabytes a second that a large copy reads and writes."""
+    """Gigabytes per second that a large copy reads and writes."""
     size = 2**30 if device.type == "cuda" else 2**24
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     found = []
@@ -405,7 +405,7 @@ def time_step(network: str, factorized: bool, data: Data, rate: float, dense: di
     eager = make_trainer(network, factorized, data, eager=True, amp=amp)
     one_by_one, traffic, new_kernels = milliseconds(eager, steps, 3), gigabytes(eager), kernels(eager)
     del eager
-    gc.collect()  # recordings hold memory
+    gc.collect()  # recorded steps hold memory
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -450,7 +450,7 @@ def steps(report: Report) -> None:
 
 
 def training_call(device: str, steps: int) -> Call:
-    """A factorized ResNet20 in this process, ready to make so many steps a call."""
+    """A call that trains a factorized ResNet20 in this process for ``steps`` steps."""
     torch.set_num_threads(2)
     where = torch.device(device)
     trainer = make_trainer(RESNET20, True, images(where), amp="bf16" if where.type == "cuda" else "off")
@@ -620,14 +620,14 @@ PARTS: dict[str, Callable[[Report], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--minutes", type=float, help="begin no case after so many minutes (default: no limit)")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"parts to run: {', '.join(PARTS)}")
+    parser.add_argument("--minutes", type=float, help="start no case after this many minutes (default: no limit)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for gpu.md and gpu.json")
     parser.add_argument("--device", default="cuda", help="cuda (default), cuda:N, or cpu for a dry run")
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA GPU on this machine: --device cpu tries the command without one")
+        parser.error("there is no CUDA GPU on this machine: --device cpu tests the command without one")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     report = Report(device, args.out, args.minutes)

@@ -1,7 +1,7 @@
-"""Inference at batch 1 and 128: python -m benchmarks.inference [--repeats N] [--markdown] [--figure FILE].
+"""Time inference at batch 1 and 128: python -m benchmarks.inference [--repeats N] [--markdown] [--figure FILE].
 
-ResNet32 [64, 128, 256] on 32x32 images: factorized at rank scales from 0.05 to 1 against the dense network, in turns in one
-process, with the rank scale from which it is no longer faster, and folded (``densify_``) at a tenth of the parameters.
+ResNet32 [64, 128, 256] on 32x32 images: dense, factorized at rank scales from 0.05 to 1, and folded (``densify_``) from a tenth
+of the parameters. They take turns in one process. Also prints the rank scale below which the factorized network is faster.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def answering(model: nn.Module, images: Tensor, times: int) -> Callable[[], None
 
 
 def crossover(scales: list[float], speedups: list[float]) -> str:
-    """The rank scale where the ratio falls to 1, between neighbors on a straight line."""
+    """The rank scale at which the ratio falls to 1, by linear interpolation between neighbors."""
     for (low, fast), (high, slow) in zip(zip(scales, speedups), zip(scales[1:], speedups[1:])):  # noqa: B905
         if fast >= 1 > slow:
             return f"{low + (high - low) * (fast - 1) / (fast - slow):.2f}"

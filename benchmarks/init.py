@@ -1,8 +1,9 @@
-"""Spectral initialization and the search for a rank scale: python -m benchmarks.init [--repeats N] [--markdown].
+"""Time spectral initialization and the search for a rank scale: python -m benchmarks.init [--repeats N] [--markdown].
 
-Times ``factorize_`` with init="spectral" at the paper's ratios, as it is and with the whole SVD of every layer, in turns, and
-``rank_scale_for_ratio``. The arithmetic of the whole SVDs is 6 m n^2 + 20 n^3 a layer of m >= n (Golub & Van Loan, for U, S
-and V); of what is done for large matrices, 2 m n^2 for the Gram matrix and 4/3 n^3 + 2 n^2 r to reduce it and to go back.
+Times ``factorize_`` with init="spectral" at the paper's ratios, as implemented and with the full SVD of every layer, in turns,
+and ``rank_scale_for_ratio``. The arithmetic of a full SVD is 6 m n^2 + 20 n^3 for a layer with m >= n (Golub & Van Loan, for U,
+S and V). For large matrices the implementation needs 2 m n^2 for the Gram matrix, 4/3 n^3 + 2 n^2 r to reduce it and transform
+back, and 2 m n r for the other factor.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ def initialize(model: nn.Module, filter_fn: Filter, scale: float, whole: bool) -
 
 
 def arithmetic(model: nn.Module) -> tuple[float, float]:
-    """GFLOP of the whole SVDs of the factorized layers, and of their leading triples."""
+    """GFLOP of the full SVDs of the factorized layers, and of their leading singular triples."""
     whole = leading = 0.0
     for layer in model.modules():
         if isinstance(layer, FactorizedMatrix):
             n, m = sorted((layer.u.shape[0], layer.vt.shape[1]))
             svd = 6 * m * n**2 + 20 * n**3
-            small = n < 256 or 2 * layer.rank > n  # as _leading_svd has it
+            small = n < 256 or 2 * layer.rank > n  # the condition of _leading_svd
             whole += svd
             leading += svd if small else 2 * m * n**2 + 4 / 3 * n**3 + 2 * n**2 * layer.rank + 2 * m * n * layer.rank
     return whole / 1e9, leading / 1e9

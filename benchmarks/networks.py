@@ -1,4 +1,4 @@
-"""The networks that benchmarks compare, dense and factorized with spectral initialization."""
+"""The networks that benchmarks compare, in dense and factorized form."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Filter = Callable[[nn.Module, str], bool]
 
 @dataclass(frozen=True)
 class Network:
-    """A dense network, which of its layers are factorized, and by how much: a rank scale, or a ratio of parameters."""
+    """A dense network, the layers to factorize, and how far: to a rank scale or to a ratio of parameters."""
 
     dense: Callable[[], nn.Module]
     is_factorized: Filter
@@ -42,7 +42,7 @@ _TENSOR_TRAIN = {"depth": 16, "width": 4, "num_classes": 10, "form": "TensorTrai
 
 
 class TensorNetwork(Network):
-    """WideResNet16-4 of tensor trains."""
+    """WideResNet16-4 with Tensor-Train convolutions."""
 
     def factorized(self, init: Literal["spectral", "regular"] = "spectral") -> nn.Module:
         return tensors.make_tensors({**_TENSOR_TRAIN, "rank_scale": _tensor_scale(self.ratio)}, init)[0]
@@ -54,7 +54,7 @@ def _tensor_scale(ratio: float) -> float:
 
 
 def cifar_resnet18() -> nn.Module:
-    """torchvision's ResNet18 with the stem that images of 32x32 pixels get: 3x3, stride 1, no pooling."""
+    """torchvision's ResNet18 with the usual stem for 32x32 images: 3x3, stride 1, no pooling."""
     model = resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()

@@ -1,10 +1,10 @@
-"""Masked pre-training: a training step against transformers' BERT and fairseq's RoBERTa of the same sizes.
+"""Masked pre-training: time a training step, compared with transformers' BERT and fairseq's RoBERTa of the same sizes.
 
     python -m benchmarks.pretraining [--repeats N] [--threads N] [--markdown]
 
-4 layers of 256 dimensions with 4 heads, 8,192 words, 16 sequences of 128 tokens with 20 predictions each, no dropout: forward,
-cross entropy, backward and AdamW, and Frobenius decay where the model says so, timed in turns in one process.
-transformers and fairseq are left out where they are not installed.
+The models have 4 layers of 256 dimensions with 4 heads, 8,192 words, and no dropout. A batch has 16 sequences of 128 tokens
+with 20 predictions each. A step is the forward pass, cross-entropy, the backward pass, AdamW, and Frobenius decay if the name
+says so. The models take turns in one process. transformers and fairseq are left out if they are not installed.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ OURS: dict[str, dict[str, Any]] = {
         **SPECTRAL,
     },
 }
-Logits = Callable[[Tensor, Tensor], Tensor]  # of (batch, length) tokens at (batch, predictions) positions
+Logits = Callable[[Tensor, Tensor], Tensor]  # of tokens (batch, length) at positions (batch, predictions)
 
 
 def transformers_bert() -> tuple[nn.Module, Logits]:
-    """It scores the words at every position; those that are not predicted are left out of the loss."""
+    """BERT of transformers. It scores the words at every position; the loss uses only the masked ones."""
     transformers: Any = import_module("transformers")
     sizes = {"vocab_size": WORDS, "max_position_embeddings": POSITIONS, "type_vocab_size": 1}
     sizes |= {"hidden_size": EMBED, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
@@ -57,7 +57,7 @@ def transformers_bert() -> tuple[nn.Module, Logits]:
 
 
 def fairseq_roberta() -> tuple[nn.Module, Logits]:
-    """It scores the words at masked positions alone."""
+    """RoBERTa of fairseq. It scores the words at masked positions only."""
     from benchmarks.translation import dictionary
     from transformer_iwslt import engine
 
@@ -73,7 +73,7 @@ def fairseq_roberta() -> tuple[nn.Module, Logits]:
 
 
 def _mask(positions: Tensor) -> Tensor:
-    """(batch, length), True at the positions (batch, predictions), which are in rising order."""
+    """(batch, length), True at the given positions (batch, predictions), which are in ascending order."""
     return torch.zeros(BATCH, LENGTH, dtype=torch.bool).scatter(1, positions, True)
 
 

@@ -1,11 +1,11 @@
-"""A plain reference for speed: factorized ResNet training as the paper's released code does it, written afresh.
+"""A plain reference for speed: an independent version of factorized ResNet training as in the paper's released code.
 
-Two thin convolutions a layer, in eager mode, on float32 images in the default memory format; Frobenius decay layer by layer,
-through the product of the factors; images transformed one by one by torchvision, from PIL, in a DataLoader.
+It has two thin convolutions per layer, in eager mode, on float32 images in the default memory format. Frobenius decay is
+computed layer by layer through the product of the factors. torchvision transforms PIL images one by one in a DataLoader.
 
-In the place of the thin convolutions can stand other libraries' layers, of about as many parameters and without Frobenius
-decay, which they do not have: a k x k convolution to r channels and a 1x1 convolution, as Composer's surgery makes, and
-tensorly-torch's Tucker convolution, where that package is installed (``pip install tensorly-torch``).
+Layers of other libraries, with about as many parameters, can replace the thin convolutions: a k x k convolution to r channels
+followed by a 1x1 convolution, as Composer's surgery makes it, and tensorly-torch's Tucker convolution, if that package is
+installed (``pip install tensorly-torch``). They have no Frobenius decay.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from common.vision.data import IMAGENET
 
 
 class Transformed(Dataset):
-    """Images of an array (N, 32, 32, 3) of bytes through torchvision's transforms."""
+    """Images of an array (N, 32, 32, 3) of bytes, with torchvision's transforms."""
 
     def __init__(self, pixels: np.ndarray, labels: Sequence[int]) -> None:
         self.pixels, self.labels = pixels, labels
@@ -69,7 +69,7 @@ def thin(donor: nn.Conv2d, scale: float) -> nn.Module:
 
 
 def through_few_channels(donor: nn.Conv2d, scale: float) -> nn.Module:
-    budget = 6 * round(scale * 3 * donor.out_channels) * donor.out_channels  # parameters, near enough
+    budget = 6 * round(scale * 3 * donor.out_channels) * donor.out_channels  # parameters, approximately
     rank = max(1, round(budget / (9 * donor.in_channels + donor.out_channels)))
     first = nn.Conv2d(donor.in_channels, rank, 3, stride=donor.stride[0], padding=1, bias=False)
     return nn.Sequential(first, nn.Conv2d(rank, donor.out_channels, 1, bias=False))
@@ -101,7 +101,7 @@ def factorize(
     scale: float,
     make: Callable[[nn.Conv2d, float], nn.Module],
 ) -> list[ThinConvolutions]:
-    """Replace the selected convolutions of a model in place; returns the new layers that have a decay."""
+    """Replace the selected convolutions of a model in place. Returns the new layers that have Frobenius decay."""
     layers = []
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Conv2d) and filter_fn(module, name):
@@ -115,7 +115,7 @@ def factorize(
 def training(
     model: nn.Module, layers: list[ThinConvolutions], images: Transformed, workers: int, steps: int
 ) -> Callable[[], None]:
-    """A function that trains for some steps of 128 images: data, step, decay and metrics."""
+    """A function that trains for ``steps`` steps of 128 images: data, step, decay and metrics."""
     factors = [factor for layer in layers for factor in (layer.u, layer.vt)]
     known = {id(factor) for factor in factors}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in known]

@@ -1,8 +1,8 @@
-"""Whether memory stays flat over many runs in one process: python -m benchmarks.soak [--minutes N].
+"""Check that memory does not grow over many runs in one process: python -m benchmarks.soak [--minutes N].
 
-Trains, evaluates, stops and goes on with small networks on the embedded digits (low-rank, sparse, of tensors), over and over,
-with checkpoints after every epoch, and tells the resident memory after each round. Growth is from the end of the first
-tenth of the time, when all programs have run and the allocator has what it needs, to the end.
+Repeatedly trains, stops, resumes and evaluates small networks on the embedded digits (low-rank, sparse, tensors), with
+checkpoints after every epoch. Prints the resident memory after each round. Growth is measured from the end of the first tenth
+of the time, when all programs have run and the allocator holds what it needs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RUNS: list[tuple[Callable[[list[str]], None], str]] = [
 
 
 def round_of_runs(folder: Path, seed: int) -> None:
-    """Train each program to a third of its steps, go on to the end, and evaluate its checkpoint."""
+    """Train each program for a third of its steps, resume it to the end, and evaluate the ResNet's checkpoint."""
     for number, (main, flags) in enumerate(RUNS):
         run = folder / str(number)
         words = [*flags.split(), "--seed", str(seed), "--save-dir", str(run)]

@@ -1,13 +1,13 @@
-"""Training end to end, against a plain reference, the dense network and what other libraries' layers would do.
+"""Time training end to end, compared with a plain reference, the dense network and other libraries' layers.
 
     python -m benchmarks.step [--repeats N] [--no-compile] [--markdown]
 
-End to end is data, step, Frobenius decay and metrics, at batch 128 of 32x32 images, as the programs train, but for the look
-at the numbers every 50 steps. Every case runs in a process of its own, and the cases take turns. The reference's loader
-processes go on for some batches while others have their turn, and their memory is not counted: both favor the reference.
+End to end means data, step, Frobenius decay and metrics, at batch 128 of 32x32 images, as in the programs, except for the check
+for numbers that are not finite every 50 steps. Every case runs in its own process, and the cases take turns. Two things favor
+the reference: its loader processes continue for some batches during the other cases' turns, and their memory is not counted.
 
-Prints images a second with ratios, the epochs until compiling has paid for itself (from no cache) and peak memory, for
-ResNet20 at rank scale 0.111; then a step of larger networks; then what bounds a step: the arithmetic of its convolutions at
+Prints images per second with ratios, the epochs until compiling has paid for itself (with an empty cache) and peak memory, for
+ResNet20 at rank scale 0.111; then a step of larger networks; then the bounds of a step: the arithmetic of its convolutions at
 the measured peak, and the memory that its operators read and write.
 """
 
@@ -38,7 +38,7 @@ from common.vision.config import ImageRunConfig
 from common.vision.data import Data
 from common.vision.training import Trainer
 
-BATCH, STEPS, EPOCH = 128, 16, 50_000  # images a step, steps a turn, images an epoch
+BATCH, STEPS, EPOCH = 128, 16, 50_000  # images per step, steps per turn, images per epoch
 RESNET20 = "ResNet20, rank scale 0.111"
 LARGER = ["ResNet32 [64, 128, 256], 10 %", "VGG19, 10 %", "WRN16-4 Conv, 6.667 %", "WRN16-4 TensorTrain, 6.667 %"]
 
@@ -49,9 +49,9 @@ def images() -> tuple[Tensor, Tensor]:
 
 
 def ours(network: str, factorized: bool, *, compiled: bool = False, amp: str = "off", steps: int = STEPS) -> Call:
-    """Training as the programs of this project do it, some steps a call."""
+    """Training as in this project's programs, for ``steps`` steps per call."""
     processes = distributed.start("cpu")
-    setattr(torch._inductor.config, "force_disable_caches", True)  # noqa: B010 (compiling takes what it takes the first time)
+    setattr(torch._inductor.config, "force_disable_caches", True)  # noqa: B010 (so that compiling takes as long as the first time)
     split = images()
     data = Data(split, (split[0][:10], split[1][:10]), 10)
     made = NETWORKS[network]
@@ -61,7 +61,7 @@ def ours(network: str, factorized: bool, *, compiled: bool = False, amp: str = "
     trainer = Trainer(
         model,
         data,
-        Run(Path("never written"), {}, 0),  # what a trainer writes, it writes in fit()
+        Run(Path("never written"), {}, 0),  # a trainer writes files only in fit()
         config=ImageRunConfig(batch_size=BATCH, epochs=1, compile=compiled, amp=amp),
         processes=processes,
         architecture={},
@@ -83,7 +83,7 @@ def ours(network: str, factorized: bool, *, compiled: bool = False, amp: str = "
 
 
 def plain(layer: str, workers: int) -> Call:
-    """Training with a plain layer, or another library's, in the way the released code trains."""
+    """Training as in the released code, with its plain layer or another library's layer."""
     pixels, labels = images()
     model = NETWORKS[RESNET20].dense()
     layers = reference.factorize(model, NETWORKS[RESNET20].is_factorized, NETWORKS[RESNET20].scale, reference.LAYERS[layer])
@@ -136,7 +136,7 @@ def larger(args: Namespace) -> None:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that operators read and write, each operand once, in convolutions and in all."""
+    """Counts the bytes that operators read and write, each operand once: of convolutions, and of all operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Traffic(TorchDispatchMode):
 
 
 def limits(args: Namespace) -> None:
-    """What arithmetic and memory allow, next to what was measured."""
+    """Times that the arithmetic and the memory traffic of a step allow."""
     rates = {torch.float32: 0.0, torch.bfloat16: 0.0}
     for dtype in rates:
         x = torch.randn(1, 2048, 64, 64, dtype=dtype).to(memory_format=torch.channels_last)
@@ -187,8 +187,8 @@ def limits(args: Namespace) -> None:
 
 def main() -> None:
     parser = arguments(__doc__, repeats=7)
-    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile compiles")
-    parser.add_argument("--workers", type=int, default=2, help="processes of the reference's DataLoader")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the cases with torch.compile")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes of the reference's DataLoader")
     args = parser.parse_args()
     started = time.perf_counter()
     end_to_end(args)

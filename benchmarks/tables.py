@@ -1,6 +1,6 @@
-"""Time and memory of the table machinery at the size of a finished project: python -m benchmarks.tables.
+"""Measure time and memory of the table code at the size of a finished project: python -m benchmarks.tables.
 
-600 rows are emitted to an empty folder, and 2,000 result files (of 10 epochs each) collected into tables.
+It writes the scripts of 600 rows to an empty folder, and collects 2,000 result files (of 10 epochs each) into tables.
 """
 
 from __future__ import annotations

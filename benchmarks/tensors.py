@@ -1,8 +1,8 @@
-"""What tensor convolutions cost beside the rest of a step: python -m benchmarks.tensors [--form Tucker --rank-scale 0.68].
+"""Time tensor convolutions as part of a training step: python -m benchmarks.tensors [--form Tucker --rank-scale 0.68].
 
-Builds WideResNet28-10 (all decompositions, spectral), then times whole training steps at batch 128 on 32x32 images and,
-between them in the same process, the reconstruction of every tensor with its gradient, and the Frobenius decay of every
-tensor. Prints medians.
+Builds WideResNet28-10 with all decompositions and spectral initialization. Then it times whole training steps at batch 128 of
+32x32 images, and in turns with them the reconstruction of all tensors with its gradient, and the Frobenius decay of all
+tensors. Prints medians.
 """
 
 from __future__ import annotations

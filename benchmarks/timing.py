@@ -1,4 +1,4 @@
-"""Timing calls side by side, in this process or each in one of its own, and printing what was found."""
+"""Time calls in turns, in this process or each in its own process, and print the results."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Call = Callable[[], Any]
 
 
 class IsolatedCall:
-    """A call in a process of its own, with its own allocator, threads and peak memory.
+    """A call in a separate process, with its own allocator, threads and peak memory.
 
-    ``make`` is pickled, and makes the call there. Calling this makes that call and waits for it; ``warm_up`` is how long
-    the first one took, in seconds.
+    ``make`` is pickled and makes the call in that process. Calling this object runs the call and waits for it. ``warm_up`` is
+    the duration of the first run in seconds.
     """
 
     def __init__(self, make: Callable[[], Call]) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(make, theirs))  # no daemon: it may start loader processes
+        self._process = context.Process(target=_serve, args=(make, theirs))  # not a daemon: it may start loader processes
         self._process.start()
         theirs.close()
         self.warm_up = self._receive()
@@ -41,7 +41,7 @@ class IsolatedCall:
         self._receive()
 
     def peak_memory(self) -> float:
-        """Most resident memory of a call beyond what was there before the first one, in MiB."""
+        """Peak resident memory of a call, minus the resident memory before the first call, in MiB."""
         self._pipe.send("peak")
         return self._receive()
 
@@ -53,7 +53,7 @@ class IsolatedCall:
         try:
             return self._pipe.recv()
         except EOFError:
-            raise RuntimeError("the process that makes the call ended: see its error above") from None
+            raise RuntimeError("the process that runs the call has ended: see its error above") from None
 
 
 def _serve(make: Callable[[], Call], pipe: Connection) -> None:
@@ -68,19 +68,19 @@ def _serve(make: Callable[[], Call], pipe: Connection) -> None:
         except EOFError:
             return
         if wish == "peak":
-            Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         call()
         pipe.send(resident("VmHWM") - before if wish == "peak" else 0.0)
 
 
 def resident(key: str) -> float:
-    """Memory of this process in MiB: "VmRSS" now, "VmHWM" at most."""
+    """Resident memory of this process in MiB: "VmRSS" is the current value, "VmHWM" the peak."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[key].split()[0]) / 1024
 
 
 def interleaved(calls: Mapping[str, Call], repeats: int, *, rest: float = 0.0) -> dict[str, list[float]]:
-    """Seconds of each call, the calls taking turns, after one turn of warming up, with ``rest`` seconds between turns."""
+    """Seconds of each call. The calls take turns, after one warm-up turn, with ``rest`` seconds before each call."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
@@ -100,27 +100,27 @@ def spread(seconds: list[float]) -> str:
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:
-    """How many times faster, as the median over turns."""
+    """How many times faster ``fast`` is than ``slow``: the median over turns."""
     return statistics.median(one / other for one, other in zip(slow, fast, strict=True))
 
 
 def arguments(doc: str | None, repeats: int) -> argparse.ArgumentParser:
-    """A parser of the flags that the benchmarks share."""
+    """A parser with the flags that the benchmarks share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=positive_int, default=repeats, help="turns, after one of warming up")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown, as benchmarks/results.md holds")
+    parser.add_argument("--repeats", type=positive_int, default=repeats, help="turns, after one warm-up turn")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown, as in benchmarks/results.md")
     return parser
 
 
 def show(args: argparse.Namespace, title: str, header: Sequence[str], lines: Sequence[Sequence[Any]]) -> None:
-    """Print a table under its title, and what it was measured on."""
+    """Print a table with its title and what it was measured on."""
     print(f"### {title}\n" if args.markdown else title)
     print(f"{machine()}; {args.repeats} repeats{'.' if args.markdown else ''}\n")
     print(tabulate(lines, header, tablefmt="github" if args.markdown else "simple", disable_numparse=True), end="\n\n")
 
 
 def machine() -> str:
-    """What the figures were measured on, and when."""
+    """The date, the processor and the version of torch of a measurement."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

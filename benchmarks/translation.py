@@ -1,9 +1,9 @@
-"""Translation: a training step against fairseq's own Transformer of the same sizes, and what incremental decoding saves.
+"""Translation: time a training step, compared with fairseq's own Transformer of the same sizes, and incremental decoding.
 
     python -m benchmarks.translation [--repeats N] [--words N] [--threads N]
 
-Steps are interleaved in one process, each on the same batch of about 4,000 target tokens: forward, label-smoothed loss with
-Frobenius decay, backward, clipping and Nesterov's update, as fairseq makes them. Prints Markdown tables of medians.
+Steps take turns in one process, all on the same batch of about 4,000 target tokens. A step is the forward pass, label-smoothed
+loss with Frobenius decay, backward pass, clipping and Nesterov update, as in fairseq. Prints Markdown tables of medians.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def dictionary(words: int) -> Any:
 
 
 def batch(words: int, sentences: int = 160, length: int = 25) -> dict[str, Any]:
-    """A batch of sentence pairs of random words, of ``length`` words each with </s>; a tenth of them is shorter."""
+    """A batch of sentence pairs of random words, with ``length`` words per sentence including </s>. A tenth are shorter."""
     generator = torch.Generator().manual_seed(0)
     source = torch.randint(4, words, (sentences, length), generator=generator)
     target = torch.randint(4, words, (sentences, length), generator=generator)
@@ -63,7 +63,7 @@ def batch(words: int, sentences: int = 160, length: int = 25) -> dict[str, Any]:
 
 
 def training_step(words: list[str], source: Any, target: Any, sample: dict[str, Any]) -> tuple[Callable[[], None], int]:
-    """A step as fairseq makes it from a command line, and the parameters of its model."""
+    """A training step that fairseq builds from a command line, and the number of parameters of its model."""
     from fairseq import optim, options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
     from fairseq.tasks.translation import TranslationTask
@@ -105,7 +105,7 @@ def steps(words: int, repeats: int) -> str:
 
 @torch.inference_mode()
 def decoding(words: int, repeats: int, sentences: int = 32, length: int = 50) -> str:
-    """Greedy decoding of ``length`` words, with incremental state and by decoding the whole prefix at every word."""
+    """Time greedy decoding of ``length`` words: with incremental state, and by decoding the whole prefix at every word."""
     lines = []
     for scale in (0.0, 0.5):
         torch.manual_seed(0)

@@ -1,8 +1,8 @@
-"""Which of two sentences does a pre-trained encoder find likelier: the grammatical one? (BLiMP, Warstadt et al., TACL 2020)
+"""Test whether a pre-trained encoder prefers the grammatical one of two sentences (BLiMP, Warstadt et al., TACL 2020).
 
-The pseudo-log-likelihood of a sentence is the sum over its tokens of the log-probability of each where it alone is masked
-(Salazar et al., ACL 2020). A pair of sentences with equal ones counts as wrong. Prints the path of the run's result.json on
-stdout; all else goes to stderr.
+Sentences are compared by pseudo-log-likelihood: the sum, over the tokens of a sentence, of the log-probability of each token
+when it alone is masked (Salazar et al., ACL 2020). A pair with equal values counts as wrong. Prints the path of the run's
+result.json on stdout; all other output goes to stderr.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Pair:
 
 
 def read(path: Path, first: int | None = None) -> list[Pair]:
-    """Pairs of a file, or of all .jsonl files of a folder; of each paradigm the ``first`` ones, if given.
+    """Pairs of a file, or of all .jsonl files of a folder. With ``first``, only so many pairs of each paradigm.
 
-    Raises ValueError, naming file and line, where a line is no pair.
+    Raises ValueError, naming the file and the line, if a line is not a pair.
     """
     paths = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not paths:
@@ -77,7 +77,9 @@ def _pairs(path: Path) -> Iterator[Pair]:
                 try:
                     cells = _cells(line.rstrip("\r\n"), kind)
                 except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{path} line {number} is no pair of sentences: {type(error).__name__} {error}") from error
+                    raise ValueError(
+                        f"{path} line {number} is not a pair of sentences: {type(error).__name__} {error}"
+                    ) from error
                 yield Pair(*cells)
     except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
@@ -102,9 +104,9 @@ def _cells(line: str, kind: str) -> list[str]:
 def log_likelihoods(
     model: MaskedLanguageModel, sentences: Iterable[Tokens], batch_size: int, run: Run | None = None
 ) -> dict[Tokens, float]:
-    """Pseudo-log-likelihood of each different sequence of tokens, without BOS and EOS, which are put around it.
+    """Pseudo-log-likelihood of each distinct sequence of tokens. The sequences lack BOS and EOS, which are added here.
 
-    Sequences of one length share batches, which hold no padding.
+    A batch holds sequences of one length, so there is no padding.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -132,7 +134,7 @@ def log_likelihoods(
 
 
 def accuracies(pairs: Sequence[Pair], right: Sequence[bool]) -> dict[str, Any]:
-    """Shares of right answers in percent: of all, and by paradigm."""
+    """Accuracy in percent, over all pairs and by paradigm."""
     counts, correct = Counter(pair.paradigm for pair in pairs), Counter[str]()
     for pair, answer in zip(pairs, right, strict=True):
         correct[pair.paradigm] += answer
@@ -156,12 +158,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         good, bad = ([tuple(encode(tokenizer, getattr(pair, side))) for pair in pairs] for side in ("good", "bad"))
         for pair, *tokens in zip(pairs, good, bad, strict=True):
             if not all(tokens):
-                raise ValueError(f"a sentence of {pair} has no tokens: it holds nothing but control characters")
+                raise ValueError(f"a sentence of {pair} has no tokens: it holds only control characters")
         limit = model.config.max_positions - 2
         longest = max(good + bad, key=len)
         if len(longest) > limit:
             text = tokenizer.decode(longest)
-            raise ValueError(f"{text!r} has {len(longest)} tokens, and the encoder has positions for {limit}")
+            raise ValueError(f"{text!r} has {len(longest)} tokens, but the encoder has positions for only {limit}")
         seed_everything(config.seed)
         run.begin()
     with clean_errors(config.prog(), FAILURES), run.recorded():

@@ -1,4 +1,4 @@
-"""Configuration of pre-training; loads without torch."""
+"""Configuration of pre-training. Loads without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common.experiments.config import REQUIRED, Config, flag, non_negative, over
 from common.experiments.files import read_json
 from common.experiments.run_config import RunConfig, TrainingConfig
 
-SIZES = {  # layers, dimensions, heads; those of google-research/bert
+SIZES = {  # layers, dimensions, heads, as in google-research/bert
     "tiny": (2, 128, 2),
     "mini": (4, 256, 4),
     "small": (4, 512, 8),
@@ -20,7 +20,7 @@ SIZES = {  # layers, dimensions, heads; those of google-research/bert
 }
 POSITIONS = ("learned", "alibi")
 INITS = ("regular", "spectral", "norm-matched")
-MASKED = 0.15  # share of the positions that are predicted, unless --predictions names their number
+MASKED = 0.15  # share of the positions that are predicted, unless --predictions gives their number
 
 
 def _rank_scale(text: str) -> float:
@@ -40,39 +40,43 @@ class EncoderFlags(Config):
 
     group: ClassVar[str | None] = "model"
 
-    model: str = flag("base", choices=list(SIZES), changes_result=False, help="size, which the next four flags override")
+    model: str = flag(
+        "base", choices=list(SIZES), changes_result=False, help="size of the encoder; the next four flags override it"
+    )
     layers: int = _size("encoder layers")
     embed_dim: int = _size("dimensions of embeddings and hidden states")
-    heads: int = _size("heads of an attention")
+    heads: int = _size("attention heads")
     ffn_dim: int = flag(
-        None, type=positive_int, metavar="N", help="dimensions inside a feed-forward layer (default: 4 x --embed-dim)"
+        None, type=positive_int, metavar="N", help="hidden dimensions of feed-forward layers (default: 4 x --embed-dim)"
     )
     positions: str = flag(
         "learned",
         metavar="{learned,alibi}",
-        help="learned embeddings of positions, or alibi: a bias on scores that grows with distance",
+        help="learned position embeddings, or alibi: a bias on attention scores that grows with distance",
     )
-    max_positions: int = flag(512, type=positive_int, metavar="N", help="tokens of a sequence at most")
-    dropout: float = flag(0.0, type=share, help="of hidden states and attention weights")
-    init_std: float = flag(None, type=non_negative, help="of initial weights (default: 0.02 sqrt(768 / --embed-dim))")
-    rank_scale: float = flag(0.0, type=_rank_scale, help="width of heads as a share of the full one; 0 is the full one")
+    max_positions: int = flag(512, type=positive_int, metavar="N", help="maximum number of tokens in a sequence")
+    dropout: float = flag(0.0, type=share, help="dropout of hidden states and attention weights")
+    init_std: float = flag(
+        None, type=non_negative, help="standard deviation of initial weights (default: 0.02 sqrt(768 / --embed-dim))"
+    )
+    rank_scale: float = flag(0.0, type=_rank_scale, help="width of heads as a share of the full width; 0 is the full width")
     rank_scale_layers: float = flag(0.0, type=_rank_scale, help="rank scale of feed-forward layers; 0 is dense")
-    rank_scale_embeddings: float = flag(0.0, type=_rank_scale, help="rank scale of tables of words and positions; 0 is dense")
-    init: str = flag(None, choices=INITS, help="of factorized layers (default: regular)")
-    quekey_init: str = flag(None, choices=INITS, help="of query-key products (default: regular)")
-    outval_init: str = flag(None, choices=INITS, help="of output-value products (default: regular)")
+    rank_scale_embeddings: float = flag(0.0, type=_rank_scale, help="rank scale of the word and position tables; 0 is dense")
+    init: str = flag(None, choices=INITS, help="initialization of factorized layers (default: regular)")
+    quekey_init: str = flag(None, choices=INITS, help="initialization of query-key products (default: regular)")
+    outval_init: str = flag(None, choices=INITS, help="initialization of output-value products (default: regular)")
     spectral: bool = flag(False, changes_result=False, help="short for --init spectral")
     spectral_quekey: bool = flag(False, changes_result=False, help="short for --quekey-init spectral")
     spectral_outval: bool = flag(False, changes_result=False, help="short for --outval-init spectral")
     spectral_from: str = flag(
         "full",
         choices=("full", "narrow"),
-        help="spectral initialization of narrow heads: full truncates the products of heads of full width, narrow balances the "
-        "factors of the narrow ones, as the released translation code does",
+        help="spectral initialization of narrow heads: full truncates the products of full-width heads; narrow balances the "
+        "factors of the narrow heads, as the released translation code does",
     )
-    wd2fd: bool = flag(False, help="Frobenius decay on the factors of layers, not weight decay")
-    wd2fd_quekey: bool = flag(False, help="the same on query-key products, head by head")
-    wd2fd_outval: bool = flag(False, help="the same on output-value products, head by head")
+    wd2fd: bool = flag(False, help="Frobenius decay in place of weight decay on factorized layers")
+    wd2fd_quekey: bool = flag(False, help="Frobenius decay in place of weight decay on each head's query-key product")
+    wd2fd_outval: bool = flag(False, help="Frobenius decay in place of weight decay on each head's output-value product")
     frobenius_decay: float = flag(
         None, type=non_negative, metavar="D", help="strength of the Frobenius decay (default: that of --weight-decay)"
     )
@@ -83,11 +87,9 @@ class EncoderFlags(Config):
         self.layers, self.embed_dim, self.heads = self.layers or layers, self.embed_dim or embed_dim, self.heads or heads
         self.ffn_dim = self.ffn_dim or 4 * self.embed_dim
         if self.embed_dim % self.heads:
-            raise ValueError(f"--embed-dim {self.embed_dim} does not split over --heads {self.heads}")
+            raise ValueError(f"--embed-dim {self.embed_dim} is not divisible by --heads {self.heads}")
         if self.positions not in POSITIONS:
-            rotary = (
-                ": rotation makes the query-key product another matrix at every distance, so that there is none to factorize"
-            )
+            rotary = ": rotation gives a different query-key product at every distance, so there is no single one to factorize"
             raise ValueError(
                 f"--positions must be learned or alibi, got {self.positions}{rotary * (self.positions == 'rotary')}"
             )
@@ -100,7 +102,7 @@ class EncoderFlags(Config):
 
     @property
     def narrow(self) -> bool:
-        """Whether heads are narrower than usual."""
+        """Whether heads are narrower than full width."""
         return 0 < self.rank_scale < 1
 
     def _resolve_inits(self) -> None:
@@ -122,12 +124,10 @@ class EncoderFlags(Config):
                 flag_name = "--" + name.replace("_", "-")
                 raise ValueError(f"{flag_name} norm-matched needs narrow heads: give --rank-scale above 0 and below 1")
         if self.spectral_from == "narrow" and "spectral" not in (self.quekey_init, self.outval_init):
-            raise ValueError(
-                "--spectral-from narrow needs --spectral-quekey or --spectral-outval: it says what they start from"
-            )
+            raise ValueError("--spectral-from narrow needs --spectral-quekey or --spectral-outval: it says what they decompose")
 
     def architecture(self, words: int) -> dict[str, Any]:
-        """The fields of :class:`bert_pretraining.model.EncoderConfig` for a vocabulary of so many words."""
+        """The fields of :class:`bert_pretraining.model.EncoderConfig` for a vocabulary of ``words`` words."""
         names = (
             *("layers", "embed_dim", "heads", "ffn_dim", "positions", "max_positions", "dropout", "init_std"),
             *("rank_scale", "rank_scale_layers", "rank_scale_embeddings"),
@@ -152,44 +152,48 @@ class PretrainingConfig(RunConfig, EncoderFlags):
     data: Path = flag(
         REQUIRED, "data", group="", type=Path, metavar="DATA", changes_result=False, help="folder that prepare.py wrote"
     )
-    seq: int = flag(128, type=positive_int, metavar="N", help="tokens of a sequence")
+    seq: int = flag(128, type=positive_int, metavar="N", help="tokens per sequence")
     predictions: int = flag(
-        None, type=positive_int, metavar="N", help=f"masked positions of a sequence (default: {MASKED:.0%}% of --seq)"
+        None, type=positive_int, metavar="N", help=f"masked positions per sequence (default: {MASKED:.0%}% of --seq)"
     )
     optimizer: str = flag(
         "lamb",
         choices=("lamb", "adamw"),
-        help="lamb adds Frobenius decay to its update before the trust ratio (FLAMBe), adamw subtracts it from the weights",
+        help="lamb adds Frobenius decay to its update before the trust ratio (FLAMBe); adamw subtracts it from the weights",
     )
-    steps: int = flag(10_000, type=positive_int, metavar="N", help="optimizer steps of the schedule")
+    steps: int = flag(10_000, type=positive_int, metavar="N", help="optimizer steps in the schedule")
     epoch_steps: int = flag(
-        500, type=positive_int, metavar="N", help="steps of an epoch, which ends with an evaluation and a checkpoint"
+        500, type=positive_int, metavar="N", help="steps per epoch; an epoch ends with an evaluation and a checkpoint"
     )
     batch_size: int = override(
-        TrainingConfig, "batch_size", 256, help="sequences of a step, over all processes and accumulations together"
+        TrainingConfig, "batch_size", 256, help="sequences per step, over all processes and accumulated parts"
     )
     update_freq: int = flag(
-        1, type=positive_int, metavar="N", changes_result=False, help="parts of a step's batch whose gradients are accumulated"
+        1,
+        type=positive_int,
+        metavar="N",
+        changes_result=False,
+        help="parts into which a step's batch is split to accumulate gradients",
     )
     lr: float = override(TrainingConfig, "lr", 1e-3, help="highest learning rate")
-    warmup: float = flag(0.06, type=share, help="share of the steps in which the learning rate rises from 0")
+    warmup: float = flag(0.06, type=share, help="share of the steps during which the learning rate rises from 0")
     lr_power: float = flag(
-        1.0, type=non_negative, help="after warm-up the rate is --lr times this power of the share of steps that remain"
+        1.0, type=non_negative, help="after warm-up the learning rate is --lr times the share of remaining steps to this power"
     )
-    beta1: float = flag(0.9, type=share, help="of both optimizers")
-    beta2: float = flag(0.999, type=share, help="of both optimizers")
-    eps: float = flag(1e-6, type=non_negative, help="of both optimizers")
-    clip_norm: float = flag(0.0, type=non_negative, help="bound on the norm of all gradients together; 0 is none")
-    weight_decay: float = override(TrainingConfig, "weight_decay", 0.01, help="of all weights but norms")
+    beta1: float = flag(0.9, type=share, help="beta1 of both optimizers")
+    beta2: float = flag(0.999, type=share, help="beta2 of both optimizers")
+    eps: float = flag(1e-6, type=non_negative, help="epsilon of both optimizers")
+    clip_norm: float = flag(0.0, type=non_negative, help="bound on the norm of all gradients together; 0 does not clip")
+    weight_decay: float = override(TrainingConfig, "weight_decay", 0.01, help="weight decay of all weights except norms")
     init_from: Path | None = flag(
         None,
         type=Path,
         metavar="RUN",
         input_file=True,
-        help="run or checkpoint whose weights to start from, such as a first phase",
+        help="run or checkpoint whose weights training starts from, such as a first phase",
     )
     pretraining: str | None = flag(
-        None, metavar="HASH", help="configuration that the run of --init-from must have, so that rows differ by it"
+        None, metavar="HASH", help="configuration hash that the run of --init-from must have, so that rows differ by it"
     )
 
     def resolve(self) -> None:
@@ -202,9 +206,9 @@ class PretrainingConfig(RunConfig, EncoderFlags):
         if self.seq > self.max_positions:
             raise ValueError(f"--seq {self.seq} is longer than --max-positions {self.max_positions}: raise that")
         if self.batch_size % self.update_freq:
-            raise ValueError(f"--batch-size {self.batch_size} does not split into --update-freq {self.update_freq} parts")
+            raise ValueError(f"--batch-size {self.batch_size} is not divisible by --update-freq {self.update_freq}")
         if self.pretraining is not None and self.init_from is None:
-            raise ValueError("--pretraining needs --init-from: it says which run that must be")
+            raise ValueError("--pretraining needs --init-from: it checks the configuration of that run")
         decayed = self.wd2fd or self.wd2fd_quekey or self.wd2fd_outval
         if self.frobenius_decay and not decayed:
             raise ValueError("--frobenius-decay needs --wd2fd, --wd2fd-quekey or --wd2fd-outval: they say what it decays")

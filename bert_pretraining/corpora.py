@@ -1,4 +1,4 @@
-"""Texts to learn from: files of one's own, WikiText-103, and embedded sentences on numbers. Loads without torch."""
+"""Training texts: your own files, WikiText-103, and embedded sentences about numbers. Loads without torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bert_pretraining.text import SPLITS
 from common.experiments.downloads import downloading
 
 WIKITEXT_URL = "https://wikitext.smerity.com/wikitext-103-raw-v1.zip"
-# Of the archive at its old address, which is gone, as the loaders of other projects have it, CorpusLoaders.jl for one.
+# Of the archive at its old address, which no longer exists. Other projects, such as CorpusLoaders.jl, expect it.
 WIKITEXT_SHA256 = "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"
 
 LONGEST = 2**18  # characters; longer lines are cut at a space, so that memory stays bounded
@@ -37,16 +37,16 @@ _DAMAGE = (gzip.BadGzipFile, lzma.LZMAError, zlib.error, zipfile.BadZipFile, EOF
 
 @dataclass(frozen=True)
 class Document:
-    """A text. ``name`` tells it from the others, ``place`` is what messages call it, ``open`` opens its bytes."""
+    """A text. ``name`` identifies it, ``place`` names it in messages, and ``open`` opens its bytes."""
 
     name: str
     place: str
     open: Callable[[], IO[bytes]]
 
     def check(self, progress: Callable[[int], Any]) -> tuple[str, int]:
-        """SHA-256 of the content, and the number of characters; ``progress`` is called with numbers of bytes.
+        """SHA-256 of the content, and its number of characters. ``progress`` is called with the number of bytes just read.
 
-        Raises ValueError where it is damaged, empty, not UTF-8, or holds a zero byte, which text has not.
+        Raises ValueError if the text is damaged, empty, not UTF-8, or holds a zero byte.
         """
         content, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
         offset = characters = 0
@@ -57,7 +57,7 @@ class Document:
                     chunk = stream.read(_CHUNK)
                     text = decoder.decode(chunk, final=not chunk)
                     if b"\0" in chunk:
-                        raise ValueError(f"{self.place} is no plain text: byte {offset + chunk.index(0):,} is zero")
+                        raise ValueError(f"{self.place} is not plain text: byte {offset + chunk.index(0):,} is zero")
                     content.update(chunk)
                     characters += len(text)
                     blank = blank and not text.strip("\ufeff").strip()
@@ -66,7 +66,9 @@ class Document:
                     if not chunk:
                         break
         except UnicodeDecodeError as error:
-            start = offset + len(chunk) - len(error.object) + error.start  # the decoder keeps the beginning of a character
+            start = (
+                offset + len(chunk) - len(error.object) + error.start
+            )  # the decoder keeps the first bytes of an incomplete character
             raise ValueError(f"{self.place} is not UTF-8: {error.reason} at byte {start:,}") from error
         except _DAMAGE as error:
             raise ValueError(f"{self.place} is damaged: {error}") from error
@@ -75,7 +77,7 @@ class Document:
         return content.hexdigest(), characters
 
     def lines(self) -> Iterator[str]:
-        """Lines of the text, the very long ones in parts."""
+        """Lines of the text; very long ones are split."""
         with self.open() as stream, io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
             rest = ""
             while part := rest + text.readline(LONGEST):
@@ -90,10 +92,10 @@ Splits = dict[str, list[Document]]  # "train", "valid" and "test"
 
 
 def find_files(given: Sequence[Path]) -> list[tuple[str, Path]]:
-    """Names and paths of text files, and of those in folders and below, in the order of their names.
+    """Names and paths of the given text files, and of those at any depth of the given folders, sorted by name.
 
-    The name is relative to the folder that was given. In folders, hidden files and those with other suffixes are left out.
-    Raises ValueError where there is nothing to read.
+    The name of a file in a folder is relative to that folder. Hidden files and other suffixes are left out of folders.
+    Raises ValueError if there is nothing to read.
     """
     found: list[tuple[str, Path]] = []
     for path in given:
@@ -107,21 +109,21 @@ def find_files(given: Sequence[Path]) -> list[tuple[str, Path]]:
         elif not path.exists():
             raise ValueError(f"there is no file or folder {path}")
         elif path.suffix.lower() not in _OPENERS:
-            raise ValueError(f"{path} does not end in one of {', '.join(_OPENERS)}: give plain text, alone or compressed")
+            raise ValueError(f"{path} does not end in one of {', '.join(_OPENERS)}: give plain or compressed text")
         else:
             found.append((path.name, path))
     return sorted(found)
 
 
 def opener(path: Path) -> Callable[[], IO[bytes]]:
-    """What opens the bytes of a text file, unpacked by its suffix."""
+    """A function that opens a text file for reading bytes, and decompresses it if its suffix says so."""
     return partial(_OPENERS[path.suffix.lower()], path, "rb")
 
 
 def read_files(train: Sequence[Path], valid: Sequence[Path], test: Sequence[Path], share: float) -> Splits:
-    """The splits that files and folders make up; where none are given to validate or test on, some of ``train`` are held out.
+    """The splits of the given files and folders. If ``valid`` or ``test`` is empty, files of ``train`` are held out for it.
 
-    Raises ValueError where a file is in two places, or is a pointer of Git LFS.
+    Raises ValueError if a file is given twice, or is a pointer of Git LFS.
     """
     seen: set[Path] = set()
     splits: Splits = {}
@@ -133,16 +135,16 @@ def read_files(train: Sequence[Path], valid: Sequence[Path], test: Sequence[Path
             seen.add(path.resolve())
             with open(path, "rb") as file:
                 if file.read(64).startswith(b"version https://git-lfs"):
-                    raise ValueError(f"{path} is a pointer of Git LFS and not the text: git lfs pull fetches it")
+                    raise ValueError(f"{path} is a pointer of Git LFS, not the text: fetch the text with git lfs pull")
             splits[split].append(Document(name, str(path), opener(path)))
     return hold_out(splits, share)
 
 
 def hold_out(splits: Splits, share: float) -> Splits:
-    """Move about a share of the training texts to each split that has none, one at least.
+    """Move about ``share`` of the training texts, at least one, to each empty split.
 
-    Which they are depends on a hash of each name: where the share comes to more than one text, those that are added later do
-    not move the others. Raises ValueError where there are too few texts.
+    A hash of each name decides which texts move. If the share is more than one text, texts that are added later do not move
+    the others. Raises ValueError if there are too few texts.
     """
 
     def drawn(document: Document) -> float:
@@ -152,8 +154,8 @@ def hold_out(splits: Splits, share: float) -> Splits:
     if len(splits["train"]) <= len(missing):
         flags = " and ".join(f"--{split}" for split in reversed(missing))
         raise ValueError(
-            f"--text has {len(splits['train'])} files, and whole ones are held out: give at least {len(missing) + 1}, or name "
-            f"those to hold out with {flags}"
+            f"--text has {len(splits['train'])} files, but whole files are held out: give at least {len(missing) + 1}, or name "
+            f"the files to hold out with {flags}"
         )
     left = sorted(splits["train"], key=drawn)
     moved: Splits = {}
@@ -166,10 +168,10 @@ def hold_out(splits: Splits, share: float) -> Splits:
 
 
 def wikitext(folder: Path, sha256: str | None = None) -> tuple[Splits, str]:
-    """WikiText-103 as it is split, from its archive in a folder, which is downloaded if it is not there.
+    """WikiText-103 with its own splits, from its archive in ``folder``. The archive is downloaded if it is missing.
 
-    The archive is read where it is; nothing is unpacked. Returns the splits and the archive's SHA-256; raises ValueError where
-    that is not the one given, or a part is missing, and OSError where it cannot be downloaded.
+    The archive is read without unpacking it. Returns the splits and the archive's SHA-256. Raises ValueError if that differs
+    from ``sha256`` or the archive is damaged or incomplete, and OSError if it cannot be downloaded.
     """
     archive = folder / WIKITEXT_URL.rpartition("/")[2]
     if not archive.exists():
@@ -177,19 +179,19 @@ def wikitext(folder: Path, sha256: str | None = None) -> tuple[Splits, str]:
     with open(archive, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 is not None and found != sha256.lower():
-        raise ValueError(f"{archive} has SHA-256 {found}, expected {sha256}: delete it, and it is downloaded again")
+        raise ValueError(f"{archive} has SHA-256 {found}, expected {sha256}: delete it to download it again")
     if sha256 is None and found != WIKITEXT_SHA256:
-        print(f"warning: {archive} has SHA-256 {found}, and the known one is {WIKITEXT_SHA256}", file=sys.stderr)
+        print(f"warning: {archive} has SHA-256 {found}; the known one is {WIKITEXT_SHA256}", file=sys.stderr)
     try:
         with zipfile.ZipFile(archive) as packed:
             members = {Path(name).name: name for name in packed.namelist()}
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive} is damaged ({error}): delete it, and it is downloaded again") from error
+        raise ValueError(f"{archive} is damaged ({error}): delete it to download it again") from error
     splits: Splits = {}
     for split in SPLITS:
         name = f"wiki.{split}.raw"
         if name not in members:
-            raise ValueError(f"{archive} lacks {name}: it is not WikiText-103 of raw text")
+            raise ValueError(f"{archive} lacks {name}: it is not the raw text of WikiText-103")
         splits[split] = [Document(name, f"{archive}: {members[name]}", partial(_open_member, archive, members[name]))]
     return splits, found
 
@@ -200,9 +202,11 @@ def _open_member(archive: Path, name: str) -> IO[bytes]:
 
 def _download(archive: Path) -> None:
     partial_file = archive.with_name(f".{archive.name}.{os.getpid()}.partial")
-    by_hand = f"fetch {WIKITEXT_URL} with a browser and put it at {archive}"
-    other = "or prepare the embedded corpus with --corpus numbers, or files of your own with --text"
-    request = urllib.request.Request(WIKITEXT_URL, headers={"User-Agent": "Mozilla/5.0"})  # urllib's own gets a 403
+    by_hand = f"download {WIKITEXT_URL} with a browser to {archive}"
+    other = "or prepare the embedded corpus with --corpus numbers, or your own files with --text"
+    request = urllib.request.Request(
+        WIKITEXT_URL, headers={"User-Agent": "Mozilla/5.0"}
+    )  # the server answers 403 to urllib's own
     with downloading("WikiText-103", by_hand, other):
         archive.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -222,7 +226,7 @@ _UNITS = (
     "nineteen"
 ).split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_SENTENCES = 20  # of a document of numbers
+_SENTENCES = 20  # lines in a document of numbers
 
 
 def in_words(number: int) -> str:
@@ -237,7 +241,7 @@ def in_words(number: int) -> str:
 
 
 def _sentence(generator: random.Random, kind: str, most: int) -> str:
-    """A true sentence of a kind on numbers that are not much above ``most``."""
+    """A true sentence of one kind about numbers below or not far above ``most``."""
     low, high = sorted(generator.sample(range(most), 2))
     step = generator.randrange(1, 11)
     numbers = {
@@ -260,9 +264,10 @@ def _sentence(generator: random.Random, kind: str, most: int) -> str:
 
 
 def numbers(seed: int, lines: int, share: float) -> Splits:
-    """Documents of 20 lines, each with true sentences of two kinds on numbers up to 20, 100 or 1000, by seed alone.
+    """Documents of 20 lines, each with true sentences of two kinds about numbers up to 20, 100 or 1000.
 
-    It has structure to learn, some within a word or two and some across a sentence, and is for trying things out.
+    They depend on the seed alone. They have structure to learn within a word or two and across a sentence, and serve only for
+    trying things out.
     """
     generator = random.Random(seed)
     documents = []

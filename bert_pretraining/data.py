@@ -1,4 +1,4 @@
-"""Batches of masked sequences, each a function of seed, step and position alone."""
+"""Batches of masked sequences, which are functions of seed, step and position alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIGN = 2**63
 @dataclass(frozen=True)
 class Batch:
     tokens: Tensor  # (B, seq) int64, some of them masked or replaced
-    positions: Tensor  # (B, predictions) int64, in ascending order: those to predict
+    positions: Tensor  # (B, predictions) int64, to be predicted, in ascending order
     targets: Tensor  # (B * predictions) int64: the original tokens, or IGNORED
 
     def chunk(self, parts: int) -> list[Batch]:
@@ -29,12 +29,12 @@ class Batch:
 
 
 def _signed(value: int) -> int:
-    """A 64-bit number as torch's int64 has it."""
+    """A 64-bit unsigned number as the int64 with the same bits."""
     return (value + _SIGN) % (2 * _SIGN) - _SIGN
 
 
 def hashed(key: int, counters: Tensor) -> Tensor:
-    """Numbers of 63 random bits, each a function of the key and a counter (int64): splitmix64, the same on every device."""
+    """Random numbers of 63 bits, each a function of the key and a counter (int64). splitmix64, the same on every device."""
     mixed = counters * _signed(0x9E3779B97F4A7C15) + _signed(key)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         mixed = (mixed ^ ((mixed >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
@@ -42,15 +42,15 @@ def hashed(key: int, counters: Tensor) -> Tensor:
 
 
 def _key(seed: int, *words: int) -> int:
-    """A 64-bit key of a seed and what is drawn."""
+    """A 64-bit key for a seed and for what is drawn with it, given as numbers."""
     return int(np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)[0])
 
 
 class Masks:
-    """Which positions are predicted and what stands there: functions of the seed and of a counter of all positions.
+    """Chooses the positions to predict and their input: functions of the seed and of a counter of all positions.
 
-    In every sequence ``predictions`` positions are drawn among those that hold text. Of these, 80 in 100 hold MASK, 10 in 100
-    a random word and 10 in 100 what they held (Devlin et al. 2019). Where a sequence has less text, the rest is not scored.
+    In every sequence, ``predictions`` positions are drawn among those that hold text. 80 % of them get MASK, 10 % a random
+    word, and 10 % keep their token (Devlin et al. 2019). If a sequence has less text, the remaining positions are not scored.
     """
 
     def __init__(self, seed: int, predictions: int, words: int) -> None:
@@ -58,7 +58,7 @@ class Masks:
         self._order, self._kind, self._word = (_key(seed, 1, number) for number in range(3))
 
     def __call__(self, tokens: Tensor, first: Tensor | int) -> Batch:
-        """Mask sequences (B, seq), of which the first is number ``first`` among all."""
+        """Mask sequences (B, seq). The first of them is number ``first`` among all sequences of the run."""
         sequences, length = tokens.shape
         counters = torch.arange(sequences * length, device=tokens.device).view(sequences, length) + first * length
         order = hashed(self._order, counters).masked_fill(tokens < SPECIALS, _SIGN - 1)
@@ -73,7 +73,7 @@ class Masks:
 
 
 def read_streams(corpus: Corpus) -> dict[str, Tensor]:
-    """The tokens of each split as int16, which torch can index where it cannot index uint16; they stay in their files."""
+    """The tokens of each split, mapped from their files. They are int16, since torch cannot index uint16."""
     sizes = {split: len(corpus.tokens(split)) for split in ("train", "valid", "test")}
     files = {split: str(corpus.folder / f"{split}.bin") for split in sizes}
     return {split: torch.from_file(files[split], size=size, dtype=torch.int16) for split, size in sizes.items()}
@@ -82,13 +82,13 @@ def read_streams(corpus: Corpus) -> dict[str, Tensor]:
 class PretrainingData:
     """Sequences of a corpus: BOS and the next ``seq - 1`` tokens of a split's stream.
 
-    Every pass over the training split has an order of its own; what does not fill a batch is left out of a pass. On a GPU the
-    streams are kept there, in two bytes a token.
+    Every pass over the training split has its own order. Sequences that do not fill a batch are left out of that pass. On a GPU
+    the streams are kept in GPU memory, at two bytes per token.
 
-    streams:  the tokens of "train", "valid" and "test", as :func:`read_streams` gives them.
+    streams:  the tokens of "train", "valid" and "test", as :func:`read_streams` returns them.
     words:    size of the vocabulary.
 
-    Raises ValueError where the training split has no whole batch, or another split no whole sequence.
+    Raises ValueError if the training split has no whole batch, or another split no whole sequence.
     """
 
     def __init__(
@@ -111,8 +111,8 @@ class PretrainingData:
         self._pass: tuple[int, Tensor] | None = None
         if not self.steps_per_pass:
             raise ValueError(
-                f"the corpus has {self.sequences('train')} training sequences of {seq} tokens, fewer than the {batch_size} of "
-                "a batch: lower --batch-size or --seq, or prepare more text"
+                f"the corpus has {self.sequences('train')} training sequences of {seq} tokens, fewer than a batch of "
+                f"{batch_size}: lower --batch-size or --seq, or prepare more text"
             )
         for split in streams:
             if not self.sequences(split):
@@ -135,18 +135,18 @@ class PretrainingData:
         return torch.cat([tokens.new_full((len(index), 1), BOS), tokens], dim=1)
 
     def masked(self, index: Tensor, first: Tensor | int) -> Batch:
-        """The training sequences of an index, the first of which is number ``first`` among all that were trained on."""
+        """The training sequences of an index (B), masked. The first is number ``first`` among all sequences of the run."""
         return self.masks(self._sequences("train", index), first)
 
     def train_batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> Batch:
-        """The batch of a step or, in parallel, the part of it that process ``rank`` trains on."""
+        """The batch of a step. With several processes, the part of it that process ``rank`` trains on."""
         number, place = divmod(step, self.steps_per_pass)
         share = self.batch_size // world_size
         start = place * self.batch_size + rank * share
         return self.masked(self.order(number)[start : start + share], step * self.batch_size + rank * share)
 
     def evaluation_batches(self, split: str, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """All sequences of a split in order, under masks that are the same in all runs; in parallel, a part of the batches."""
+        """All sequences of a split in order, with the same masks in all runs. With several processes, a part of the batches."""
         size = max(1, _EVALUATION_TOKENS // self.seq)
         masks = Masks(0, self.predictions, self.words)
         index = torch.arange(self.sequences(split), device=self.device)
@@ -156,21 +156,21 @@ class PretrainingData:
 
 
 class Feed:
-    """Batches of one step after another, from tensors that stay where they are; can be part of a CUDA graph.
+    """Batches of consecutive steps, from tensors at fixed addresses, so that it can be part of a CUDA graph.
 
-    :meth:`next` gives the batches of :meth:`PretrainingData.train_batch` within a pass; :meth:`start` must be called at the
-    beginning of each.
+    Within a pass, :meth:`next` returns the batches of :meth:`PretrainingData.train_batch`. :meth:`start` must be called at the
+    beginning of each pass.
     """
 
     def __init__(self, data: PretrainingData) -> None:
         self.data = data
         self.order = torch.empty(data.sequences("train"), dtype=torch.int64, device=data.device)
-        self.place = torch.zeros((), dtype=torch.int64, device=data.device)  # of the next batch in the order
-        self.first = torch.zeros((), dtype=torch.int64, device=data.device)  # number of its first sequence among all
+        self.place = torch.zeros((), dtype=torch.int64, device=data.device)  # start of the next batch in the order
+        self.first = torch.zeros((), dtype=torch.int64, device=data.device)  # number of its first sequence among all of the run
         self._within = torch.arange(data.batch_size, device=data.device)
 
     def start(self, step: int) -> None:
-        """Go to a step of the run, and to the order of its pass."""
+        """Continue at a step of the run, in the order of its pass."""
         number, place = divmod(step, self.data.steps_per_pass)
         self.order.copy_(self.data.order(number))
         self.place.fill_(place * self.data.batch_size)

@@ -1,4 +1,4 @@
-"""Configurations of the programs that start from a pre-trained encoder, and their runs. Loads without torch."""
+"""Configurations and runs of the programs that start from a pre-trained encoder. Loads without torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from common.experiments.config import REQUIRED, Config, derived, flag, non_negat
 from common.experiments.run_config import RunConfig
 from common.experiments.runs import Run, run_of
 
-MAX_TOKENS = {"sentences": 128, "squad": 384}  # of a sequence, by task
-QUESTION = 64  # tokens of a question at most; longer ones are cut
+MAX_TOKENS = {"sentences": 128, "squad": 384}  # tokens of a sequence, by task
+QUESTION = 64  # most tokens of a question; longer questions are truncated
 FRAME = 3  # special tokens around a question and a part of its context
 
 
@@ -31,19 +31,22 @@ class DownstreamConfig(Config):
         metavar="RUN",
         group="",
         input_file=True,
-        help="folder of a run of train.py, or a checkpoint in it, with tokenizer.model beside it",
+        help="folder of a run of train.py, or a checkpoint in it with tokenizer.model beside it",
     )
     pretraining: str | None = flag(
-        None, metavar="HASH", group="", help="configuration that the run of --init-from must have, so that rows differ by it"
+        None,
+        metavar="HASH",
+        group="",
+        help="configuration hash that the run of --init-from must have, so that rows differ by it",
     )
-    seed: int = override(RunConfig, "seed", help="part of the run's name; nothing is drawn from it")
+    seed: int = override(RunConfig, "seed", help="part of the run's name; this program draws no random numbers")
     device: str = override(RunConfig, "device")
     save_dir: Path | None = override(RunConfig, "save_dir")
     resume: str | None = flag(
         None,
         choices=("auto",),
         changes_result=False,
-        help="auto: a finished run in the save-dir is left as it is, and an unfinished one starts again",
+        help="auto: leave a finished run in --save-dir unchanged, and start an unfinished one again",
     )
     row: str | None = override(RunConfig, "row")
     row_config: str | None = override(RunConfig, "row_config")
@@ -60,49 +63,52 @@ class FinetuneConfig(DownstreamConfig):
 
     script: ClassVar[str] = "finetune.py"
     description: ClassVar[str] = (
-        "Fine-tune all weights of a pre-trained encoder to classify sentences, or to answer questions in SQuAD 1.1's form."
+        "Fine-tune all weights of a pre-trained encoder to classify sentences, or to answer questions in SQuAD 1.1's format."
     )
     group: ClassVar[str | None] = "fine-tuning"
 
-    seed: int = override(RunConfig, "seed", group="run", help="of the last layer's weights, order and dropout")
+    seed: int = override(RunConfig, "seed", group="run", help="seed of the last layer's weights, order and dropout")
     task: str = flag(
         REQUIRED, choices=list(MAX_TOKENS), help="sentences: lines of sentence<TAB>label; squad: JSON of SQuAD 1.1"
     )
-    train: Path = flag(REQUIRED, type=Path, metavar="FILE", input_file=True, help="what to train on")
-    dev: Path = flag(REQUIRED, type=Path, metavar="FILE", input_file=True, help="what chooses the best epoch")
+    train: Path = flag(REQUIRED, type=Path, metavar="FILE", input_file=True, help="training file")
+    dev: Path = flag(REQUIRED, type=Path, metavar="FILE", input_file=True, help="file on which the best epoch is chosen")
     test: Path | None = flag(
-        None, type=Path, metavar="FILE", input_file=True, help="what final and best are measured on (default: --dev)"
+        None, type=Path, metavar="FILE", input_file=True, help="file on which final and best are measured (default: --dev)"
     )
     max_tokens: int = flag(
         None,
         type=positive_int,
         metavar="N",
-        help="of a sequence: sentences are cut, contexts take windows (default: 128, of squad 384)",
+        help="tokens per sequence: longer sentences are truncated, and longer contexts split into windows (default: 128, for "
+        "squad 384)",
     )
-    stride: int = flag(None, type=positive_int, metavar="N", help="of squad: tokens from one window to the next (default: 128)")
+    stride: int = flag(None, type=positive_int, metavar="N", help="squad: tokens from one window to the next (default: 128)")
     epochs: int = flag(3, type=positive_int, metavar="N", help="passes over --train")
-    batch_size: int = flag(32, "-b", "--batch-size", type=positive_int, metavar="N", help="sequences of a step")
+    batch_size: int = flag(32, "-b", "--batch-size", type=positive_int, metavar="N", help="sequences per step")
     lr: float = flag(5e-5, "--lr", "--learning-rate", type=non_negative, help="highest learning rate")
-    warmup: float = flag(0.1, type=share, help="share of the steps in which the learning rate rises; then it falls to 0")
-    weight_decay: float = flag(0.01, "--weight-decay", "--wd", type=non_negative, help="of all weights but norms and biases")
-    dropout: float = flag(0.1, type=share, help="in the encoder and before the classifier")
+    warmup: float = flag(0.1, type=share, help="share of the steps during which the learning rate rises; then it falls to 0")
+    weight_decay: float = flag(
+        0.01, "--weight-decay", "--wd", type=non_negative, help="weight decay of all weights except norms and biases"
+    )
+    dropout: float = flag(0.1, type=share, help="dropout in the encoder and before the classifier")
 
     def resolve(self) -> None:
         super().resolve()
         self.max_tokens = self.max_tokens or MAX_TOKENS[self.task]
         if self.task == "sentences":
             if self.stride is not None:
-                raise ValueError(f"--stride {self.stride} is for --task squad: sentences have no windows")
+                raise ValueError(f"--stride {self.stride} needs --task squad: sentences have no windows")
             if self.max_tokens < FRAME:
                 raise ValueError(f"--max-tokens must be at least {FRAME}, got {self.max_tokens}")
             return
-        room = self.max_tokens - QUESTION - FRAME  # for context, beside the longest question
+        room = self.max_tokens - QUESTION - FRAME  # for context beside the longest question
         if room < 1:
             raise ValueError(f"--max-tokens must be above {QUESTION + FRAME}, which questions take, got {self.max_tokens}")
         self.stride = self.stride or min(128, room)
         if self.stride > room:
             raise ValueError(
-                f"--stride {self.stride} leaves out context: with --max-tokens {self.max_tokens} it is at most {room}"
+                f"--stride {self.stride} leaves out context: with --max-tokens {self.max_tokens} it must be at most {room}"
             )
 
     def files(self) -> dict[str, Path]:
@@ -120,7 +126,7 @@ class BlimpConfig(DownstreamConfig):
 
     script: ClassVar[str] = "blimp.py"
     description: ClassVar[str] = (
-        "Ask a pre-trained encoder which of two sentences is grammatical (BLiMP), by the pseudo-log-likelihood of each."
+        "Test whether a pre-trained encoder prefers the grammatical one of two sentences (BLiMP), by pseudo-log-likelihood."
     )
     group: ClassVar[str | None] = "scoring"
 
@@ -129,7 +135,7 @@ class BlimpConfig(DownstreamConfig):
         type=Path,
         metavar="PATH",
         changes_result=False,
-        help="BLiMP: folder of .jsonl files, one of them, or .tsv(.xz) of field, term, paradigm, good and bad sentence",
+        help="BLiMP: a folder of .jsonl files, one such file, or a .tsv(.xz) of field, term, paradigm, good and bad sentence",
     )
     pairs: int | None = flag(None, type=positive_int, metavar="N", help="only the first N pairs of each paradigm")
     batch_size: int = flag(
@@ -139,9 +145,9 @@ class BlimpConfig(DownstreamConfig):
         type=positive_int,
         metavar="N",
         changes_result=False,
-        help="sequences that are scored at once",
+        help="sequences scored at once",
     )
-    score: str = derived(REQUIRED)  # what tells the configuration from those of other programs
+    score: str = derived(REQUIRED)  # distinguishes the configuration from those of other programs
 
     def resolve(self) -> None:
         super().resolve()
@@ -163,14 +169,15 @@ SCRIPTS: dict[str, type[Config]] = {kind.script: kind for kind in (PretrainingCo
 
 
 def open_run(config: DownstreamConfig) -> Run | None:
-    """The run of a configuration, checked and not begun; None where there is nothing to do.
+    """The run of a configuration, checked and not begun, or None if there is nothing to do.
 
-    That is where it has finished, when its result is printed, and in all but the first of several processes of torchrun.
+    There is nothing to do if the run has finished, in which case its result is printed, or if this is not the first of several
+    processes of torchrun.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if int(os.environ.get("RANK", "0")) > 0:
             return None
-        print(f"{config.prog()} runs in one process: the others that were started do nothing", file=sys.stderr)
+        print(f"{config.prog()} runs in one process: the other processes do nothing", file=sys.stderr)
     run = run_of(config)
     if not run.finished:
         return run

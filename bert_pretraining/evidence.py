@@ -1,4 +1,4 @@
-"""The pre-training rows of evidence/: a small encoder on books, which two processor cores can train.
+"""The pre-training rows of evidence/: an encoder trained on books, small enough for two processor cores.
 
 evidence/README.md has the command that prepares the books as data-bin/books.
 """
@@ -19,7 +19,7 @@ DECAYS = ("0.01", "0.1", "1")
 
 
 def strength(weight_decay: str) -> Table:
-    """Strengths of decay, of which the table below takes the best by validation loss, on a seed of its own."""
+    """Strengths of decay on a separate seed. The table below uses those with the best validation loss."""
     recipe = (*_RECIPE, *_LAMB, *_NARROW, *_SPECTRAL, "--steps", "800", "--epoch-steps", "400")
     rows = [Row(f"weight-{d}", f"weight decay {d}", (*recipe, "--weight-decay", d), seeds=(0,)) for d in DECAYS]
     for d in DECAYS:
@@ -30,7 +30,7 @@ def strength(weight_decay: str) -> Table:
 
 
 def schemes(weight_decay: str, frobenius_decay: str) -> Table:
-    """Both schemes at the strengths that the table above chose."""
+    """Both schemes at the strengths chosen from the table above."""
     recipe = (*_RECIPE, "--steps", "5000", "--epoch-steps", "1000", "--weight-decay", weight_decay)
     lamb, narrow = (*recipe, *_LAMB), (*recipe, *_LAMB, *_NARROW)
     both = (*narrow, *_SPECTRAL, *FROBENIUS, "--frobenius-decay", frobenius_decay)
@@ -79,7 +79,7 @@ def sentiment(before: Table) -> Table:
     )
 
 
-# The best of three each by validation loss, in the order of the rows of strengths.
+# Each is the best of three by validation loss, from the table of strengths.
 WEIGHT_DECAY, FROBENIUS_DECAY = "0.1", "0.01"
 SCHEMES = schemes(WEIGHT_DECAY, FROBENIUS_DECAY)
 PROGRAM = Program(

@@ -1,6 +1,6 @@
-"""Fine-tune a pre-trained encoder: to classify sentences, or to find the answers to questions in a text.
+"""Fine-tune a pre-trained encoder to classify sentences, or to find the answers to questions in a text.
 
-Prints the path of the run's result.json on stdout; all else goes to stderr.
+Prints the path of the run's result.json on stdout; all other output goes to stderr.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HEADER = ["sentence", "label"]  # first line of GLUE's files
 
 
 class Example(Protocol):
-    """A sequence of tokens, and what is to be predicted from it."""
+    """A sequence of tokens, and the target to predict from it."""
 
     @property
     def tokens(self) -> np.ndarray: ...
@@ -52,14 +52,14 @@ class Example(Protocol):
     def target(self) -> tuple[int, ...]: ...
 
 
-Predict = Callable[[Sequence[Any]], Iterator[tuple[Any, Tensor]]]  # examples to each of them with its outputs
+Predict = Callable[[Sequence[Any]], Iterator[tuple[Any, Tensor]]]  # yields each example with its outputs
 
 
 class Task(Protocol):
-    """What is learned.
+    """A task to fine-tune on.
 
-    outputs:  numbers that the last layer gives for each position.
-    train:    examples to train on.
+    outputs:  number of outputs of the last layer for each position.
+    train:    training examples.
     splits:   names of the other files: "dev" and, if given, "test".
     """
 
@@ -70,11 +70,11 @@ class Task(Protocol):
     def train(self) -> Sequence[Example]: ...
 
     def loss(self, outputs: Tensor, words: Tensor, targets: Tensor) -> Tensor:
-        """Of outputs (batch, length, :attr:`outputs`), where ``words`` holds a token, and targets (batch, ...)."""
+        """Loss of outputs (batch, length, :attr:`outputs`) and targets (batch, ...). ``words`` is True where a token is."""
         ...
 
     def evaluate(self, split: str, predict: Predict) -> dict[str, float]:
-        """Scores in percent by name; the first is the one that counts."""
+        """Scores in percent by name. The first one selects the best epoch."""
         ...
 
 
@@ -88,7 +88,7 @@ class Sentence:
 
 
 def read_sentences(path: Path) -> list[tuple[int, str, str]]:
-    """Line number, sentence and label of each line of a file; a first line ``sentence<TAB>label`` is its header."""
+    """Line number, sentence and label of each line of a file. A first line ``sentence<TAB>label`` is a header."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -97,7 +97,7 @@ def read_sentences(path: Path) -> list[tuple[int, str, str]]:
     for number, line in enumerate(lines, 1):
         cells = [cell.strip() for cell in line.split("\t")]
         if cells == [""] and number == len(lines):
-            break  # what follows the last end of a line
+            break  # the empty rest after the last line end
         if number == 1 and [cell.lower() for cell in cells] == HEADER:
             continue
         if len(cells) != 2 or not all(cells):
@@ -114,18 +114,18 @@ def _labels(path: Path, lines: Sequence[tuple[int, str, str]]) -> list[str]:
     """The different labels of the training file, in order."""
     counts = Counter(label for _, _, label in lines)
     if len(counts) < 2:
-        raise ValueError(f"{path} has the label {lines[0][2]!r} alone: there is nothing to tell apart")
+        raise ValueError(f"{path} has only the label {lines[0][2]!r}: classification needs at least two")
     number, _, label = lines[0]
     if number == 1 and counts[label] == 1 and len(lines) > 2:
         raise ValueError(
-            f"{path} line 1 has the label {label!r}, as no other line does: a header must be {'<TAB>'.join(HEADER)}, "
-            "and the only sentence of a label must stand further below"
+            f"{path} line 1 has the label {label!r}, which no other line has: a header must be {'<TAB>'.join(HEADER)}; "
+            "if line 1 is not a header, move it further down"
         )
     return sorted(counts)
 
 
 class Sentences:
-    """Classification of sentences by a linear function of what the encoder gives for BOS, as in BERT and RoBERTa."""
+    """Classification of sentences by a linear layer on the encoder's output for BOS, as in BERT and RoBERTa."""
 
     def __init__(self, config: FinetuneConfig, tokenizer: Any) -> None:
         files = config.files()
@@ -135,14 +135,16 @@ class Sentences:
             for number, _, label in lines[split]:
                 if label not in labels:
                     known = ", ".join(labels)
-                    raise ValueError(f"{path} line {number} has the label {label!r}, and {config.train} has {known}")
+                    raise ValueError(f"{path} line {number} has the label {label!r}, but {config.train} has only {known}")
         self.outputs, self.splits = len(labels), [split for split in files if split != "train"]
         self.examples, room = {}, config.max_tokens - 2
         for split, read in lines.items():
             ids = [encode(tokenizer, text) for _, text, _ in read]
             cut = sum(len(each) > room for each in ids)
             if cut:
-                print(f"{cut} of {len(ids)} sentences of --{split} are cut to {config.max_tokens} tokens", file=sys.stderr)
+                print(
+                    f"{cut} of {len(ids)} sentences of --{split} are truncated to {config.max_tokens} tokens", file=sys.stderr
+                )
             self.examples[split] = [
                 Sentence(np.array([BOS, *each[:room], EOS], np.uint16), (labels.index(label),))
                 for each, (_, _, label) in zip(ids, read, strict=True)
@@ -162,7 +164,7 @@ class Sentences:
 
 
 class Questions:
-    """Where answers begin and end, as two scores of each position; an answer is the span of the highest sum in all windows."""
+    """Extraction of answers. Each position gets a score as beginning and as end; the span with the highest sum wins."""
 
     outputs = 2
 
@@ -191,9 +193,9 @@ class Questions:
 
 
 def best_span(scores: Tensor) -> tuple[float, int, int]:
-    """The highest score of a span, and its first and last token; ``scores`` (tokens, 2) are of beginning and end at each.
+    """The highest score of a span, and its first and last token. ``scores`` (tokens, 2) rate each token as beginning and end.
 
-    A span has ``squad.ANSWER`` tokens at most.
+    A span has at most ``squad.ANSWER`` tokens.
     """
     sums = scores[:, :1] + scores[:, 1]
     allowed = torch.ones_like(sums, dtype=torch.bool).triu().tril(squad.ANSWER - 1)
@@ -209,7 +211,7 @@ TASKS: dict[str, Callable[[FinetuneConfig, Any], Task]] = {"sentences": Sentence
 
 
 class Network(nn.Module):
-    """An encoder, and a linear layer with dropout before it for each position: (batch, length) -> (batch, length, outputs)."""
+    """An encoder, dropout, and a linear layer at each position: (batch, length) -> (batch, length, outputs)."""
 
     def __init__(self, encoder: MaskedLanguageModel, outputs: int, dropout: float) -> None:
         super().__init__()
@@ -223,7 +225,7 @@ class Network(nn.Module):
 
 
 class Finetuning:
-    """Trains a network on a task, and scores it after every epoch."""
+    """Trains a network on a task and scores it after every epoch."""
 
     def __init__(self, config: FinetuneConfig, network: Network, task: Task, run: Run, device: torch.device) -> None:
         self.config, self.network, self.task, self.run, self.device = config, network.to(device), task, run, device
@@ -237,12 +239,12 @@ class Finetuning:
         self.step = 0
 
     def learning_rate(self) -> float:
-        """It rises to --lr and then falls to 0, both linearly."""
+        """The learning rate of the next step. It rises linearly to --lr, and then falls linearly to 0."""
         rising = self.config.warmup * self.steps
         return self.config.lr * min((self.step + 1) / max(rising, 1), (self.steps - self.step) / (self.steps - rising))
 
     def fit(self) -> dict[str, float]:
-        """Train to the end. ``final`` is the score after the last epoch, and ``best`` that of the epoch best on --dev."""
+        """Train to the end. ``final`` is the score after the last epoch, ``best`` that of the epoch that is best on --dev."""
         started = time.monotonic()
         records = []
         for epoch in range(1, self.config.epochs + 1):
@@ -264,7 +266,7 @@ class Finetuning:
         return {**metrics, "seconds": time.monotonic() - started}
 
     def _epoch(self, epoch: int) -> float:
-        """Train an epoch; returns its mean loss."""
+        """Train an epoch and return its mean loss."""
         examples, size = self.task.train, self.config.batch_size
         order = torch.randperm(len(examples)).tolist()
         total = torch.zeros((), device=self.device)
@@ -288,7 +290,7 @@ class Finetuning:
 
     @torch.inference_mode()
     def _predict(self, examples: Sequence[Any]) -> Iterator[tuple[Any, Tensor]]:
-        """Each example with its outputs (length, outputs), on the CPU; shortest first, so that there is little padding."""
+        """Each example with its outputs (length, outputs), on the CPU. The shortest come first, to keep padding low."""
         self.network.eval()
         order, size = sorted(examples, key=lambda example: len(example.tokens)), 2 * self.config.batch_size
         for start in tqdm(range(0, len(order), size), desc="scoring", leave=False, disable=not sys.stderr.isatty()):
@@ -311,12 +313,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder, tokenizer = pretrained.load(config.init_from, pretraining=config.pretraining, dropout=config.dropout)
         if config.max_tokens > encoder.config.max_positions:
             limit = encoder.config.max_positions
-            raise ValueError(f"--max-tokens {config.max_tokens} is above the {limit} positions of the encoder: lower it")
+            raise ValueError(f"--max-tokens {config.max_tokens} exceeds the {limit} positions of the encoder: lower it")
         task = TASKS[config.task](config, tokenizer)
         seed_everything(config.seed)
         training = Finetuning(config, Network(encoder, task.outputs, config.dropout), task, run, device)
         run.begin()
-        run.truncate_log(0)  # of a run that did not finish
+        run.truncate_log(0)  # remove the lines of a run that did not finish
     groups = training.optimizer.param_groups
     decays = [{"group": g["name"], "tensors": len(g["params"]), "weight_decay": g["weight_decay"]} for g in groups]
     for entry in decays:

@@ -1,4 +1,4 @@
-"""A masked language model in plain torch: a pre-norm, bias-free encoder of factorized heads, layers and embeddings."""
+"""A masked language model in plain torch: a pre-norm, bias-free encoder with factorized heads, layers and embeddings."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ Init = Literal["regular", "spectral", "norm-matched"]
 class EncoderConfig:
     """Sizes of a masked language model, and how it is factorized.
 
-    A rank scale is in [0, 1], where 0 and 1 leave everything at full width.
+    Rank scales are in [0, 1]; 0 and 1 leave the full width.
 
     positions:              "learned" (a table) or "alibi" (each head subtracts a multiple of the distance from its scores).
-    max_positions:          tokens of a sequence at most.
-    dropout:                of embeddings, of attention, and of what each attention and feed-forward adds.
-    init_std:               standard deviation of all weights, by default .02 sqrt(768 / embed_dim).
-    rank_scale:             of heads: each has int(rank_scale * embed_dim / heads) dimensions.
-    rank_scale_layers:      of the feed-forward layers.
-    rank_scale_embeddings:  of the tables of words and positions.
-    init:                   of factorized layers and tables: "regular" (each factor like any weight), "spectral" or
-                            "norm-matched", as in :class:`LowRankConfig`.
-    quekey_init:            of the query-key products of heads, outval_init of their output-value products: "regular",
-                            "spectral" or "norm-matched", as in :func:`initialize_heads_`.
-    spectral_from:          what "spectral" decomposes: "full" heads, or the "narrow" ones themselves.
+    max_positions:          maximum number of tokens in a sequence.
+    dropout:                dropout of embeddings, of attention weights, and of the output of each attention and feed-forward.
+    init_std:               standard deviation of all initial weights, by default .02 sqrt(768 / embed_dim).
+    rank_scale:             rank scale of heads: each has int(rank_scale * embed_dim / heads) dimensions.
+    rank_scale_layers:      rank scale of the feed-forward layers.
+    rank_scale_embeddings:  rank scale of the word and position tables.
+    init:                   initialization of factorized layers and tables: "regular" (each factor is drawn like any weight),
+                            "spectral" or "norm-matched", as in :class:`LowRankConfig`.
+    quekey_init:            initialization of the heads' query-key products: "regular", "spectral" or "norm-matched", as in
+                            :func:`initialize_heads_`. outval_init: the same for output-value products.
+    spectral_from:          what "spectral" decomposes: "full" heads, or the "narrow" heads themselves.
 
     Raises ValueError naming the value and the limit.
     """
@@ -72,11 +72,11 @@ class EncoderConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.embed_dim % self.heads:
-            raise ValueError(f"embed_dim {self.embed_dim} does not split over {self.heads} heads")
+            raise ValueError(f"embed_dim {self.embed_dim} is not divisible by {self.heads} heads")
         if self.positions == "rotary":
             raise ValueError(
-                "positions must be learned or alibi, not rotary: rotation between query and key scores each distance by a "
-                "matrix of its own, so there is no single query-key product to initialize or decay"
+                "positions must be learned or alibi, not rotary: rotation gives each distance its own query-key product, so "
+                "there is no single one to initialize or decay"
             )
         if self.positions not in POSITIONS:
             raise ValueError(f"positions must be learned or alibi, got {self.positions!r}")
@@ -96,7 +96,7 @@ class EncoderConfig:
             if getattr(self, name) == "norm-matched" and not _narrows(self.rank_scale):
                 raise ValueError(
                     f"{name} 'norm-matched' needs a rank_scale between 0 and 1, got {self.rank_scale}: "
-                    "products of full heads have the norm of their spectral initialization already"
+                    "products of full heads already have the norm of their spectral initialization"
                 )
         if self.spectral_from not in ("full", "narrow"):
             raise ValueError(f"spectral_from must be full or narrow, got {self.spectral_from!r}")
@@ -112,12 +112,12 @@ class EncoderConfig:
 
     @property
     def head_dim(self) -> int:
-        """Dimensions of a head: the share rank_scale of the full ones, rounded down."""
+        """Dimensions of a head: rank_scale times those of a full head, rounded down."""
         return int(self.rank_scale * self.full_head_dim) if _narrows(self.rank_scale) else self.full_head_dim
 
     @property
     def std(self) -> float:
-        """Standard deviation of all weights at the start."""
+        """Standard deviation of all initial weights."""
         return 0.02 * math.sqrt(768 / self.embed_dim) if self.init_std is None else self.init_std
 
 
@@ -148,9 +148,9 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
-        """Of ``x`` (batch, length, embed_dim), with ``positions`` (batch, predictions) the output at these alone.
+        """Output for ``x`` (batch, length, embed_dim); with ``positions`` (batch, predictions), only at these positions.
 
-        ``mask`` is that of :class:`MultiheadAttention` and, with ``positions``, has a row for each of them.
+        ``mask`` is that of :class:`MultiheadAttention`. With ``positions``, it has one row for each of them.
         """
         normed, memory = self.norm1(x), None
         if positions is not None:
@@ -163,8 +163,8 @@ class EncoderLayer(nn.Module):
 class MaskedLanguageModel(nn.Module):
     """An encoder whose token embedding also scores the words at masked positions.
 
-    Initialized and factorized as the configuration says; ``report`` says what was factorized, against the model of full width.
-    What else is drawn does not depend on the initialization of heads.
+    It is initialized and factorized as configured. ``report`` lists what was factorized, compared with the full-width model.
+    The initialization of the heads does not affect the other random draws.
     """
 
     alibi: Tensor
@@ -172,7 +172,7 @@ class MaskedLanguageModel(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        with torch.random.fork_rng(devices=[]):  # what layers draw by themselves is not used, and depends on the width of heads
+        with torch.random.fork_rng(devices=[]):  # the layers' own draws are discarded; they depend on the width of heads
             self.embed_tokens: nn.Module = nn.Embedding(config.words, config.embed_dim)
             if config.positions == "learned":
                 self.embed_positions = nn.Embedding(config.max_positions, config.embed_dim)
@@ -207,10 +207,10 @@ class MaskedLanguageModel(nn.Module):
         return FactorizationReport(tuple(rows), count_full(config), count_parameters(self))
 
     def encode(self, tokens: Tensor, words: Tensor | None = None) -> Tensor:
-        """Representations (batch, length, embed_dim), normalized, of ``tokens`` (batch, length).
+        """Normalized representations (batch, length, embed_dim) of ``tokens`` (batch, length).
 
-        ``words`` is True where a position holds a token, as each sequence has at least one, and None where all do. What the
-        other positions give is of no meaning.
+        ``words`` is True at positions that hold a token, of which each sequence needs at least one; None if all do. The
+        outputs at other positions are meaningless.
         """
         x, mask = self._embed(tokens, words)
         for layer in self.layers:
@@ -218,7 +218,7 @@ class MaskedLanguageModel(nn.Module):
         return self.norm(x)
 
     def score(self, hidden: Tensor) -> Tensor:
-        """Scores (..., words) of each word at positions with these representations (..., embed_dim)."""
+        """Scores (..., words) of each word, from the representations (..., embed_dim) of positions."""
         table = self.embed_tokens
         if not isinstance(table, FactorizedEmbedding):
             assert isinstance(table.weight, Tensor)
@@ -231,7 +231,7 @@ class MaskedLanguageModel(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Scores (batch * predictions, words) at ``positions`` (batch, predictions) of ``tokens`` (batch, length).
 
-        The last layer computes no more than these positions need.
+        The last layer computes only what these positions need.
         """
         x, mask = self._embed(tokens, None)
         *before, last = self.layers
@@ -254,15 +254,15 @@ class MaskedLanguageModel(nn.Module):
 
 
 def _take(x: Tensor, positions: Tensor) -> Tensor:
-    """What ``x`` holds at positions: (batch, length, ...), (batch, predictions) -> (batch, predictions, ...)."""
+    """The values of ``x`` at positions: (batch, length, ...), (batch, predictions) -> (batch, predictions, ...)."""
     return x[torch.arange(len(x), device=x.device)[:, None], positions]
 
 
 def alibi(heads: int, length: int) -> Tensor:
-    """What ALiBi adds to the scores of each head, (heads, length, length): minus its slope times the distance.
+    """The bias (heads, length, length) that ALiBi adds to attention scores: minus the head's slope times the distance.
 
-    Slopes are those of Press, Smith and Lewis (ICLR 2022): 2^(-8 / heads), its square and so on; where the number of heads is
-    not a power of two, those of the next lower power, and then every other one of its double.
+    The slopes are those of Press, Smith and Lewis (ICLR 2022): 2^(-8 / heads), its square and so on. If the number of heads is
+    not a power of two, they are the slopes for the next lower power of two, followed by every other slope for twice that power.
     """
     power = 2 ** int(math.log2(heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
@@ -273,12 +273,12 @@ def alibi(heads: int, length: int) -> Tensor:
 
 @torch.no_grad()
 def initialize_heads_(pair: FactorPair, full: int, std: float, init: Init, spectral_from: Literal["full", "narrow"]) -> None:
-    """Draw the factors of a product of heads, in place, as parts of heads of ``full`` dimensions from N(0, std^2).
+    """Draw the factors of a product of heads, in place, from heads of ``full`` dimensions drawn from N(0, std^2).
 
-    "regular" heads are the first dimensions of the full ones, which is how narrow heads are drawn as they are. "spectral"
-    takes balanced factors of the product: from "full", of the leading part of the full heads' product, which is its
-    truncated SVD; from "narrow", of the whole product of the regular heads. "norm-matched" scales the regular heads so that
-    each product has the norm that "spectral" from "full" gives. All of them draw the same numbers.
+    "regular" takes the first dimensions of the full heads, which equals drawing narrow heads directly. "spectral" takes
+    balanced factors: from "full", those of the truncated SVD of the full heads' product; from "narrow", those of the whole
+    product of the regular heads. "norm-matched" scales the regular heads so that each product has the norm that "spectral"
+    from "full" gives. All of them draw the same random numbers.
     """
     u, vt = pair.factors()
     heads, rows, rank = u.shape
@@ -296,7 +296,7 @@ def initialize_heads_(pair: FactorPair, full: int, std: float, init: Init, spect
 
 
 def _draw_factors(std: float, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors for a matrix, of which only shape, dtype and device are read."""
+    """Factors for a matrix; only its shape, dtype and device are used."""
     rows, columns = matrix.shape
     return matrix.new_empty(rows, rank).normal_(std=std), matrix.new_empty(rank, columns).normal_(std=std)
 
@@ -313,7 +313,7 @@ def products(model: nn.Module) -> dict[str, list[FactorPair]]:
 def frobenius_decay(
     model: nn.Module, coef: float, layers: bool, query_key: bool, output_value: bool, *, decoupled: bool = False
 ) -> FrobeniusDecay | None:
-    """Frobenius decay of factorized layers and tables, and of query-key and output-value products; None where of nothing."""
+    """Frobenius decay of factorized layers and tables, query-key products and output-value products, or None if all are off."""
     found = products(model)
     pairs = (found["quekey"] if query_key else []) + (found["outval"] if output_value else [])
     if not layers and not pairs:
@@ -322,16 +322,16 @@ def frobenius_decay(
 
 
 def count_full(config: EncoderConfig) -> int:
-    """Parameters of the same model without factorization, counted on shapes alone."""
+    """Number of parameters of the same model without factorization, computed from its shapes."""
     rows = config.words + (config.max_positions if config.positions == "learned" else 0)
     layer = 4 * config.embed_dim**2 + 2 * config.embed_dim * config.ffn_dim + 2 * config.embed_dim
     return rows * config.embed_dim + config.layers * layer + config.embed_dim
 
 
 def from_checkpoint(architecture: Mapping[str, Any], weights: Mapping[str, Tensor]) -> MaskedLanguageModel:
-    """The model of these fields of a configuration and this state dict; raises ValueError saying what does not fit.
+    """The model with these configuration fields and this state dict. Raises ValueError naming what does not match.
 
-    The state of torch's generator is left as it was.
+    The state of torch's random generator does not change.
     """
     known = {field.name: field.default for field in fields(EncoderConfig)}
     for name in sorted(architecture.keys() - known.keys()):

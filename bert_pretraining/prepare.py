@@ -41,10 +41,10 @@ from common.experiments.files import ROOT, digest, read_json, write_atomic, writ
 from common.experiments.runs import clean_errors
 
 PROG = "bert_pretraining/prepare.py"
-LEARNED = 2**27  # characters to learn a tokenizer from, which take 600 MB of memory; of more text, lines at even distances
+LEARNED = 2**27  # characters that a tokenizer is learned from, in 600 MB of memory; more text is sampled at regular intervals
 _BATCH = 1000  # lines encoded at once
-_FOLDERS = {"numbers": "pretraining-numbers", "wikitext-103": "wikitext-103"}  # data-bin/numbers is of the translation
-# Flags that one source of text alone has, with their defaults.
+_FOLDERS = {"numbers": "pretraining-numbers", "wikitext-103": "wikitext-103"}  # data-bin/numbers belongs to translation
+# Flags that apply to only one source of text, with their defaults.
 _OWN: dict[str, dict[str, Any]] = {
     "--text": {"valid": (), "test": ()},
     "--corpus numbers": {"seed": 0, "lines": 30_000},
@@ -63,33 +63,35 @@ def _vocabulary(text: str) -> int:
     value = int(text)
     if not SPECIALS + BYTES < value <= MOST_WORDS:
         raise argparse.ArgumentTypeError(
-            f"must be above {SPECIALS + BYTES}, for the special tokens and all bytes, and at most {MOST_WORDS}, got {text}"
+            f"must be above {SPECIALS + BYTES}, the special tokens and all bytes, and at most {MOST_WORDS}, got {text}"
         )
     return value
 
 
 def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parsed and checked flags. ``source`` is the flag that names the text."""
+    """Parse and check the flags. ``source`` is the flag that names the text."""
     parser = FlagParser(prog=PROG, description="Prepare text for train.py.")
     paths: dict[str, Any] = {"nargs": "+", "type": Path, "metavar": "PATH"}
     parser.add_argument(
         "--text",
         **paths,
-        help="text to learn from: UTF-8 files that end in .txt or .md, or in .gz or .xz, and folders of such files, at any "
-        "depth",
+        help="text to train on: UTF-8 files that end in .txt or .md, or in .gz or .xz, and folders of such files, at any depth",
     )
     parser.add_argument("--valid", **paths, help="files or folders to validate on (default: some of --text)")
     parser.add_argument("--test", **paths, help="files or folders to test on (default: some of --text)")
-    parser.add_argument("--corpus", choices=("numbers", "wikitext-103"), help="text that is embedded, or is downloaded")
+    parser.add_argument("--corpus", choices=("numbers", "wikitext-103"), help="text that is embedded (numbers) or downloaded")
     parser.add_argument(
-        "--held-out", type=_share, metavar="SHARE", help="of --text or numbers, by a hash of the file's name (default: 0.02)"
+        "--held-out",
+        type=_share,
+        metavar="SHARE",
+        help="share of --text or numbers for each held-out split, chosen by a hash of the file's name (default: 0.02)",
     )
     parser.add_argument("--words", type=_vocabulary, metavar="N", help="tokens of the vocabulary (default: 8192; numbers: 512)")
-    parser.add_argument("--lower-case", action="store_true", help="fold case; the tokenizer then does so with any text")
+    parser.add_argument("--lower-case", action="store_true", help="fold case; the tokenizer then folds the case of any text")
     parser.add_argument("--lines", type=positive_int, metavar="N", help="sentences of numbers, 60 to 1000000 (default: 30000)")
-    parser.add_argument("--seed", type=natural, help="of the sentences of numbers (default: 0)")
+    parser.add_argument("--seed", type=natural, help="seed of the sentences of numbers (default: 0)")
     parser.add_argument("--data-dir", type=Path, help="folder of WikiText-103's archive (default: data/wikitext-103)")
-    parser.add_argument("--sha256", help="what this archive must have; what it has is printed and kept")
+    parser.add_argument("--sha256", help="SHA-256 that this archive must have; the actual one is printed and recorded")
     parser.add_argument(
         "--dest", type=Path, help="folder to write (default: data-bin/wikitext-103 or data-bin/pretraining-numbers)"
     )
@@ -102,14 +104,14 @@ def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
             if getattr(args, name) is None:
                 setattr(args, name, default)
             elif source != args.source:
-                parser.error(f"--{name.replace('_', '-')} goes with {source}, got {args.source}")
+                parser.error(f"--{name.replace('_', '-')} needs {source}, got {args.source}")
     if args.held_out is not None and (args.corpus == "wikitext-103" or (args.valid and args.test)):
         parser.error("--held-out has nothing to hold out: all three splits are given")
     args.held_out = args.held_out or 0.02
     if args.text and args.dest is None:
         parser.error("--text needs --dest: the folder to write")
     if not 60 <= args.lines <= 10**6:
-        parser.error(f"--lines must be from 60, which are three documents, to 1000000, got {args.lines}")
+        parser.error(f"--lines must be from 60 (three documents) to 1000000, got {args.lines}")
     args.words = args.words or (512 if args.corpus == "numbers" else 8192)
     args.dest = args.dest or ROOT / "data-bin" / _FOLDERS[args.corpus]
     return args
@@ -120,9 +122,9 @@ def progress(what: str, **options: Any) -> tqdm:
 
 
 def check(splits: Splits) -> tuple[str, dict[str, int]]:
-    """Read all documents: a SHA-256 of names and contents, and the characters of each split.
+    """Read all documents. Returns a SHA-256 of names and contents, and the number of characters of each split.
 
-    Raises ValueError naming the first document that is not plain text, or is in two splits.
+    Raises ValueError naming the first document that is not plain text or that is in two splits.
     """
     found: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
     characters = dict.fromkeys(SPLITS, 0)
@@ -148,14 +150,14 @@ def read_lines(documents: Sequence[Document], what: str, characters: int) -> Ite
 
 
 def sample(lines: Iterator[str], share: float) -> Iterator[str]:
-    """A share of the lines, at even distances."""
+    """A share of the lines, at regular intervals."""
     for number, line in enumerate(lines):
         if int((number + 1) * share) > int(number * share):
             yield line
 
 
 def write_tokens(path: Path, documents: Sequence[Document], tokenizer: Any, characters: int) -> int:
-    """Write the tokens of the documents' lines as little-endian uint16, EOS after each document; returns their number."""
+    """Write the tokens of the documents as little-endian uint16, with EOS after each document. Returns their number."""
     count = 0
     with open(path, "wb") as file, progress(f"encoding {path.stem}", total=characters, unit=" characters") as bar:
         for document in documents:
@@ -175,7 +177,7 @@ def write_tokens(path: Path, documents: Sequence[Document], tokenizer: Any, char
 def prepare(
     splits: Splits, characters: dict[str, int], dest: Path, words: int, lower_case: bool, facts: dict[str, Any]
 ) -> dict[str, int]:
-    """Learn a tokenizer and write the folder, whole or not at all; returns the number of tokens of each split."""
+    """Learn a tokenizer and write the folder atomically. Returns the number of tokens of each split."""
     folder = dest.with_name(f".{dest.name}.{os.getpid()}.partial")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -203,7 +205,7 @@ def prepare(
 
 
 def read(args: argparse.Namespace) -> tuple[Splits, str | None]:
-    """The splits that the flags name and, where they come from an archive, its SHA-256."""
+    """The splits that the flags name, and the SHA-256 of their archive, or None if there is no archive."""
     if args.corpus == "wikitext-103":
         return corpora.wikitext(args.data_dir, args.sha256)
     if args.corpus == "numbers":
@@ -221,9 +223,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.dest.exists() and not (args.dest.is_dir() and not any(args.dest.iterdir())):
             held = read_json(args.dest / PREPARED) if (args.dest / PREPARED).exists() else {}
             if not isinstance(held, dict) or any(held.get(key) != value for key, value in settings.items()):
-                raise ValueError(f"{args.dest} exists and was not prepared like this: choose another --dest, or remove it")
+                raise ValueError(
+                    f"{args.dest} exists but was prepared with other settings: choose another --dest, or remove it"
+                )
             Corpus(args.dest)
-            print(f"{args.dest} is prepared already: nothing to do", file=sys.stderr)
+            print(f"{args.dest} is already prepared: nothing to do", file=sys.stderr)
             return
         tokens = prepare(splits, characters, args.dest, args.words, args.lower_case, {**settings, "archive_sha256": archive})
     where = args.dest.relative_to(ROOT) if args.dest.is_relative_to(ROOT) else args.dest

@@ -1,4 +1,4 @@
-"""What a checkpoint of train.py holds: an encoder and its tokenizer."""
+"""Load the encoder and the tokenizer of a checkpoint of train.py, and related helpers."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from common.experiments.files import digest
 
 
 def load(path: Path, *, pretraining: str | None = None, **changes: Any) -> tuple[MaskedLanguageModel, Any]:
-    """The encoder of a checkpoint, and the tokenizer that lies beside it.
+    """The encoder of a checkpoint, and the tokenizer beside it.
 
-    ``pretraining`` is the hash that its configuration must have, if given; ``changes`` replace fields of its architecture, such
-    as dropout. Raises ValueError where the file, its configuration, its tokenizer or its weights are wrong.
+    If ``pretraining`` is given, it is the hash that the checkpoint's configuration must have. ``changes`` replace fields of the
+    architecture, such as dropout. Raises ValueError if the file, its configuration, its tokenizer or its weights are wrong.
     """
     state = checkpoints.load(path)
     for key in ("architecture", "model", "tokenizer", "config"):
         if key not in state:
-            raise ValueError(f"{path} is no checkpoint of bert_pretraining/train.py: it has no {key!r}")
+            raise ValueError(f"{path} is not a checkpoint of bert_pretraining/train.py: it has no {key!r}")
     check_pretraining(state, path, pretraining)
     beside = path.parent / TOKENIZER
     if not beside.exists():
-        raise ValueError(f"there is no {TOKENIZER} beside {path}: copy the one of the corpus that it was trained on")
+        raise ValueError(f"there is no {TOKENIZER} beside {path}: copy that of the corpus it was trained on")
     if digest(beside) != state["tokenizer"]:
         raise ValueError(
-            f"{beside} has the digest {digest(beside)}, and {path} was trained with {state['tokenizer']}: copy that one"
+            f"{beside} has the digest {digest(beside)}, but {path} was trained with {state['tokenizer']}: copy that tokenizer"
         )
     model = from_checkpoint({**state["architecture"], **changes}, checkpoints.model_state(state, path))
     return model, load_tokenizer(beside)
 
 
 def pad(sequences: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Sequences of tokens as (batch, length), padded on the right, and where that holds a token."""
+    """Sequences of tokens as (batch, length), padded on the right, and a mask that is True where there is a token."""
     lengths = np.array([len(each) for each in sequences])
     tokens = np.full((len(sequences), lengths.max()), PAD, np.int64)
     for row, each in zip(tokens, sequences, strict=True):
@@ -50,6 +50,6 @@ def pad(sequences: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, 
 
 
 def parameters(model: MaskedLanguageModel, more: int = 0) -> dict[str, Any]:
-    """Parameters for a result: those of the encoder and, with ``more`` of a last layer, of the model of full width."""
+    """Numbers of parameters for a result, of the encoder and of its full-width form. ``more`` of a last layer count in both."""
     compressed, original = model.report.compressed + more, model.report.original + more
     return {"original": original, "compressed": compressed, "ratio": compressed / original}

@@ -1,8 +1,9 @@
 """The pre-training rows: both schemes in attention, under LAMB, FLAMBe and AdamW, at the size of BERT and at smaller ones.
 
-The paper claims that both schemes help unsupervised pre-training; its code for it was never released, and its recipe is not
-known. The recipe of the base and large rows is the one that NVIDIA published for BERT with LAMB (DeepLearningExamples,
-run_pretraining.sh): two phases, of 7,038 steps of 65,536 sequences of 128 tokens and of 1,563 steps of 32,768 sequences of 512.
+The paper claims that both schemes help unsupervised pre-training. Its pre-training code was never released, and its recipe is
+not known. The base and large rows use the recipe that NVIDIA published for BERT with LAMB (DeepLearningExamples,
+run_pretraining.sh). It has two phases: 7,038 steps of 65,536 sequences of 128 tokens, then 1,563 steps of 32,768 sequences of
+512 tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from bert_pretraining.config import PretrainingConfig
 from bert_pretraining.downstream import SCRIPTS
 from common.tables.rows import CurveFigure, Program, Published, Row, Table
 
-CORPUS = "data-bin/wikipedia-books"  # a corpus of one's own, prepared with 30,000 words: BERT's has no stable source
+CORPUS = "data-bin/wikipedia-books"  # a corpus of your own, prepared with 30,000 words: BERT's corpus has no stable source
 WIKITEXT = "data-bin/wikitext-103"
 SCORE = "masked loss in nats (lower is better; final: test split, last weights; best: validation split, best epoch)"
 CURVES = (CurveFigure("curves", ("valid_loss", "quekey_norm", "outval_norm")),)
@@ -26,7 +27,7 @@ INITS = {
     "regular": ((), "regular initialization"),
     "spectral": (QUEKEY + OUTVAL, "spectral initialization of both products"),
 }
-# Of heads of full width the truncation keeps everything: what is left of spectral initialization is balance.
+# Truncation keeps all of a full-width head, so spectral initialization only balances its factors.
 FULL_INITS = {
     **INITS,
     "spectral": (QUEKEY + OUTVAL, "both products balanced, which is all that spectral initialization does here"),
@@ -55,7 +56,7 @@ _ADAMW = {
 
 
 def methods() -> dict[str, tuple[tuple[str, ...], str]]:
-    """The rows of a size by name: what differs from the recipe for LAMB, and the row in words."""
+    """The rows of one size by name: the flags that differ from the LAMB recipe, and a description."""
     found = {}
     for optimizer, (decay, decayed) in OPTIMIZERS.items():
         for init, (flags, words) in FULL_INITS.items():
@@ -68,13 +69,13 @@ def methods() -> dict[str, tuple[tuple[str, ...], str]]:
     return found
 
 
-# What is known of SQuAD: a summary of the paper that may be written by a machine, and may mix up base and large.
+# The known SQuAD scores come from a summary of the paper that may be machine-written, and may confuse base and large.
 _SUMMARY = "a second-hand summary of the paper, unverified"
 _BASE = {"1-lamb-regular": Published(88.55, _SUMMARY), "0.5-flambe-spectral": Published(87.69, _SUMMARY)}
-# Batch, learning rate, warm-up, steps, length and predictions of both phases; weight decay, bound on gradients and power.
+# Batch size, learning rate, warm-up, steps, length and predictions of both phases; then the flags shared by both.
 _PHASES = (("65536", "6e-3", "0.2843", "7038", "128", "20"), ("32768", "4e-3", "0.128", "1563", "512", "80"))
 _LAMB = ("--weight-decay", "0.01", "--clip-norm", "1", "--lr-power", "0.5", "--dropout", "0.1")
-# AdamW at the batch, rate and warm-up of Izsak et al. 2021, for as many sequences as LAMB.
+# AdamW with the batch size, learning rate and warm-up of Izsak et al. 2021, for as many sequences as with LAMB.
 _ADAMW_PHASES = (("4096", "1e-3", "0.06", "112608", "128", "20"), ("4096", "1e-3", "0.06", "12504", "512", "80"))
 _ADAMW_RECIPE = ("--optimizer", "adamw", "--beta2", "0.98", "--weight-decay", "0.01", "--clip-norm", "1", "--dropout", "0.1")
 
@@ -85,14 +86,14 @@ def _phase(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _hours(size: str, phase: tuple[str, ...]) -> float:
-    """GPU-hours at 10^14 operations a second, counting 6 for each token and weight outside of the embeddings."""
+    """GPU-hours at 10^14 operations per second, counting 6 operations per token and weight outside of the embeddings."""
     weights = {"base": 85e6, "large": 302e6}[size]
     batch, steps, length = int(phase[0]), int(phase[3]), int(phase[4])
     return 6 * weights * batch * steps * length / 1e14 / 3600
 
 
 def two_phases(size: str) -> Table:
-    """The rows of BERT-base or BERT-large; a row is a second phase, whose first phase runs before it."""
+    """The rows of BERT-base or BERT-large. A row is a second phase; its first phase runs before it."""
     rows: list[Row] = []
     for name, (flags, words) in {**methods(), **_ADAMW}.items():
         (first, second), recipe = (_ADAMW_PHASES, _ADAMW_RECIPE) if name in _ADAMW else (_PHASES, _LAMB)
@@ -105,7 +106,7 @@ def two_phases(size: str) -> Table:
 
 
 def squad(size: str, known: Mapping[str, Published]) -> Table:
-    """SQuAD v1.1 from the second phase of each row."""
+    """SQuAD v1.1, fine-tuned from the second phase of each row."""
     before = two_phases(size)
     flags = ("--task", "squad", "--train", "data/squad/train-v1.1.json", "--dev", "data/squad/dev-v1.1.json")
     rows = [fine_tuned(before, row, *flags, "--lr", "3e-5", "--epochs", "2", hours=1) for row in before.own_runs()]
@@ -115,14 +116,14 @@ def squad(size: str, known: Mapping[str, Published]) -> Table:
 
 
 def fine_tuned(table: Table, row: Row, *flags: str, script: str = "finetune.py", hours: float = 0.0) -> Row:
-    """A row that starts from the run of a row of another table."""
+    """A row that starts from the run of ``row`` in another table."""
     hash = PretrainingConfig.parse(row.flags).config_hash()
     words = ("--init-from", "{after}", "--pretraining", hash, *flags)
     return Row(row.id, row.label, words, hours, seeds=row.seeds, script=script, after=replace(row, table=table.id))
 
 
 def mini() -> Table:
-    """The same at the size of BERT-mini, for one GPU and an hour."""
+    """The same methods at the size of BERT-mini: an hour on one GPU."""
     recipe = (WIKITEXT, "--model", "mini", "--positions", "alibi", "--seq", "128", "--batch-size", "512", "--steps", "20000")
     recipe += ("--epoch-steps", "1000", "--amp", "bf16", "--clip-norm", "1")
     rows = [Row(name, words, (*recipe, "--lr", "1e-2", *flags), hours=1) for name, (flags, words) in methods().items()]

@@ -1,4 +1,4 @@
-"""Questions in the form of SQuAD 1.1: reading, windows of a context, and the official scores. Loads without torch."""
+"""Questions in the format of SQuAD 1.1: reading, windows of a context, and the official scores. Loads without torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from bert_pretraining.downstream import FRAME, QUESTION
 from bert_pretraining.text import BOS, EOS
 from common.experiments.files import read_json
 
-ANSWER = 30  # tokens of an answer at most
+ANSWER = 30  # most tokens of an answer
 
-Encode = Callable[[str], tuple[Sequence[int], Sequence[tuple[int, int]]]]  # text to tokens, and to [begin, end) of each in it
+Encode = Callable[
+    [str], tuple[Sequence[int], Sequence[tuple[int, int]]]
+]  # text to its tokens, and to [begin, end) of each in the text
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question; its answers, at least one, are given by where they begin in the context, in characters, and their text."""
+    """A question with at least one answer: the character at which it begins in the context, and its text."""
 
     id: str
     text: str
@@ -32,7 +34,7 @@ class Question:
 
 
 def read(path: Path) -> list[Question]:
-    """Questions of a file of SQuAD 1.1. Raises ValueError, naming the question, where an answer is not where it should be."""
+    """Questions of a SQuAD 1.1 file. Raises ValueError, naming the question, if an answer is not at its given place."""
     content, found = read_json(path), dict[str, Question]()
     try:
         for paragraph in (paragraph for article in content["data"] for paragraph in article["paragraphs"]):
@@ -44,7 +46,7 @@ def read(path: Path) -> list[Question]:
                 found[question.id] = question
                 _check(question, path)
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not in the form of SQuAD 1.1: {type(error).__name__} {error}") from error
+        raise ValueError(f"{path} is not in the format of SQuAD 1.1: {type(error).__name__} {error}") from error
     if not found:
         raise ValueError(f"{path} has no questions")
     return list(found.values())
@@ -56,17 +58,19 @@ def _check(question: Question, path: Path) -> None:
     for start, text in question.answers:
         there = question.context[max(start, 0) : start + len(text)]
         if not text.strip() or there != text:
-            raise ValueError(f"{path}: question {question.id} has the answer {text!r} at character {start}, where {there!r} is")
+            raise ValueError(
+                f"{path}: question {question.id} has the answer {text!r} at character {start}, where the context has {there!r}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
     """A question with a part of its context: BOS question EOS context EOS.
 
-    question:  its place among the questions.
+    question:  index of the question.
     first:     position of the first token of the context.
     offsets:   (context tokens, 2): where each begins and ends in the context, in characters.
-    target:    positions of the first and the last token of the first answer; both 0, which is BOS, where the window lacks any.
+    target:    positions of the first and last token of the first answer; both 0, which is BOS, if the window lacks part of it.
     """
 
     question: int
@@ -77,7 +81,7 @@ class Window:
 
 
 def windows(questions: Sequence[Question], encode: Encode, max_tokens: int, stride: int) -> list[Window]:
-    """Windows of at most ``max_tokens`` tokens that begin every ``stride`` tokens of a context, until its end is in one."""
+    """Windows of at most ``max_tokens`` tokens, starting every ``stride`` tokens of a context until one contains its end."""
     encode = cache(encode)  # questions share their contexts
     found = []
     for index, question in enumerate(questions):
@@ -97,12 +101,12 @@ def windows(questions: Sequence[Question], encode: Encode, max_tokens: int, stri
 
 
 def token_span(offsets: np.ndarray, start: int, end: int) -> tuple[int, int]:
-    """The first and the last token that hold any of the characters from ``start`` to before ``end``."""
+    """The first and the last token that hold any of the characters in [``start``, ``end``)."""
     return int(np.searchsorted(offsets[:, 1], start, "right")), int(np.searchsorted(offsets[:, 0], end, "left")) - 1
 
 
 def answer(question: Question, offsets: np.ndarray, first: int, last: int) -> str:
-    """The text of these tokens of the context."""
+    """The text of the context from token ``first`` to token ``last``."""
     return question.context[offsets[first, 0] : offsets[last, 1]].strip()
 
 
@@ -110,25 +114,25 @@ def answer(question: Question, offsets: np.ndarray, first: int, last: int) -> st
 
 
 def normalize(text: str) -> str:
-    """Lower case, without punctuation, articles and superfluous white space."""
+    """The text in lower case, without punctuation, articles and extra white space."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def exact(prediction: str, gold: str) -> float:
-    """1 where both are the same once normalized, else 0."""
+    """1 if both are equal after normalization, else 0."""
     return float(normalize(prediction) == normalize(gold))
 
 
 def f1(prediction: str, gold: str) -> float:
-    """Harmonic mean of the shares of the words of each that the other has, too."""
+    """Harmonic mean of precision and recall: the shares of the words of each text that the other also has."""
     ours, theirs = normalize(prediction).split(), normalize(gold).split()
     common = (Counter(ours) & Counter(theirs)).total()
     return 2 * common / (len(ours) + len(theirs)) if common else 0.0
 
 
 def scores(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, float]:
-    """F1 and exact match in percent: of each question that of the answer which gives most; without a prediction it is 0."""
+    """F1 and exact match in percent. Each question counts with its best answer, and with 0 if it has no prediction."""
     totals = {"f1": 0.0, "exact": 0.0}
     for question in questions:
         if question.id in predictions:

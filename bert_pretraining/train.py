@@ -1,6 +1,6 @@
-"""Pre-train an encoder with masked-language modeling: with spectral initialization, Frobenius decay, or neither.
+"""Pre-train an encoder with masked-language modeling, with or without spectral initialization and Frobenius decay.
 
-Prints the path of the run's result.json on stdout; all else goes to stderr.
+Prints the path of the run's result.json on stdout; all other output goes to stderr.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from common.experiments.runs import Run, directory_of
 
 
 class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
-    """One run: the steps that :class:`common.experiments.experiment.Experiment` leaves to a program."""
+    """One run: the steps that :class:`common.experiments.experiment.Experiment` leaves to each program."""
 
     config_class = PretrainingConfig
 
@@ -50,7 +50,7 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         return self.config.architecture(self.corpus.words)
 
     def make_model(self) -> tuple[MaskedLanguageModel, FactorizationReport]:
-        """The encoder, its products and layers initialized as the flags say."""
+        """The encoder, with its products and layers initialized as the flags say."""
         model = MaskedLanguageModel(EncoderConfig(**self.architecture()))
         if self.start is not None:
             model.load_state_dict(checkpoints.model_state(self.start, self._start_path()))
@@ -61,19 +61,26 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         return self.config.init_from
 
     def read_inputs(self) -> None:
-        """Read the checkpoint of --init-from; raises ValueError where its run, tokenizer or model is another."""
+        """Read the checkpoint of --init-from. Raises ValueError if its run, tokenizer or model is not the expected one."""
         path, config = self.config.init_from, self.config
         if path is None:
             return
         self.start = checkpoints.load(path)
         check_tokenizer(self.start, path, self.corpus)
         check_pretraining(self.start, path, config.pretraining)
-        free = {"dropout", "init_std", "init", "quekey_init", "outval_init", "spectral_from"}  # weights fit whatever these are
+        free = {
+            "dropout",
+            "init_std",
+            "init",
+            "quekey_init",
+            "outval_init",
+            "spectral_from",
+        }  # these do not change the shapes of weights
         free |= {"max_positions"} if config.positions == "alibi" else set()
         both = (self.start.get("architecture", {}), self.architecture())
         held, ours = ({name: value for name, value in each.items() if name not in free} for each in both)
         if differing := differing_values(held, ours):
-            raise ValueError(f"--init-from {path} is of another model: {', '.join(differing.values())}")
+            raise ValueError(f"--init-from {path} holds another model: {', '.join(differing.values())}")
 
     def load(self) -> None:
         config = self.config
@@ -88,7 +95,7 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         )
         if config.batch_size % (config.update_freq * self.processes.world_size):
             raise ValueError(
-                f"--batch-size {config.batch_size} does not split into --update-freq {config.update_freq} parts "
+                f"--batch-size {config.batch_size} is not divisible into --update-freq {config.update_freq} parts "
                 f"in each of {self.processes.world_size} processes"
             )
 
@@ -98,10 +105,10 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         return self.trainer
 
     def train(self) -> dict[str, float]:
-        """Train, and evaluate the last weights on the test split, whose masked loss is ``final``.
+        """Train, and evaluate the last weights on the test split; ``final`` is their masked loss.
 
-        ``best`` is the lowest masked loss of an epoch on the validation split. The tokenizer is kept in the run's directory, so
-        that later programs need nothing else.
+        ``best`` is the lowest masked loss of an epoch on the validation split. The tokenizer is copied to the run's directory,
+        so that later programs need nothing else.
         """
         if self.processes.main:
             write_atomic(self.run.path / TOKENIZER, (self.config.data / TOKENIZER).read_bytes())
@@ -112,7 +119,7 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         return metrics
 
     def evaluate_checkpoint(self) -> None:
-        """Print masked loss, perplexity and accuracy of the model that --resume names on both held-out splits, as JSON."""
+        """Print masked loss, perplexity and accuracy on both held-out splits as JSON, for the model that --resume names."""
         config = self.config
         path = directory_of(config) if config.resume == "auto" else Path(str(config.resume))
         state = find_checkpoint(config.resume, path)
@@ -136,10 +143,10 @@ def make_loop(
     *,
     tokenizer: str = "",
 ) -> PretrainingLoop:
-    """The loop that trains a model, with the optimizer and the decay of a configuration.
+    """The loop that trains a model with the optimizer and the decay of a configuration.
 
-    What Frobenius decay covers gets no weight decay. LAMB adds it to its update, before the trust ratio (FLAMBe); with AdamW
-    it is decoupled, as weight decay is there.
+    Parameters that Frobenius decay covers get no weight decay. LAMB adds Frobenius decay to its update before the trust ratio
+    (FLAMBe). With AdamW it is decoupled, like AdamW's weight decay.
     """
     model.to(processes.device)
     kinds = (config.wd2fd, config.wd2fd_quekey, config.wd2fd_outval)
@@ -162,9 +169,9 @@ def make_loop(
 def make_optimizer(
     model: nn.Module, config: PretrainingConfig, decay: FrobeniusDecay | None, device: torch.device
 ) -> torch.optim.Optimizer:
-    """LAMB or AdamW. Norms have neither weight decay nor a trust ratio; what Frobenius decay covers has no weight decay.
+    """LAMB or AdamW. Norms have neither weight decay nor a trust ratio. What Frobenius decay covers has no weight decay.
 
-    On a GPU the learning rate is a tensor there, as a recorded step needs it.
+    On a GPU, the learning rate is a tensor on that GPU, as a recorded step requires.
     """
     groups = param_groups(model, weight_decay=config.weight_decay, decay=decay)
     rest = groups[0]
@@ -181,29 +188,29 @@ def make_optimizer(
 
 
 def check_tokenizer(state: dict[str, Any], path: Path, corpus: Corpus) -> None:
-    """Raise ValueError where the checkpoint was not trained with the tokenizer of the corpus."""
+    """Raise ValueError if the checkpoint was not trained with the tokenizer of the corpus."""
     held = state.get("tokenizer")
     if held != corpus.digest:
         raise ValueError(
-            f"{path} was trained with the tokenizer {held}, and {corpus.folder} has the tokenizer {corpus.digest}: "
-            "use the folder that it was trained on, or one prepared with its tokenizer"
+            f"{path} was trained with the tokenizer {held}, but {corpus.folder} has the tokenizer {corpus.digest}: "
+            "use the folder that it was trained on, or one with the same tokenizer"
         )
 
 
 def check_pretraining(state: dict[str, Any], path: Path, wanted: str | None) -> None:
-    """Raise ValueError where --pretraining wants another configuration than the checkpoint's, or its run has not finished."""
+    """Raise ValueError if the checkpoint's configuration is not the one of --pretraining, or its run has not finished."""
     if wanted is None:
         return
     config = completed(PretrainingConfig, state.get("config", {}))
     held = config_hash(identity(PretrainingConfig, config))
     if held != wanted:
         raise ValueError(
-            f"{path} is of the configuration {held}, and --pretraining asks for {wanted}: give that run, or leave it out"
+            f"{path} has the configuration {held}, but --pretraining requires {wanted}: give that run, or leave the flag out"
         )
     step, last = state.get("step"), min(config["steps"], config["max_steps"] or config["steps"])
     if step != last:
         raise ValueError(
-            f"{path} is at step {step} of {last}, and --pretraining asks for a finished run: let it finish, or leave that out"
+            f"{path} is at step {step} of {last}, but --pretraining requires a finished run: finish it, or leave the flag out"
         )
 
 

@@ -1,4 +1,4 @@
-"""The training loop of pre-training: masked-language modeling."""
+"""The training loop of pre-training with masked-language modeling."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from common.experiments.training import TrainingLoop
 
 
 def masked_loss(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the positions to predict, in nats, and its sums: loss, right answers and answers.
+    """Cross-entropy of the positions to predict, in nats, and three sums: loss, correct answers and answers.
 
-    The loss is divided by the number of positions, also where some are not scored, so that parts of a batch add up to it.
+    The loss is divided by the number of positions, even if some are not scored, so that the losses of a batch's parts add up.
     """
     logits = network(batch.tokens, batch.positions).float()
     summed = F.cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
@@ -35,9 +35,9 @@ def masked_loss(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def evaluate(model: MaskedLanguageModel, data: PretrainingData, split: str, processes: Processes) -> dict[str, float]:
-    """Masked loss in nats, perplexity, and accuracy in percent on a split, under fixed masks."""
+    """Masked loss in nats, perplexity, and accuracy in percent on a split with fixed masks."""
     model.eval()
-    sums = [torch.zeros(3, device=processes.device)]  # of each batch, left on the device until the last
+    sums = [torch.zeros(3, device=processes.device)]  # of each batch; they stay on the device until the end
     for batch in data.evaluation_batches(split, rank=processes.rank, world_size=processes.world_size):
         sums.append(masked_loss(model, batch)[1])
     totals = torch.zeros(3, dtype=torch.float64)
@@ -50,9 +50,10 @@ def evaluate(model: MaskedLanguageModel, data: PretrainingData, split: str, proc
 
 
 def learning_rate(config: PretrainingConfig, step: int) -> float:
-    """The rate of a step, counted from 0: it rises from 0, and then is ``lr`` times a power of the share of steps that remain.
+    """The learning rate of a step, counted from 0.
 
-    That share is of all steps, so that the rate drops at the end of the warm-up, as in BERT's code and the parent recipe.
+    It rises from 0 during the warm-up. Then it is ``lr`` times a power of the share of remaining steps. That share is relative
+    to all steps, so the learning rate drops at the end of the warm-up, as in BERT's code and NVIDIA's recipe.
     """
     share = step / config.steps
     if share < config.warmup:
@@ -62,7 +63,7 @@ def learning_rate(config: PretrainingConfig, step: int) -> float:
 
 @torch.no_grad()
 def product_norms(products: Mapping[str, Sequence[FactorPair]]) -> dict[str, float]:
-    """Mean Frobenius norm of the heads' products, by kind of product: ``quekey_norm``, ``outval_norm``."""
+    """Mean Frobenius norm of the heads' products for each kind of product: ``quekey_norm``, ``outval_norm``."""
     found = {}
     for name, pairs in products.items():
         norms = [linalg.frobenius_norm([linalg.to_float64(factor) for factor in pair.factors()]) for pair in pairs]
@@ -71,9 +72,9 @@ def product_norms(products: Mapping[str, Sequence[FactorPair]]) -> dict[str, flo
 
 
 class PretrainingLoop(TrainingLoop):
-    """Trains a masked-language model for ``config.steps`` steps, as :class:`TrainingLoop` says.
+    """Trains a masked language model for ``config.steps`` steps; see :class:`TrainingLoop`.
 
-    What is evaluated, and counts, is the loss on the validation split. The batch is split over the processes and, in each, into
+    Each epoch is scored by the loss on the validation split. The batch is split over the processes and, in each process, into
     ``config.update_freq`` parts.
     """
 
@@ -90,7 +91,7 @@ class PretrainingLoop(TrainingLoop):
         super().__init__(model, run, steps_per_epoch=config.epoch_steps, last_step=last_step, **options)
 
     def state_dict(self) -> dict[str, Any]:
-        """That of any loop, and the digest of the tokenizer."""
+        """The state of any training loop, and the digest of the tokenizer."""
         return super().state_dict() | {"tokenizer": self.tokenizer}
 
     def learning_rate(self) -> float:

@@ -70,7 +70,7 @@ def assert_same(first, second):
 
 
 def splitmix64(key, counter):
-    """The published generator in Python's whole numbers."""
+    """The published generator in Python's integers."""
     mixed = (counter * 0x9E3779B97F4A7C15 + key) % 2**64
     mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
@@ -229,7 +229,7 @@ def test_a_run_that_stops_within_an_epoch_resumes_bit_for_bit(train, tmp_path, f
 
 
 def test_accumulation_equals_the_whole_batch(train, tmp_path):
-    """A small step of AdamW is its gradient's sign, which rounding may flip where it is zero: LAMB with a large eps is none."""
+    """With LAMB and a large eps: a small step of AdamW is the sign of its gradient, which rounding can flip near zero."""
     flags = f"{BOTH} --rank-scale-layers 0.5 --wd2fd --spectral --frobenius-decay 0.5 --eps 1e-2 --steps 4"
     whole, parts = train(flags, tmp_path / "a"), train(f"{flags} --update-freq 4", tmp_path / "b")
     assert read_json(whole / "result.json")["config_hash"] == read_json(parts / "result.json")["config_hash"]
@@ -279,7 +279,7 @@ def test_a_checkpoint_is_evaluated_as_in_training(train, folder, tmp_path, capsy
 
 @pytest.mark.parametrize("optimizer", ["lamb", "adamw"])
 def test_recorded_steps_are_the_steps(train, tmp_path, monkeypatch, optimizer):
-    """With a recorder that runs the step again: the feed's batches, a tensor for the step's number, grouped composition."""
+    """With a fake recorder that runs the step eagerly: batches of the feed, a tensor as step number, grouped composition."""
     flags = f"{BOTH} --rank-scale-layers 0.5 --wd2fd --spectral --optimizer {optimizer} --eps 1e-2 --steps 6"
     plain = train(flags, tmp_path / "plain")
     graphs = []
@@ -306,12 +306,12 @@ def test_recorded_steps_are_the_steps(train, tmp_path, monkeypatch, optimizer):
 
 def test_flags_that_do_not_fit_are_refused_in_one_line(folder, refuses, tmp_path):
     for flags, message in (
-        ("--batch-size 100000", "fewer than the 100000 of a batch: lower --batch-size"),
-        ("--batch-size 8 --update-freq 3", "--batch-size 8 does not split into --update-freq 3 parts"),
+        ("--batch-size 100000", "fewer than a batch of 100000: lower --batch-size"),
+        ("--batch-size 8 --update-freq 3", "--batch-size 8 is not divisible by --update-freq 3"),
         ("--positions learned --max-positions 8", "--seq 16 is longer than --max-positions 8"),
         ("--positions alibi --max-positions 8", "--seq 16 is longer than --max-positions 8"),
         ("--rank-scale 0.01", "leaves none of the 16 dimensions of a head"),
-        ("--positions rotary", "rotation makes the query-key product another matrix at every distance"),
+        ("--positions rotary", "rotation gives a different query-key product at every distance"),
         ("--predictions 16", "--predictions must be below --seq, got 16 of 16"),
         ("--wd2fd", "--wd2fd needs factorized layers"),
         ("--wd2fd --rank-scale-layers 1", "--wd2fd needs factorized layers"),
@@ -320,7 +320,7 @@ def test_flags_that_do_not_fit_are_refused_in_one_line(folder, refuses, tmp_path
         ("--frobenius-decay 0.1", "--frobenius-decay needs --wd2fd"),
         ("--init-from nowhere", "there is no checkpoint at nowhere"),
         ("--pretraining abc", "--pretraining needs --init-from"),
-        ("--heads 3", "--embed-dim 32 does not split over --heads 3"),
+        ("--heads 3", "--embed-dim 32 is not divisible by --heads 3"),
         ("--lr-power -1", "must be finite and not negative"),
         ("--warmup 1", "must be in [0, 1)"),
         ("--amp fp16", "needs a GPU"),
@@ -333,8 +333,8 @@ def test_flags_that_do_not_fit_are_refused_in_one_line(folder, refuses, tmp_path
 def test_checkpoints_of_other_models_tokenizers_and_makers_are_refused(train, folder, refuses, tmp_path):
     run = train("--steps 4", tmp_path / "r")
     start = f"{folder} {SMALL} --save-dir {tmp_path / 's'} --init-from"
-    refuses(main, f"{start} {run} --rank-scale 0.5", "is of another model: rank_scale 0.0 there, 0.5 here")
-    refuses(main, f"{start} {run} --pretraining 0123456789ab", "asks for 0123456789ab")
+    refuses(main, f"{start} {run} --rank-scale 0.5", "holds another model: rank_scale 0.0 there, 0.5 here")
+    refuses(main, f"{start} {run} --pretraining 0123456789ab", "--pretraining requires 0123456789ab")
     state = checkpoints.load(run / "checkpoint.pt") | {"tokenizer": "0" * 12}
     torch.save(state, tmp_path / "other.pt")
     refuses(main, f"{start} {tmp_path / 'other.pt'}", "was trained with the tokenizer 000000000000")

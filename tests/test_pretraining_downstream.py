@@ -88,7 +88,7 @@ def test_of_several_answers_the_best_counts_and_no_prediction_is_wrong():
 
 
 def squad_file(path, questions):
-    """A file of SQuAD 1.1; questions are (id, question, context, answer), whose answer is at its first place."""
+    """A SQuAD 1.1 file of questions (id, question, context, answer). An answer is at its first occurrence in the context."""
     entries = [
         {
             "context": context,
@@ -101,7 +101,7 @@ def squad_file(path, questions):
 
 
 def make_questions(count, seed=0, length=3):
-    """Questions for the only animal of a text."""
+    """Questions about the only animal in a text."""
     generator = random.Random(seed)
     for index in range(count):
         sentences = [sentence(generator, PLACES) for _ in range(length)]
@@ -152,7 +152,7 @@ def test_the_best_span_is_that_of_all_pairs():
 
 
 def test_answers_of_real_questions_lead_back_to_themselves(tmp_path):
-    """Tokens may hold a character beside an answer, such as the comma of "1990,", which the scores do not see."""
+    """A token may hold a character next to an answer, such as the comma of "1990,", which the scores ignore."""
     source = os.environ.get("FNL_DATA")
     if source is None:
         pytest.skip("FNL_DATA names no folder of real data")
@@ -177,11 +177,11 @@ def test_answers_of_real_questions_lead_back_to_themselves(tmp_path):
 
 
 SQUAD_ERRORS = {
-    "has the answer 'fox' at character 3, where ' re' is": {"answers": [{"answer_start": 3, "text": "fox"}]},
-    "has the answer 'fox' at character -3, where '' is": {"answers": [{"answer_start": -3, "text": "fox"}]},
+    "has the answer 'fox' at character 3, where the context has ' re'": {"answers": [{"answer_start": 3, "text": "fox"}]},
+    "has the answer 'fox' at character -3, where the context has ''": {"answers": [{"answer_start": -3, "text": "fox"}]},
     "question q7 has no answer": {"answers": []},
-    "is not in the form of SQuAD 1.1: KeyError 'answers'": {},
-    "is not in the form of SQuAD 1.1: TypeError": {"answers": [{"answer_start": "8", "text": "fox"}]},
+    "is not in the format of SQuAD 1.1: KeyError 'answers'": {},
+    "is not in the format of SQuAD 1.1: TypeError": {"answers": [{"answer_start": "8", "text": "fox"}]},
 }
 
 
@@ -198,7 +198,7 @@ def test_bad_questions_are_refused_by_id(message, tmp_path):
 
 
 def test_pseudo_log_likelihoods_are_those_of_single_masks(run):
-    """In float64, a sentence and a place at a time; batches of several lengths give the same."""
+    """In float64, one sentence and one position at a time. Batches of several lengths give the same values."""
     model, tokenizer = pretrained.load(run / "checkpoint.pt")
     model.double()
     generator = random.Random(1)
@@ -260,10 +260,10 @@ def test_real_blimp_has_67_paradigms_of_1000_pairs():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.tsv", "a\tb\tc\tone\ttwo\na\tb\n", "line 2 is no pair of sentences: ValueError expected 5 columns"),
-        ("x.tsv", "a\tb\tc\tone\t\n", "line 1 is no pair of sentences: ValueError paradigm and sentences must be text"),
-        ("x.jsonl", '{"UID": "a", "sentence_good": "b"}\n', "line 1 is no pair of sentences: KeyError 'sentence_bad'"),
-        ("x.jsonl", "not json\n", "line 1 is no pair of sentences: JSONDecodeError"),
+        ("x.tsv", "a\tb\tc\tone\ttwo\na\tb\n", "line 2 is not a pair of sentences: ValueError expected 5 columns"),
+        ("x.tsv", "a\tb\tc\tone\t\n", "line 1 is not a pair of sentences: ValueError paradigm and sentences must be text"),
+        ("x.jsonl", '{"UID": "a", "sentence_good": "b"}\n', "line 1 is not a pair of sentences: KeyError 'sentence_bad'"),
+        ("x.jsonl", "not json\n", "line 1 is not a pair of sentences: JSONDecodeError"),
         ("x.jsonl", "", "has no pairs"),
         ("x.txt", "", "must be a .jsonl, .tsv or .tsv.xz file"),
         ("x.tsv.xz", "not compressed", "cannot be read"),
@@ -296,7 +296,7 @@ def test_blimp_scores_all_pairs_and_each_paradigm_and_ties_are_wrong(run, tmp_pa
     assert result.metrics["paradigms"] == {"agreement": 50 * (right[0] + right[2]), "order": 100 * right[1], "tie": 0}
     assert result.final == result.best == 20 * sum(right)
     assert result.metrics["pairs"] == 5
-    assert result.row is None  # of another configuration than the row's
+    assert result.row is None  # its configuration differs from the row's
     assert result.parameters["ratio"] < 1
     assert set(result.inputs) == {"init_from", "data"}
     blimp.main([*command, "--resume", "auto"])
@@ -337,7 +337,7 @@ def test_the_files_of_a_folder_are_inputs_of_their_own(run, tmp_path):
 
 
 def write_sentences(path, count, seed, header=""):
-    """Which animal a sentence is about."""
+    """Sentences labeled with the animal that they are about."""
     generator = random.Random(seed)
     lines = [sentence(generator) for _ in range(count)]
     path.write_text(header + "".join(f"{line}\t{line.split()[1]}\n" for line in lines))
@@ -378,7 +378,7 @@ def test_fine_tuning_learns_to_classify_and_is_the_same_again(sentences, tmp_pat
         {"group": "norms and biases", "tensors": 6, "weight_decay": 0.0},
     ]
 
-    left = tmp_path / "two"  # by a run that was killed
+    left = tmp_path / "two"  # left by a run that was killed
     finetune.main([*sentences, "--test", str(test), "--save-dir", str(left)])
     (left / "result.json").unlink()
     finetune.main([*sentences, "--test", str(test), "--save-dir", str(left), "--resume", "auto"])
@@ -411,14 +411,14 @@ def make_task(kind, tokenizer, tmp_path, **options):
 
 
 def test_an_answer_is_the_best_of_all_windows(tokenizer, tmp_path):
-    """Outputs that point at the answer, most strongly in the window that has it, in any order of windows."""
+    """The outputs point at the answer, most strongly in the window that has it. The order of windows does not matter."""
     task = make_task(finetune.Questions, tokenizer, tmp_path, max_tokens=96, stride=20)
 
     def predict(windows):
         for window in windows:
             outputs = torch.zeros(len(window.tokens), 2)
-            outputs[window.first, 0] = outputs[window.first + 1, 1] = 1.0  # of every window
-            outputs[0] = 99.0  # BOS, which is no answer
+            outputs[window.first, 0] = outputs[window.first + 1, 1] = 1.0  # in every window
+            outputs[0] = 99.0  # BOS, which is not an answer
             for kind, position in enumerate(window.target if window.target != (0, 0) else ()):
                 outputs[position, kind] = 2.0
             yield window, outputs
@@ -473,14 +473,14 @@ def test_rows_may_follow_a_row_of_pre_training():
 ERRORS = {
     "": "the following arguments are required: --init-from",
     "--init-from nowhere": "there is no checkpoint at nowhere",
-    "--init-from {run} --pretraining 0123456789ab": f"{CONFIG.config_hash()}, and --pretraining asks for 0123456789ab",
-    f"--init-from {{unfinished}} --pretraining {CONFIG.config_hash()}": "is at step 7 of 10000, and --pretraining asks for a",
-    "--init-from {foreign}": "is no checkpoint of bert_pretraining/train.py: it has no 'architecture'",
+    "--init-from {run} --pretraining 0123456789ab": f"{CONFIG.config_hash()}, but --pretraining requires 0123456789ab",
+    f"--init-from {{unfinished}} --pretraining {CONFIG.config_hash()}": "is at step 7 of 10000, but --pretraining requires a",
+    "--init-from {foreign}": "is not a checkpoint of bert_pretraining/train.py: it has no 'architecture'",
     "--init-from {bare}": "there is no tokenizer.model beside",
-    "--init-from {swapped}": "and {swapped}/checkpoint.pt was trained with",
-    "--init-from {run} --max-tokens 97": "--max-tokens 97 is above the 96 positions of the encoder: lower it",
+    "--init-from {swapped}": "but {swapped}/checkpoint.pt was trained with",
+    "--init-from {run} --max-tokens 97": "--max-tokens 97 exceeds the 96 positions of the encoder: lower it",
     "--init-from {run} --max-tokens 2": "--max-tokens must be at least 3, got 2",
-    "--init-from {run} --stride 9": "--stride 9 is for --task squad",
+    "--init-from {run} --stride 9": "--stride 9 needs --task squad",
     "--init-from {run} --warmup 1": "--warmup: must be in [0, 1), got 1",
     "--init-from {run} --dropout 2": "--dropout: must be in [0, 1), got 2",
     "--init-from {run} --task squad --max-tokens 67": "--max-tokens must be above 67, which questions take, got 67",
@@ -488,9 +488,9 @@ ERRORS = {
     "--init-from {run} --task squad --max-tokens 96": "train.tsv is not a JSON file",
     "--init-from {run} --resume latest": "invalid choice: 'latest'",
     "--init-from {run} --dev {four}": "four.tsv line 1 must be sentence<TAB>label, got 4 columns: 'gj04",
-    "--init-from {run} --dev {strange}": "strange.tsv line 2 has the label '7', and ",
-    "--init-from {run} --train {single}": "single.tsv has the label 'a' alone: there is nothing to tell apart",
-    "--init-from {run} --train {header}": "header.tsv line 1 has the label 'category', as no other line does",
+    "--init-from {run} --dev {strange}": "strange.tsv line 2 has the label '7', but ",
+    "--init-from {run} --train {single}": "single.tsv has only the label 'a': classification needs at least two",
+    "--init-from {run} --train {header}": "header.tsv line 1 has the label 'category', which no other line has",
     "--init-from {run} --train {blank}": "blank.tsv line 2 must be sentence<TAB>label, got 1 columns: ''",
     "--init-from {run} --train {folder}": "is a folder: give a file in it",
     "--init-from {run} --dev nowhere": "No such file or directory: 'nowhere'",
@@ -534,7 +534,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(sentences, tmp_path, capsys):
 
 def test_sentences_longer_than_the_limit_are_cut_with_a_word(sentences, tmp_path, capsys):
     finetune.main([*sentences, "--epochs", "1", "--max-tokens", "4", "--save-dir", str(tmp_path / "run")])
-    assert "200 of 200 sentences of --train are cut to 4 tokens" in capsys.readouterr().err
+    assert "200 of 200 sentences of --train are truncated to 4 tokens" in capsys.readouterr().err
 
 
 def test_the_rate_rises_and_falls_to_nothing():

@@ -46,7 +46,7 @@ def sequences(batch=3, length=9):
 
 
 def head_products(model, kind):
-    """W_Q,h^T W_K,h or W_O,h W_V,h of every head of every layer, written out, (layers * heads, embed_dim, embed_dim)."""
+    """W_Q,h^T W_K,h or W_O,h W_V,h of every head of every layer, computed directly: (layers * heads, embed_dim, embed_dim)."""
     found = []
     for layer in model.layers:
         attention = layer.self_attention
@@ -144,7 +144,7 @@ def test_learned_positions_are_added_to_words_and_tell_places_apart():
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12])
 def test_alibi_is_minus_slope_times_distance(heads):
-    """Slopes written out for the numbers of heads that are not powers of two, as the paper's code gives them."""
+    """Slopes for numbers of heads that are not powers of two, as the paper's code gives them."""
     slopes = {
         3: [2**-4, 2**-8, 2**-2],
         6: [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3],
@@ -190,7 +190,7 @@ HALF = {"rank_scale": 0.5}
 
 
 def test_spectral_initialization_is_the_truncated_svd_of_full_heads():
-    """And balanced: of each product, the factors of the truncated SVD, up to the signs of singular vectors."""
+    """The factors are also balanced: those of each product's truncated SVD, up to the signs of singular vectors."""
     full = make()
     for kind in ("quekey", "outval"):
         narrow = make(**HALF, **{f"{kind}_init": "spectral"})
@@ -232,7 +232,7 @@ QUEKEY = ("query", "key")
 
 
 def test_all_else_is_drawn_alike_whatever_the_heads_are():
-    """Layers, tables, and the products that another initialization is not asked for."""
+    """Layers, tables, and the products whose initialization is not changed."""
     factorized = {"rank_scale_layers": 0.5, "rank_scale_embeddings": 0.5}
     first = make(**HALF, **factorized)
     for other in (
@@ -253,7 +253,7 @@ def test_all_else_is_drawn_alike_whatever_the_heads_are():
 @pytest.mark.parametrize("positions", [1, 400], ids=["few positions", "many positions"])
 @pytest.mark.parametrize("scale", [0.25, 0.95])
 def test_a_factorized_table_scores_as_the_dense_product(scale, positions):
-    """By its factors one after the other where that is less work, and by their product where it is not."""
+    """By its two factors in turn if that is less work, otherwise by their product."""
     model, hidden = make(words=40, rank_scale_embeddings=scale), torch.randn(positions, 16, requires_grad=True)
     table = model.embed_tokens
     assert isinstance(table, FactorizedEmbedding)
@@ -371,8 +371,11 @@ def test_a_checkpoint_is_enough_and_is_checked(positions):
     ("options", "message"),
     [
         ({"words": 0}, "words must be at least 1, got 0"),
-        ({"heads": 5}, "embed_dim 16 does not split over 5 heads"),
-        ({"positions": "rotary"}, "scores each distance by a matrix of its own, so there is no single query-key product"),
+        ({"heads": 5}, "embed_dim 16 is not divisible by 5 heads"),
+        (
+            {"positions": "rotary"},
+            "rotation gives each distance its own query-key product, so there is no single one to initialize",
+        ),
         ({"positions": "sinusoidal"}, "positions must be learned or alibi, got 'sinusoidal'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"init_std": 0.0}, "init_std must be positive and finite, got 0.0"),

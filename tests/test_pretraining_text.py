@@ -52,7 +52,7 @@ def story(seed, lines=30):
 
 @pytest.fixture
 def books(tmp_path):
-    """A folder of twelve stories, some of them compressed or in a folder below, beside files that are not read."""
+    """A folder of twelve stories, some of them compressed or in a subfolder, and of files that are not read."""
     folder = tmp_path / "books"
     (folder / "more" / ".hidden").mkdir(parents=True)
     for number in range(12):
@@ -114,7 +114,7 @@ def decoded(corpus, split):
 
 
 def plain(content):
-    """Text as a tokenizer has it, which knows no line breaks and no ligatures."""
+    """Text as a tokenizer normalizes it, without line breaks and ligatures."""
     return " ".join(content.replace("…", "...").split())
 
 
@@ -231,14 +231,14 @@ def test_on_request_case_is_folded_in_the_tokenizer_itself(tokenizer, folding):
 
 def test_preparing_again_does_nothing_and_other_settings_are_refused(books, tmp_path, refuses, capsys):
     command = f"--text {books} --words 400 --dest {tmp_path / 'data'}"
-    (tmp_path / "data").mkdir()  # an empty folder is no obstacle
+    (tmp_path / "data").mkdir()  # an empty folder is accepted
     prepare.main(command.split())
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").iterdir()}
     capsys.readouterr()
     prepare.main(command.split())
     output = capsys.readouterr()
-    assert (output.out, output.err) == ("", f"{tmp_path / 'data'} is prepared already: nothing to do\n")
-    message = "exists and was not prepared like this: choose another --dest, or remove it"
+    assert (output.out, output.err) == ("", f"{tmp_path / 'data'} is already prepared: nothing to do\n")
+    message = "exists but was prepared with other settings: choose another --dest, or remove it"
     refuses(prepare.main, command.replace("400", "401"), message)
     refuses(prepare.main, f"{command} --lower-case", message)
     refuses(prepare.main, f"{command} --held-out 0.3", message)
@@ -268,7 +268,7 @@ def test_what_breaks_off_leaves_nothing(books, tmp_path, monkeypatch, error, ste
         raise error
 
     if step == "lines":
-        monkeypatch.setattr(corpora.Document, step, fail)  # inside of sentencepiece
+        monkeypatch.setattr(corpora.Document, step, fail)  # inside sentencepiece
     else:
         monkeypatch.setattr(prepare, step, fail_at_once)
     before = sorted(tmp_path.iterdir())
@@ -286,13 +286,13 @@ sys.exit(", ".join({"torch", "torchvision"} & set(sys.modules)) or 0)
 """
     words = f"--corpus numbers --lines 200 --words 330 --dest {tmp_path / 'data'}".split()
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")  # and no progress bar where there is no terminal
+    assert (done.returncode, done.stderr) == (0, "")  # and no progress bar without a terminal
 
 
 def test_without_sentencepiece_the_error_says_what_to_install(numbers, tmp_path, monkeypatch, refuses):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    refuses(prepare.main, f"--corpus numbers --dest {tmp_path / 'd'}", "not installed: python -m pip install")
-    with pytest.raises(ValueError, match=r"'\.\[pretraining\]' installs it"):
+    refuses(prepare.main, f"--corpus numbers --dest {tmp_path / 'd'}", "not installed: install it with python -m pip install")
+    with pytest.raises(ValueError, match=r"install it with python -m pip install .* '\.\[pretraining\]'"):
         Corpus(numbers)
 
 
@@ -341,20 +341,20 @@ def test_named_files_stay_in_their_split(books, tmp_path):
         ("", "give either --text or --corpus"),
         ("--text BOOKS --corpus numbers", "give either --text or --corpus"),
         ("--text BOOKS", "--text needs --dest"),
-        ("--text BOOKS --dest d --seed 1", "--seed goes with --corpus numbers, got --text"),
-        ("--corpus numbers --valid BOOKS", "--valid goes with --text, got --corpus numbers"),
-        ("--corpus numbers --data-dir x", "--data-dir goes with --corpus wikitext-103, got --corpus numbers"),
+        ("--text BOOKS --dest d --seed 1", "--seed needs --corpus numbers, got --text"),
+        ("--corpus numbers --valid BOOKS", "--valid needs --text, got --corpus numbers"),
+        ("--corpus numbers --data-dir x", "--data-dir needs --corpus wikitext-103, got --corpus numbers"),
         ("--corpus numbers --lines 59", "--lines must be from 60"),
         ("--corpus wikitext-103 --held-out 0.1", "nothing to hold out"),
         ("--text BOOKS --dest d --held-out 0.5", "must be above 0 and below 0.5, got 0.5"),
-        ("--text BOOKS --dest d --words 261", "must be above 261, for the special tokens and all bytes"),
+        ("--text BOOKS --dest d --words 261", "must be above 261, the special tokens and all bytes"),
         ("--text BOOKS --dest d --words 65536", "at most 65535, got 65536"),
         ("--text BOOKS --dest d --words 263", "vocabulary of 263 is too small: the special tokens, the 256 bytes and the char"),
-        ("--text BOOKS --dest d --words 60000", "a vocabulary of 60000 is too large for this text: it allows at most "),
+        ("--text BOOKS --dest d --words 60000", "a vocabulary of 60000 is too large for this text, which allows at most "),
         ("--text BOOKS/nothing.txt --dest d", "there is no file or folder BOOKS/nothing.txt"),
         ("--text BOOKS/cover.jpg --dest d", "cover.jpg does not end in one of .txt, .md, .gz, .xz"),
         ("--text BAD/nothing --dest d", "nothing has no text in it"),
-        ("--text BAD/two --dest d", "has 2 files, and whole ones are held out: give at least 3"),
+        ("--text BAD/two --dest d", "has 2 files, but whole files are held out: give at least 3"),
         ("--text BOOKS BOOKS/more --dest d", "is given twice"),
         ("--text BOOKS --valid BOOKS/more --dest d", "is given twice"),
         ("--text BOOKS --valid BAD/two/one.txt --test BAD/link.txt --dest d", "is given twice"),
@@ -364,14 +364,14 @@ def test_named_files_stay_in_their_split(books, tmp_path):
         ("--text BOOKS --valid BAD/latin.txt --dest d", "latin.txt is not UTF-8: invalid continuation byte at byte 2,000,003"),
         ("--text BOOKS --valid BAD/half.xz --dest d", "half.xz is not UTF-8: unexpected end of data at byte 1,048,575"),
         ("--text BOOKS --valid BAD/utf-16.txt --dest d", "utf-16.txt is not UTF-8: invalid start byte at byte 0"),
-        ("--text BOOKS --valid BAD/tar.gz --dest d", "tar.gz is no plain text: byte 4 is zero"),
+        ("--text BOOKS --valid BAD/tar.gz --dest d", "tar.gz is not plain text: byte 4 is zero"),
         ("--text BOOKS --valid BAD/short.gz --dest d", "short.gz is damaged: "),
         ("--text BOOKS --valid BAD/no.gz --dest d", "no.gz is damaged: "),
         ("--text BOOKS --valid BAD/short.xz --dest d", "short.xz is damaged: "),
         ("--text BOOKS --valid BAD/no.xz --dest d", "no.xz is damaged: "),
         ("--text BOOKS --valid BAD/changed.gz --dest d", "changed.gz is damaged: "),
         ("--text BOOKS --valid BAD/lfs.xz --dest d", "lfs.xz is a pointer of Git LFS"),
-        ("--text BOOKS --dest BOOKS/cover.jpg", "cover.jpg exists and was not prepared like this"),
+        ("--text BOOKS --dest BOOKS/cover.jpg", "cover.jpg exists but was prepared with other settings"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(books, tmp_path, monkeypatch, refuses, flags, message):
@@ -433,17 +433,17 @@ def edit(**facts):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, r"there is no folder .*: bert_pretraining/prepare.py --dest .* makes it of text"),
+        (shutil.rmtree, r"there is no folder .*: bert_pretraining/prepare.py --dest .* makes it from text"),
         (lambda folder: (folder / "corpus.json").unlink(), "has no corpus.json: it was not written by"),
         (lambda folder: (folder / "corpus.json").write_text("{"), "corpus.json is not a JSON file"),
-        (lambda folder: (folder / "corpus.json").write_text("[]"), "corpus.json has format None, and this version reads 1"),
-        (edit(format=2), "corpus.json has format 2, and this version reads 1: prepare the text again"),
-        (edit(tokens={"train": 3}), "corpus.json is not as it was written .'valid'.: prepare the text again"),
+        (lambda folder: (folder / "corpus.json").write_text("[]"), "corpus.json has format None, but this version reads 1"),
+        (edit(format=2), "corpus.json has format 2, but this version reads 1: prepare the text again"),
+        (edit(tokens={"train": 3}), "corpus.json has changed since it was written .'valid'.: prepare the text again"),
         (edit(words=401), "tokenizer.model has 400 words, expected 401"),
         (lambda folder: (folder / "test.bin").unlink(), "has no test.bin: prepare the text again"),
         (lambda folder: os.truncate(folder / "valid.bin", 100), "valid.bin has 100 bytes, expected [0-9,]+: prepare"),
-        (change("train.bin"), "train.bin is not as it was written: prepare the text again"),
-        (change("tokenizer.model"), "tokenizer.model is not as it was written: prepare the text again"),
+        (change("train.bin"), "train.bin has changed since it was written: prepare the text again"),
+        (change("tokenizer.model"), "tokenizer.model has changed since it was written: prepare the text again"),
     ],
 )
 def test_a_folder_that_is_not_as_it_was_written_is_refused(numbers, tmp_path, damage, message):
@@ -469,7 +469,7 @@ def test_other_tokenizers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no tokenizer at"):
         load_tokenizer(tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(ValueError, match=r"tokenizer.model is no model of sentencepiece"):
+    with pytest.raises(ValueError, match=r"tokenizer.model is not a sentencepiece model"):
         load_tokenizer(tmp_path / "tokenizer.model")
     model = io.BytesIO()
     lines = iter(story(0).splitlines())
@@ -489,14 +489,14 @@ def test_half_of_a_surrogate_pair_is_refused(tokenizer):
 
 
 def normalized(tokenizer, content):
-    """Normalized text without spaces, with none at the ends."""
+    """Normalized text without spaces at its ends."""
     return tokenizer.normalize(content).replace("▁", " ").strip()
 
 
 def check_offsets(tokenizer, content):
-    """Of the tokens that share characters, the characters alone normalize to what the tokens alone decode to.
+    """The characters of a group of tokens that share characters normalize to the text that these tokens decode to.
 
-    Characters of no token are normalized to nothing, or a space.
+    Characters outside of all tokens normalize to nothing or to a space.
     """
     ids, offsets = encode_with_offsets(tokenizer, content)
     assert ids == encode(tokenizer, content)
@@ -557,7 +557,7 @@ def test_offsets_are_exact_in_any_text(tokenizer, folding, content):
 
 
 def test_answers_in_real_questions(tmp_path):
-    """Of all answers of XQuAD from FNL_DATA, the tokens that have characters of it, and no others, give it back."""
+    """For all answers of XQuAD from FNL_DATA: exactly the tokens that cover characters of an answer reproduce it."""
     source = Path(os.environ.get("FNL_DATA", "nowhere")) / "text" / "xquad.en.json"
     if not source.is_file():
         pytest.skip("FNL_DATA names no folder of real data with text/xquad.en.json")
@@ -579,7 +579,7 @@ def test_answers_in_real_questions(tmp_path):
             assert not re.search(r"\s", before + after)  # a token holds more than the answer only inside a word
             count, exact = count + 1, exact + (re.sub(r"\W", "", found) == re.sub(r"\W", "", answer["text"]))
     assert count == 1190
-    assert exact >= 0.99 * count  # but for punctuation, which comparing answers ignores: "1946," may be one token
+    assert exact >= 0.99 * count  # except punctuation, which scores ignore: "1946," may be one token
 
 
 # ---- embedded numbers
@@ -629,7 +629,7 @@ def test_numbers_depend_on_the_seed_alone(numbers, tmp_path):
 def test_defaults_of_the_flags():
     args = prepare.parse_prepare(["--corpus", "numbers"])
     assert (args.words, args.lines, args.seed, args.held_out) == (512, 30_000, 0, 0.02)
-    assert args.dest == ROOT / "data-bin" / "pretraining-numbers"  # data-bin/numbers is of the translation
+    assert args.dest == ROOT / "data-bin" / "pretraining-numbers"  # data-bin/numbers belongs to translation
     args = prepare.parse_prepare(["--corpus", "wikitext-103"])
     assert (args.words, args.data_dir, args.dest.name) == (8192, ROOT / "data" / "wikitext-103", "wikitext-103")
 
@@ -649,7 +649,7 @@ def archive(tmp_path):
 
 @pytest.fixture
 def server(archive, monkeypatch):
-    """A server of the archive that refuses urllib, as the real one does; ``short`` are bytes that it does not send."""
+    """A server of the archive that refuses urllib, as the real one does. It leaves out the last ``short`` bytes."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -680,12 +680,12 @@ def test_wikitext_is_downloaded_once_and_split_as_it_is(server, archive, tmp_pat
     output = capsys.readouterr()
     sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
     assert f"(archive's SHA-256 {sha256})" in output.out
-    assert f"has SHA-256 {sha256}, and the known one is {corpora.WIKITEXT_SHA256}" in output.err
+    assert f"has SHA-256 {sha256}; the known one is {corpora.WIKITEXT_SHA256}" in output.err
     corpus = Corpus(tmp_path / "data")
     assert corpus.facts["archive_sha256"] == sha256
     for seed, split in enumerate(SPLITS):
         assert decoded(corpus, split) == ["= Title = " + plain(story(seed))]
-    assert [path.name for path in (tmp_path / "raw").iterdir()] == [archive.name]  # read as it is, not unpacked
+    assert [path.name for path in (tmp_path / "raw").iterdir()] == [archive.name]  # not unpacked
     prepare.main([*command.split(), "--sha256", sha256.upper()])
     assert capsys.readouterr().err.endswith("nothing to do\n")
     assert len(server.requests) == 1
@@ -698,12 +698,12 @@ def test_wikitext_is_downloaded_once_and_split_as_it_is(server, archive, tmp_pat
 def test_a_download_that_breaks_off_leaves_nothing_and_says_what_to_do(server, tmp_path, refuses):
     server.short = 100
     command = f"--corpus wikitext-103 --data-dir {tmp_path / 'raw'} --dest {tmp_path / 'data'}"
-    put = f"fetch {corpora.WIKITEXT_URL} with a browser and put it at {tmp_path / 'raw' / 'wikitext-103-raw-v1.zip'}"
+    put = f"download {corpora.WIKITEXT_URL} with a browser to {tmp_path / 'raw' / 'wikitext-103-raw-v1.zip'}"
     refuses(prepare.main, command, put)
     assert list((tmp_path / "raw").iterdir()) == []
     server.shutdown()
     server.server_close()
-    refuses(prepare.main, command, "or prepare the embedded corpus with --corpus numbers, or files of your own with --text")
+    refuses(prepare.main, command, "or prepare the embedded corpus with --corpus numbers, or your own files with --text")
 
 
 @pytest.mark.parametrize("damage", ["short", "changed", "other"])

@@ -65,7 +65,7 @@ def test_attention_of_full_heads_is_torchs(causal):
 
 
 def test_attention_is_what_its_two_products_say():
-    """Narrow heads, from the (embed_dim, embed_dim) products that the factor pairs stand for, head by head."""
+    """Narrow heads, computed head by head from the (embed_dim, embed_dim) products of their factor pairs."""
     torch.manual_seed(0)
     attention = MultiheadAttention(12, 3, head_dim=2).double()
     x = torch.randn(5, 12, dtype=torch.float64)
@@ -153,7 +153,7 @@ def test_each_dropout_is_applied_in_training_only(which):
 
 @pytest.mark.parametrize(("scale", "head_dim"), [(0, 64), (1, 64), (0.5, 32), (0.25, 16), (0.11, 7), (0.001, 1)])
 def test_heads_are_as_wide_as_in_the_released_code(scale, head_dim):
-    """int(rank_scale * 256 / 4) dimensions a head, and at least one."""
+    """int(rank_scale * 256 / 4) dimensions per head, and at least one."""
     assert TransformerConfig(10, 10, rank_scale=scale).head_dim == head_dim
 
 
@@ -171,7 +171,7 @@ def test_what_is_factorized_and_how_much_that_leaves():
 
 
 def test_golden_count_of_transformer_small():
-    """With the 25,000-subword vocabularies of IWSLT'14 left open: 2 layers, 256 dimensions, 4 heads, filter of 1,024."""
+    """With vocabularies of 1,000 words: 2 layers, 256 dimensions, 4 heads, feed-forward layers of 1,024."""
     words = 3 * 1000 * 256 + 1000  # three tables of a thousand words and the output's biases
     positions, attention, feed_forward, norms = 2 * 1024 * 256, 6 * 4 * 256 * 256, 4 * 2 * 256 * 1024, 12 * 512
     assert count_full(TransformerConfig(1000, 1000)) == words + positions + attention + feed_forward + norms == 4_969_448
@@ -199,7 +199,7 @@ def test_initializations():
 
 
 def test_spectral_initialization_is_of_the_layer_that_would_have_been(monkeypatch):
-    """The first table is drawn first; with the same draw it is the truncated SVD of the ordinary model's."""
+    """The first table is drawn first. With the same draw, it is the truncated SVD of the dense model's table."""
     draw = Transformer._initialize
     monkeypatch.setattr(Transformer, "_initialize", lambda self: (torch.manual_seed(5), draw(self)))
     donor, first = make().encoder.embed_tokens.weight, make(rank_scale=0.5, init="spectral").encoder.embed_tokens
@@ -211,7 +211,7 @@ def test_spectral_initialization_is_of_the_layer_that_would_have_been(monkeypatc
     [
         ({"rank_scale": 1.5}, r"rank_scale must be in \[0, 1\], got 1.5"),
         ({"rank_scale": -0.1}, "got -0.1"),
-        ({"heads": 5}, "embed_dim 16 does not split over 5 heads"),
+        ({"heads": 5}, "embed_dim 16 is not divisible by 5 heads"),
         ({"layers": 0}, "layers must be at least 1, got 0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"init": "xavier", "rank_scale": 0.5}, "got 'xavier'"),
@@ -239,7 +239,7 @@ def test_a_checkpoint_is_enough_and_is_checked():
 
 @pytest.mark.parametrize("lenpen", [0.0, 1.0, 2.0])
 def test_a_wide_beam_finds_the_best_of_all_translations(lenpen):
-    """Against the scores of every possible translation of at most three words, each from one full pass."""
+    """Compared with the scores of every possible translation of at most three words, each from one full pass."""
     model = make(target_words=7, seed=3).eval()
     with torch.no_grad():
         model.decoder.out_embed.weight.mul_(3)
@@ -372,9 +372,9 @@ def test_bad_files_name_the_line(tmp_path, source, target, message):
         ("eins\rzwei\r", ["eins", "zwei"]),
         ("eins\r\rzwei", ["eins", "", "zwei"]),
         ("eins\rzwei\r\n", ["eins", "zwei"]),
-        ("ei\rns\nzwei\n", ["ei\rns", "zwei"]),  # one that is within a line of a file with other ends
+        ("ei\rns\nzwei\n", ["ei\rns", "zwei"]),  # within a line of a file with other line ends
         ("\ufeffeins\nzwei\n", ["eins", "zwei"]),
-        ("eins\n\ufeffzwei\n", ["eins", "zwei"]),  # of two files that were joined
+        ("eins\n\ufeffzwei\n", ["eins", "zwei"]),  # two joined files
         ("\n", [""]),
         ("", []),
     ],
@@ -386,12 +386,12 @@ def test_line_ends_of_all_systems_and_byte_order_marks(tmp_path, content, lines)
 
 def test_a_broken_gzip_file_is_named(tmp_path):
     (tmp_path / "x.de.gz").write_bytes(gzip.compress(b"eins\n" * 100)[:-9])
-    with pytest.raises(ValueError, match=r"x.de.gz is not a whole gzip file"):
+    with pytest.raises(ValueError, match=r"x.de.gz is not a complete gzip file"):
         corpora.read_lines(tmp_path / "x.de")
 
 
 def iwslt_archive(path, talks=60, leave_out=None, english_talks=60):
-    """An archive of the form of IWSLT'14's, of a few made-up sentences."""
+    """An archive in the format of IWSLT'14, with a few made-up sentences."""
     files = {}
     for lang, word in (("de", "Satz"), ("en", "Sentence")):
         count = talks if lang == "de" else english_talks
@@ -430,7 +430,7 @@ def test_an_archive_that_is_damaged_or_another_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"lacks train.tags.de-en.en"):
         corpora.iwslt14(tmp_path)
     iwslt_archive(tmp_path / "de-en.tgz", english_talks=59)
-    with pytest.raises(ValueError, match=r"train.tags.de-en.de has 60 sentences, the English 59"):
+    with pytest.raises(ValueError, match=r"train.tags.de-en.de has 60 sentences, the English file 59"):
         corpora.iwslt14(tmp_path)
     (tmp_path / "de-en.tgz").write_bytes(b"<html>not found</html>")
     with pytest.raises(ValueError, match="is damaged"):
@@ -458,7 +458,7 @@ def test_download_from_a_server(tmp_path, monkeypatch):
     assert len(corpora.iwslt14(tmp_path / "data")[0]["train"]) == 60
     server.shutdown()
     monkeypatch.setattr(corpora, "IWSLT_URL", "http://127.0.0.1:9/de-en.tgz")
-    with pytest.raises(OSError, match=r"could not be downloaded .* put it at .* --corpus numbers"):
+    with pytest.raises(OSError, match=r"could not be downloaded .* download .* to .* --corpus numbers"):
         corpora.iwslt14(tmp_path / "offline")
 
 

@@ -1,4 +1,4 @@
-"""Translation on fairseq: the plugin's decay and optimizer, training, stopping and going on, results, bad input."""
+"""Translation with fairseq: the plugin's decay and optimizer, training, stopping and resuming, results, bad input."""
 
 import argparse
 import gzip
@@ -42,7 +42,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def as_it_was():
-    """Signals and the random state as before, whatever a training leaves."""
+    """Restore the signal handlers, whatever a training run leaves."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
     yield
     for number, handler in kept.items():
@@ -81,12 +81,12 @@ def test_preparing_again_does_nothing_and_another_way_is_refused(data, capsys, r
     before = {path: path.read_bytes() for path in data.iterdir()}
     prepare.main(f"--corpus numbers --size 400 --bpe 120 --dest {data}".split())
     assert "nothing to do" in capsys.readouterr().err
-    refuses(prepare.main, f"--corpus numbers --size 300 --bpe 120 --dest {data}", "was not prepared like this")
+    refuses(prepare.main, f"--corpus numbers --size 300 --bpe 120 --dest {data}", "was prepared with other settings")
     assert {path: path.read_bytes() for path in data.iterdir()} == before
 
 
 def test_dictionaries_are_filled_up_where_that_is_asked_for(data, tmp_path, capsys, refuses):
-    """With words that fairseq makes up; a folder from before there was a choice has a multiple of 8."""
+    """With words that fairseq makes up. A folder prepared before --padding-factor existed has a multiple of 8 words."""
     assert read_json(data / "prepare.json")["padding_factor"] == 1
     assert not any("madeupword" in (data / f"dict.{lang}.txt").read_text() for lang in ("de", "en"))
     command = f"--corpus numbers --size 400 --bpe 120 --dest {tmp_path / 'd'}"
@@ -94,11 +94,11 @@ def test_dictionaries_are_filled_up_where_that_is_asked_for(data, tmp_path, caps
     for vocabulary, plain in zip(find_vocabularies(tmp_path / "d")[1:], find_vocabularies(data)[1:], strict=True):
         assert len(vocabulary) % 8 == 0
         assert vocabulary.words[: len(plain)] == plain.words
-    assert "padding_factor" not in read_json(tmp_path / "d" / "prepare.json")  # as of one from before, to the byte
+    assert "padding_factor" not in read_json(tmp_path / "d" / "prepare.json")  # as before the flag existed, to the byte
     for same in ("", " --padding-factor 8"):
         prepare.main(f"{command}{same}".split())
         assert "nothing to do" in capsys.readouterr().err
-    refuses(prepare.main, f"{command} --padding-factor 1", "was not prepared like this")
+    refuses(prepare.main, f"{command} --padding-factor 1", "was prepared with other settings")
 
 
 def test_a_run_trains_and_leaves_its_records(data, tmp_path, capsys):
@@ -106,7 +106,7 @@ def test_a_run_trains_and_leaves_its_records(data, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == f"{tmp_path / 'result.json'}\n"
     assert '"frobenius_decay": 0.0001' in captured.err
-    assert "--frobenius-decay is not given: it is 0.0001, that of --weight-decay" in captured.err
+    assert "--frobenius-decay is not given: using 0.0001, the value of --weight-decay" in captured.err
     result = read_json(tmp_path / "result.json")
     assert result["status"] == "finished"
     assert result["config_hash"] == config_hash(identity(TranslationConfig, result["config"]))
@@ -143,7 +143,7 @@ def test_the_last_epochs_norms_are_those_of_the_checkpoint(data, tmp_path):
 
 @pytest.mark.parametrize("batches", ["once", "each-epoch"])
 def test_stopped_and_gone_on_is_uninterrupted(data, tmp_path, monkeypatch, batches):
-    """By the signal a scheduler sends, within an epoch and at the update that ends one; with momentum, dropout and patience."""
+    """Stopped by a scheduler's signal, within an epoch and at its last update; with momentum, dropout and patience."""
     flags = f"{HALF} --max-update 30 --patience 9 --batches {batches}"
     whole = run(data, tmp_path / "whole", flags)
     ends = [record["step"] for record in lines(tmp_path / "whole")]
@@ -187,7 +187,7 @@ def test_a_finished_training_is_not_gone_on_with(data, tmp_path):
 
 
 def test_going_on_for_longer_is_another_run_of_the_same_steps(data, tmp_path, capsys, refuses):
-    """A run of few steps does not stand in for the whole one, which goes on from it."""
+    """A run of few steps does not count as the whole run, which resumes from it."""
     run(data, tmp_path / "a", "--max-steps 3 --max-update 6 --generate")
     assert read_json(tmp_path / "a" / "result.json")["config"]["max_steps"] == 3
     longer = run(data, tmp_path / "a", "--max-update 6")
@@ -196,7 +196,7 @@ def test_going_on_for_longer_is_another_run_of_the_same_steps(data, tmp_path, ca
     whole = run(data, tmp_path / "whole", "--max-update 6")
     assert all(torch.equal(longer["model"][name], value) for name, value in whole["model"].items())
     command = f"{data} {TINY} --max-update 6 --max-steps 4 --save-dir {tmp_path / 'a'}"
-    refuses(train.main, command, "was trained for 6 updates already, more than the 4 asked for")
+    refuses(train.main, command, "was already trained for 6 updates, more than the 4 requested")
 
 
 def test_checkpoints_are_copied_whole(tmp_path):
@@ -215,7 +215,7 @@ PLAIN = "--dropout 0 --attention-dropout 0 --activation-dropout 0 --optimizer sg
 
 
 def decayed_gradient(data, tmp_path, flags, coef):
-    """Step of SGD at rate 1 with Frobenius decay, less that without, and the closed form in float64 at the first weights."""
+    """The SGD step at learning rate 1 without Frobenius decay minus the step with it, and the closed form in float64."""
     half = f"{HALF} {PLAIN} --max-update 1 {flags}"
     first = run(data, tmp_path / "first", f"{half} --lr 0 --frobenius-decay 0")
     without = run(data, tmp_path / "without", f"{half} --lr 1 --frobenius-decay 0")
@@ -265,7 +265,7 @@ def two_processes(data, tmp_path, flags):
 
 
 def test_the_decays_gradient_over_two_processes(data, tmp_path):
-    """Two processes make the update that one process makes of the same two batches; the decay counts once."""
+    """Two processes make the update that one process makes from the same two batches. The decay counts once."""
     flags = f"{HALF} {PLAIN} --lr 1 --frobenius-decay 0.1 --max-update 1"
     one = run(data, tmp_path / "one", f"{flags} --update-freq 2")
     for process in two_processes(data, tmp_path, flags):
@@ -278,7 +278,7 @@ def test_the_decays_gradient_over_two_processes(data, tmp_path):
 
 
 def test_a_signal_to_one_process_stops_all(data, tmp_path):
-    """Of two processes the second is told: both save at the same update and ask to be queued again."""
+    """The second of two processes gets the signal. Both save at the same update and ask to be queued again."""
     processes = two_processes(data, tmp_path, "--max-update 100000")
     deadline = time.monotonic() + 200
     while not (tmp_path / "two" / "metrics.jsonl").exists() and time.monotonic() < deadline:
@@ -336,7 +336,7 @@ def test_without_decay_and_in_validation_the_loss_is_fairseqs(trained, criterion
 
 @pytest.mark.parametrize("over", ["all", "others"])
 def test_label_smoothing_is_spread_over_all_words_or_all_but_the_right_one(trained, over):
-    """A distribution over the words for each target: what the smoothing takes of the right one, evenly over those words."""
+    """The wanted distribution of each target: the smoothing moves probability from the correct word evenly to those words."""
     _, _, model, criterion, batch = trained(f"--label-smoothing 0.3 --smoothed-over {over}")
     loss, size, _ = criterion(model.eval(), batch)
     logs = model(**batch["net_input"])[0].double().log_softmax(-1)
@@ -351,13 +351,13 @@ def test_label_smoothing_is_spread_over_all_words_or_all_but_the_right_one(train
 
 @pytest.mark.parametrize("when", ["once", "each-epoch"])
 def test_batches_are_composed_once_or_in_each_epoch(trained, when):
-    """Of the same sentences all in all, in an order of each epoch's own; those of validation stay."""
+    """Each epoch has all sentences, in its own order. The validation batches stay the same."""
     cfg, task, _, _, _ = trained(f"--batches {when}")
     task.load_dataset("train")
 
     def batches(split, start, count):
         made = task.get_batch_iterator(dataset=task.dataset(split), max_tokens=100, seed=1, epoch=start, num_workers=0)
-        made.load_state_dict({"version": 2, "epoch": start, "iterations_in_epoch": 0})  # as a training does that goes on
+        made.load_state_dict({"version": 2, "epoch": start, "iterations_in_epoch": 0})  # as resumed training does
         epochs = [[frozenset(batch["id"].tolist()) for batch in made.next_epoch_itr()] for _ in range(count)]
         task.dataset_to_epoch_iter.clear()
         return epochs
@@ -377,7 +377,7 @@ def test_batches_are_composed_once_or_in_each_epoch(trained, when):
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_weight_decay_leaves_out_what_frobenius_decay_covers(trained, precision):
-    """In half precision fairseq's optimizer holds float32 copies, which keep the mark where gradients are not flattened."""
+    """In half precision, fairseq's optimizer holds float32 copies, which keep the mark if gradients are not flattened."""
     from fairseq import optim
 
     cfg, _, model, _, _ = trained("--rank-scale 0.5 --wd2fd --wd2fd-outval --frobenius-decay 1e-4 --weight-decay 0.01")
@@ -400,7 +400,7 @@ def test_half_precision_keeps_gradients_apart_where_decays_differ():
 
 
 def test_generation_translations_and_plain_torch_agree(data, tmp_path, capsys, monkeypatch):
-    """fairseq's beam search, ours, and the command for one's own sentences, on a model that has learned a little."""
+    """fairseq's beam search, ours, and the command for your own sentences, on a model that has learned a little."""
     run(data, tmp_path, "--rank-scale 0.5 --spectral --optimizer adam --lr 0.01 --clip-norm 1 --max-update 60")
     best = tmp_path / "checkpoint_best.pt"
     state = engine.load_checkpoint(best)
@@ -456,7 +456,7 @@ def test_generating_as_a_row_does_writes_the_result(data, tmp_path, capsys):
 
 
 def test_known_scores():
-    """A perfect translation has 100; sacrebleu's own number for a changed one, on tokenized and on plain text."""
+    """A perfect translation scores 100, and a changed one scores as in sacrebleu, on tokenized and on plain text."""
     import sacrebleu
 
     from transformer_iwslt.text import Pipeline
@@ -520,14 +520,14 @@ def test_hostile_and_damaged_checkpoints_are_refused(data, tmp_path, monkeypatch
 def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
     run(data, tmp_path / "run", "--max-update 1")
     best = tmp_path / "run" / "checkpoint_best.pt"
-    refuses(generate.main, f"{data} --path {best} --rank-scale 0.25", "--rank-scale 0.25 is not that of")
+    refuses(generate.main, f"{data} --path {best} --rank-scale 0.25", "--rank-scale 0.25 differs from 0 of")
     prepare.main(f"--corpus numbers --size 400 --bpe 60 --dest {tmp_path / 'other'}".split())
     refuses(generate.main, f"{tmp_path / 'other'} --path {best}", "give the folder that it was trained on")
     refuses(translate.main, f"--checkpoint {best} --vocabulary {tmp_path / 'other'}", "dictionary of")
     lines = (data / "dict.de.txt").read_text().splitlines()
     (tmp_path / "run" / "vocabulary" / "dict.de.txt").write_text("\n".join([*lines[1:], lines[0]]) + "\n")
-    refuses(generate.main, f"{data} --path {best}", "is not that of")
-    with pytest.raises(ValueError, match="holds no finished training"):
+    refuses(generate.main, f"{data} --path {best}", "differs from that in")
+    with pytest.raises(ValueError, match="does not hold a finished training run"):
         generate.write_result(tmp_path, data)
 
 
@@ -540,7 +540,7 @@ def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
         ("DATA --spectral --rank-scale 1", "--init spectral needs factorized layers"),
         ("DATA --frobenius-decay 1e-4", "--frobenius-decay needs --wd2fd"),
         ("DATA --wd2fd-quekey --frobenius-decay -1", "must be finite and not negative, got -1"),
-        ("DATA --heads 3", "--embed-dim 256 does not split over --heads 3"),
+        ("DATA --heads 3", "--embed-dim 256 is not divisible by --heads 3"),
         ("DATA --dropout 1", "must be in [0, 1), got 1"),
         ("DATA --optimizer adam", "--optimizer adam needs --lr"),
         ("DATA --optimizer nah --lr 1", "fairseq: argument --optimizer: invalid choice: 'nah'"),
@@ -554,12 +554,12 @@ def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
         ("DATA --fp16 --cpu", "--fp16 needs a GPU"),
         ("DATA --bf16 --cpu", "--bf16 needs a GPU"),
         ("DATA/ --fp16 --cpu", "--fp16 needs a GPU"),
-        ("DATA --max-source-positions 4", "subwords, its end among them, and the model reads 4: prepare the data"),
-        ("DATA --rebuild-batches", "--rebuild-batches is not passed on to fairseq"),
-        ("DATA --criterion cross_entropy --smoothed-over all", "--smoothed-over is for label_smoothed_cross_entropy"),
-        ("DATA --left-pad-target", "--left-pad-target is not passed on to fairseq"),
-        ("DATA --task=translation", "--task is not passed on to fairseq"),
-        ("DATA --seed 4294967290", "--seed must be below 2^32 less --max-update"),
+        ("DATA --max-source-positions 4", "subwords, including its end, but the model reads at most 4: prepare the data"),
+        ("DATA --rebuild-batches", "--rebuild-batches cannot be passed on to fairseq"),
+        ("DATA --criterion cross_entropy --smoothed-over all", "--smoothed-over needs label_smoothed_cross_entropy"),
+        ("DATA --left-pad-target", "--left-pad-target cannot be passed on to fairseq"),
+        ("DATA --task=translation", "--task cannot be passed on to fairseq"),
+        ("DATA --seed 4294967290", "--seed must be below 2^32 minus --max-update"),
     ],
 )
 def test_bad_flags_of_training(data, tmp_path, monkeypatch, refuses, command, message):
@@ -571,7 +571,7 @@ def test_bad_flags_of_training(data, tmp_path, monkeypatch, refuses, command, me
 
 def test_sentences_that_do_not_fit_a_batch_are_told_of(data, tmp_path, refuses, capsys):
     command = f"{data} {TINY} --save-dir {tmp_path} --max-update 1"
-    refuses(train.main, f"{command} --max-tokens 6", "a batch holds 6: give a larger --max-tokens")
+    refuses(train.main, f"{command} --max-tokens 6", "a batch holds at most 6: give a larger --max-tokens")
     refuses(
         train.main, f"{command} --max-tokens 2 --max-tokens-valid 400", "400 of 400 training pairs have more than 2 subwords"
     )
@@ -579,7 +579,7 @@ def test_sentences_that_do_not_fit_a_batch_are_told_of(data, tmp_path, refuses, 
     run(data, tmp_path / "a", "--max-tokens 6 --max-tokens-valid 400 --max-update 1")
     long = int((engine.sizes(data, "train").max(1) > 6).sum())
     assert 0 < long < 400
-    message = f"warning: {long} of 400 training pairs have more than 6 subwords, the ends among them: training leaves them out"
+    message = f"warning: {long} of 400 training pairs have more than 6 subwords, including the end: training leaves them out"
     assert message in capsys.readouterr().err
     run(data, tmp_path / "b", "--max-tokens 6 --max-update 1 --skip-invalid-size-inputs-valid-test", fails=2)
     assert "error: a sentence is too long for the model or for --max-tokens: Sentences lengths" in capsys.readouterr().err
@@ -594,12 +594,14 @@ def texts(folder, **splits):
 
 
 def test_a_sentence_that_is_too_long_is_found_before_the_training(tmp_path, monkeypatch, refuses, capsys):
-    """By its line when it is prepared, and in data that were prepared without that before anything is trained."""
+    """By its line in preparation. In data prepared without this check, it is found before training starts."""
     pairs = [(f"eins {word}", f"one {word}") for word in "abcdefgh"]
     long = ("zwei " * 1100, "two " * 1000)
     flags = texts(tmp_path, train=[*pairs, long], valid=pairs, test=[("", ""), *pairs, long])
     command = f"{flags} --dest {tmp_path / 'data'} --bpe 30"
-    message = f"{tmp_path / 'test.de'}, line 10, has 1,100 subwords, and the model reads 1,021: shorten or remove this pair"
+    message = (
+        f"{tmp_path / 'test.de'}, line 10, has 1,100 subwords, but the model reads at most 1,021: shorten or remove this pair"
+    )
     refuses(prepare.main, command, message)
     assert not (tmp_path / "data").exists()
     texts(tmp_path, valid=[*pairs[:2], ("zwei", "two " * 1022)])
@@ -609,14 +611,16 @@ def test_a_sentence_that_is_too_long_is_found_before_the_training(tmp_path, monk
     prepare.main(command.split())
     captured = capsys.readouterr()
     assert "warning: 1 train pairs have more than 1,021 subwords: training leaves them out" in captured.err
-    message = f"sentence 9 of test.de in {tmp_path / 'data'} has 1,101 subwords, its end among them, and the model reads 1,022"
+    message = (
+        f"sentence 9 of test.de in {tmp_path / 'data'} has 1,101 subwords, including its end, but the model reads at most 1,022"
+    )
     refuses(train.main, f"{tmp_path / 'data'} {TINY} --save-dir {tmp_path / 'run'}", message)
     assert not (tmp_path / "run").exists()
 
 
 def test_no_sentence_is_left_out_of_a_score(data, tmp_path, refuses):
     command = f"{data} --path {tmp_path / 'x.pt'} --skip-invalid-size-inputs-valid-test"
-    refuses(generate.main, command, "would leave sentences out, and BLEU is that of the whole split")
+    refuses(generate.main, command, "would leave sentences out, but BLEU must cover the whole split")
 
 
 def test_a_folder_is_no_checkpoint_to_translate_with(data, tmp_path, refuses):
@@ -634,7 +638,7 @@ def test_data_may_lie_below_a_home_directory(data, monkeypatch):
 def test_a_batch_that_is_too_small_for_a_translation_is_named(data, tmp_path, refuses):
     run(data, tmp_path, "--max-update 1")
     command = f"{data} --path {tmp_path / 'checkpoint_best.pt'} --cpu --max-tokens 4"
-    refuses(generate.main, command, "a batch holds 4: give a larger --max-tokens")
+    refuses(generate.main, command, "a batch holds at most 4: give a larger --max-tokens")
 
 
 def test_targets_padded_on_the_left_are_refused(trained):
@@ -648,7 +652,7 @@ def test_targets_padded_on_the_left_are_refused(trained):
         ("--train-prefix a --dest b", "go together: give all three"),
         ("--corpus numbers --train-prefix a --valid-prefix a --test-prefix a", "exclude each other"),
         ("--train-prefix a --valid-prefix a --test-prefix a", "needs --dest"),
-        ("--corpus numbers -s en -t en", "are both en"),
+        ("--corpus numbers -s en -t en", "must differ, got en for both"),
         ("--corpus numbers -s en -t de", "is from de to en, got en to de"),
         ("--corpus numbers --size 60000", "at most 50000, got 60000"),
         ("--train-prefix a --valid-prefix a --test-prefix a --dest b", "there is no a.de and no a.de.gz beside it"),
@@ -667,11 +671,11 @@ def test_without_fairseq_the_error_says_what_to_do(data, tmp_path, monkeypatch, 
         (prepare.main, f"--corpus numbers --dest {tmp_path}/d"),
         (generate.main, f"{data} --path x.pt"),
     ):
-        refuses(main, command, "ve-fairseq 0.12.3, is for Python 3.11 and 3.12 on Linux x86_64, and this is Python")
+        refuses(main, command, "ve-fairseq 0.12.3, is for Python 3.11 and 3.12 on Linux x86_64; this is Python")
 
 
 def test_real_sentences(tmp_path, capsys):
-    """A part of Multi30k from FNL_DATA: prepared, trained on for some updates, translated and scored."""
+    """Part of Multi30k from FNL_DATA is prepared, trained on for a few updates, translated and scored."""
     source = Path(os.environ.get("FNL_DATA", "nowhere")) / "multi30k"
     if not source.is_dir():
         pytest.skip("FNL_DATA names no folder of real data")
@@ -691,7 +695,7 @@ def test_real_sentences(tmp_path, capsys):
 
 
 def test_bf16_trains_and_resumes_where_fairseq_wants_a_tpu(data, tmp_path, monkeypatch):
-    """On a CPU that passes for a GPU: fairseq moves to a GPU what this leaves, as it does under --fp16."""
+    """On a CPU that pretends to be a GPU. On a real one, fairseq moves the model there, as under --fp16."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     flags = f"{TINY.replace('--cpu', '')} {HALF} --weight-decay 1e-4 --bf16 --num-workers 0 --max-update 24"
     words = [str(data), *flags.split(), "--save-dir"]
@@ -703,7 +707,7 @@ def test_bf16_trains_and_resumes_where_fairseq_wants_a_tpu(data, tmp_path, monke
     train.main([*words, str(tmp_path / "parts"), "--max-steps", "10"])
     train.main([*words, str(tmp_path / "parts")])
     parts = engine.load_checkpoint(tmp_path / "parts" / "checkpoint_last.pt")
-    for name, value in whole["model"].items():  # near, not equal: fairseq keeps no float32 weights in its checkpoints
+    for name, value in whole["model"].items():  # close, not equal: fairseq's checkpoints hold no float32 weights
         torch.testing.assert_close(parts["model"][name], value, rtol=0.02, atol=0.02)
 
 

@@ -1,4 +1,4 @@
-"""Beam search in plain torch, with the rules of fairseq's: the same translations from the same model."""
+"""Beam search in plain torch. It follows fairseq's rules, so the same model gives the same translations."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch import Tensor
 
 from transformer_iwslt.model import EOS, PAD, Transformer
 
-Hypothesis = tuple[list[int], float]  # words without </s>, and score
+Hypothesis = tuple[list[int], float]  # indices of the words without </s>, and the score
 
 
 @torch.inference_mode()
 def search(
     model: Transformer, source: Tensor, *, beam: int = 5, lenpen: float = 1.0, max_words: int | Sequence[int] = 200
 ) -> list[Hypothesis]:
-    """The best translation of each sentence of ``source`` (batch, length), which ends with EOS and is padded with PAD.
+    """Find the best translation of each sentence of ``source`` (batch, length).
 
-    A hypothesis is scored by its log probability over its length, EOS counted, to the power of ``lenpen``. A sentence is done
-    when ``beam`` hypotheses of it have ended, each among the best ``beam`` at its step, or at ``max_words`` words, a number for
-    all sentences or one each.
+    A sentence ends with EOS and is padded with PAD. The score of a hypothesis is its log probability, divided by its length
+    to the power of ``lenpen``; the length includes EOS. The search for a sentence ends when ``beam`` of its hypotheses have
+    ended, each among the ``beam`` best at its step, or at ``max_words`` words: one number for all sentences, or one for each.
     """
     state = model.decoder.start(*model.encoder(source))
     device = source.device
-    sentences = list(range(len(source)))  # those that are not done
+    sentences = list(range(len(source)))  # the unfinished ones
     state.reorder(torch.arange(len(source), device=device).repeat_interleave(beam))
     words = torch.full((len(source) * beam, 1), EOS, device=device)
     scores = torch.full((len(source), beam), -torch.inf, device=device)
-    scores[:, 0] = 0  # at first all beams are alike: only one of them counts
+    scores[:, 0] = 0  # all beams are equal at first: only one of them counts
     ended: list[list[Hypothesis]] = [[] for _ in sentences]
     limits = [max_words] * len(source) if isinstance(max_words, int) else list(max_words)
     for step in range(max(limits) + 1):
@@ -51,7 +51,7 @@ def search(
         if not kept:
             break
         rows = torch.tensor(kept, device=device)
-        going = (~ends)[rows].int().argsort(dim=1, descending=True, stable=True)[:, :beam]  # the best that go on, in order
+        going = (~ends)[rows].int().argsort(dim=1, descending=True, stable=True)[:, :beam]  # the best unfinished ones, in order
         origin, word = origin[rows].gather(1, going), word[rows].gather(1, going)
         scores = best[rows].gather(1, going)
         order = (rows[:, None] * beam + origin).flatten()

@@ -1,4 +1,4 @@
-"""Configuration of a translation, and the command lines of its other programs; loads without torch and without fairseq."""
+"""Configuration of a training run, and the command lines of the other programs. Loads without torch and fairseq."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "transformer_big": {"embed_dim": 1024, "ffn_dim": 4096, "layers": 6, "heads": 16, **_DROPOUTS},
     "transformer_iwslt": {"embed_dim": 512, "ffn_dim": 1024, "layers": 6, "heads": 4, **_DROPOUTS},
 }
-DEFAULT_DECAY = 1e-4  # strength of Frobenius decay where no flag tells one
+DEFAULT_DECAY = 1e-4  # strength of Frobenius decay unless a flag gives one
 
-# The recipe of the released scripts, for its optimizer; another optimizer needs a rate of its own.
+# The learning rates of the released scripts. They suit nag; another optimizer needs its own learning rate.
 _NAG = {"lr": 0.25, "warmup_init_lr": 0.25}
-# Fields of the configuration that fairseq has flags of the same names for, and switches.
+# Fields of the configuration that fairseq has as flags of the same names: flags with values, and switches.
 _PASSED = (
     *("arch", "optimizer", "lr", "lr_scheduler", "clip_norm", "max_tokens", "max_update", "weight_decay", "seed"),
     *("embed_dim", "ffn_dim", "layers", "heads", "dropout", "attention_dropout", "activation_dropout"),
     *("rank_scale", "init", "frobenius_decay", "distributed_world_size"),
 )
 _SWITCHES = ("spectral_quekey", "spectral_outval", "wd2fd", "wd2fd_quekey", "wd2fd_outval", "cpu")
-# Flags of fairseq that change no result, and those that this program sets itself or whose effects it relies on.
+# Flags of fairseq that do not change the result, and flags that this program sets itself or relies on.
 _HARMLESS = {
     "--num-workers", "--log-interval", "--tensorboard-logdir", "--wandb-project", "--keep-last-epochs",
     "--no-epoch-checkpoints", "--no-progress-bar", "--device-id", "--distributed-port", "--distributed-init-method",
     "--distributed-rank", "--distributed-no-spawn", "--distributed-backend",
 }  # fmt: skip
-_PLAIN_DDP = ("pytorch_ddp", "c10d", "legacy_ddp", "no_c10d")  # values of --ddp-backend that compute the same
+_PLAIN_DDP = ("pytorch_ddp", "c10d", "legacy_ddp", "no_c10d")  # values of --ddp-backend that compute the same result
 _OWN = {
     "--task", "--user-dir", "--restore-file", "--checkpoint-suffix", "--valid-subset", "--no-save", "--no-last-checkpoints",
     "--log-format", "--log-file", "--left-pad-target", "--rebuild-batches",
 }  # fmt: skip
 
-# By default fairseq leaves out the last batch where its size is no multiple of 8: of 500 test sentences it translates 496.
+# By default fairseq leaves out a last batch whose size is not a multiple of 8: it translates 496 of 500 test sentences.
 WHOLE = ("--required-batch-size-multiple", "1")
 
 
@@ -77,40 +77,42 @@ def _size(flags: Sequence[str], text: str) -> Any:
 
 @dataclass(kw_only=True)
 class ModelConfig(Config):
-    """The model and its decay: the flags that this program and fairseq's own have."""
+    """The model and its decay. train.py and fairseq-train with the plugin share these flags."""
 
     program: ClassVar[str] = "transformer_iwslt"
     group: ClassVar[str | None] = "model"
 
     embed_dim: int = _size(("--embed-dim", "--hidden-size"), "dimensions of embeddings and of hidden states")
-    ffn_dim: int = _size(("--ffn-dim", "--filter-size"), "dimensions inside a feed-forward layer")
-    layers: int = _size(("--layers", "--num-layers"), "layers of the encoder, and as many of the decoder")
-    heads: int = _size(("--heads", "--num-head"), "heads of an attention")
+    ffn_dim: int = _size(("--ffn-dim", "--filter-size"), "hidden dimensions of feed-forward layers")
+    layers: int = _size(("--layers", "--num-layers"), "number of layers of the encoder and of the decoder")
+    heads: int = _size(("--heads", "--num-head"), "attention heads")
     dropout: float = flag(None, type=share, help="(default: the architecture's)")
     attention_dropout: float = flag(None, type=share, help="(default: the architecture's)")
     activation_dropout: float = flag(None, type=share, help="(default: the architecture's)")
-    rank_scale: float = flag(0.0, type=rank_scale, help="rank as a share of the full one; 0 is dense")
-    init: str = flag(None, choices=("regular", "spectral", "norm-matched"), help="of factorized layers (default: regular)")
-    spectral: bool = flag(False, changes_result=False, help="spectral initialization, short for --init spectral")
+    rank_scale: float = flag(0.0, type=rank_scale, help="rank as a share of the full rank; 0 is dense")
+    init: str = flag(
+        None, choices=("regular", "spectral", "norm-matched"), help="initialization of factorized layers (default: regular)"
+    )
+    spectral: bool = flag(False, changes_result=False, help="short for --init spectral")
     spectral_quekey: bool = flag(False, help="spectral initialization of query-key products")
     spectral_outval: bool = flag(False, help="spectral initialization of output-value products")
-    wd2fd: bool = flag(False, help="Frobenius decay on the factors of layers, not weight decay")
-    wd2fd_quekey: bool = flag(False, help="the same on query-key products, head by head")
-    wd2fd_outval: bool = flag(False, help="the same on output-value products, head by head")
+    wd2fd: bool = flag(False, help="Frobenius decay in place of weight decay on factorized layers")
+    wd2fd_quekey: bool = flag(False, help="Frobenius decay in place of weight decay on each head's query-key product")
+    wd2fd_outval: bool = flag(False, help="Frobenius decay in place of weight decay on each head's output-value product")
     frobenius_decay: float = flag(
         None,
         type=non_negative,
         metavar="D",
-        help=f"strength of the Frobenius decay (default: --weight-decay where that is positive, else {DEFAULT_DECAY:g})",
+        help=f"strength of the Frobenius decay (default: --weight-decay if that is positive, else {DEFAULT_DECAY:g})",
     )
 
 
 @dataclass(kw_only=True)
 class TranslationConfig(ModelConfig):
-    """A run of transformer_iwslt/train.py. ``fairseq`` are the words for fairseq, ``warnings`` what to say to the user."""
+    """A run of transformer_iwslt/train.py. ``fairseq`` holds flags passed on to fairseq, ``warnings`` messages to print."""
 
     description: ClassVar[str] = (
-        "Train a full or factorized Transformer with fairseq, whose other flags are passed on to it. "
+        "Train a full or factorized Transformer with fairseq. Flags of fairseq that are not listed here are passed on to it. "
         "The defaults are the recipe of the paper's released scripts."
     )
     group: ClassVar[str | None] = "training"
@@ -122,7 +124,7 @@ class TranslationConfig(ModelConfig):
         type=Path,
         metavar="DATA",
         changes_result=False,
-        help="folder that prepare.py wrote, before any flag",
+        help="folder that prepare.py wrote; give it before all flags",
     )
     arch: str = flag(
         "transformer_small",
@@ -133,37 +135,41 @@ class TranslationConfig(ModelConfig):
         help="sizes of the Transformer",
     )
     dropout: float = override(ModelConfig, "dropout", 0.2)
-    optimizer: str = flag("nag", help="one of fairseq's")
-    lr: float = flag(None, "--lr", "--learning-rate", type=non_negative, help="(default: 0.25 with nag)")
-    lr_scheduler: str = flag("inverse_sqrt", help="one of fairseq's")
-    warmup_init_lr: float | None = flag(None, type=non_negative, help="of inverse_sqrt (default: 0.25 with nag)")
-    warmup_updates: int | None = flag(4000, type=natural, metavar="N", help="of inverse_sqrt")
-    clip_norm: float = flag(0.1, type=non_negative, help="largest norm of the gradient; 0: any")
-    weight_decay: float = flag(0.0, "--weight-decay", "--wd", type=non_negative, help="on what Frobenius decay does not cover")
+    optimizer: str = flag("nag", help="an optimizer of fairseq")
+    lr: float = flag(None, "--lr", "--learning-rate", type=non_negative, help="learning rate (default: 0.25 with nag)")
+    lr_scheduler: str = flag("inverse_sqrt", help="a learning-rate scheduler of fairseq")
+    warmup_init_lr: float | None = flag(
+        None, type=non_negative, help="first learning rate of inverse_sqrt (default: 0.25 with nag, else 0)"
+    )
+    warmup_updates: int | None = flag(4000, type=natural, metavar="N", help="warm-up updates of inverse_sqrt")
+    clip_norm: float = flag(0.1, type=non_negative, help="largest norm of the gradient; 0 does not clip")
+    weight_decay: float = flag(
+        0.0, "--weight-decay", "--wd", type=non_negative, help="weight decay of what Frobenius decay does not cover"
+    )
     criterion: str = flag(
         "label_smoothed_cross_entropy", choices=list(CRITERIONS), help="loss, to which Frobenius decay is added"
     )
-    label_smoothing: float = flag(0.1, type=share, help="of label_smoothed_cross_entropy")
+    label_smoothing: float = flag(0.1, type=share, help="label smoothing of label_smoothed_cross_entropy")
     smoothed_over: str = flag(
         None,
         choices=("all", "others"),
         before="others",
-        help="words that share --label-smoothing: all, as in the released code, or all but the right one, as in fairseq today "
-        "(default: all)",
+        help="words over which --label-smoothing is spread: all, as in the released code, or all others than the correct one, "
+        "as in current fairseq (default: all)",
     )
     batches: str = flag(
         "each-epoch",
         choices=("each-epoch", "once"),
         before="once",
-        help="when sentences are put together to batches: anew in each epoch, as in the released code, or once, as in fairseq "
-        "today; the order of batches is drawn in each epoch either way",
+        help="when sentences are grouped into batches: again in each epoch, as in the released code, or once, as in current "
+        "fairseq; the order of the batches is drawn in each epoch in both cases",
     )
-    max_tokens: int = flag(4000, type=positive_int, metavar="N", help="target tokens of a batch")
-    max_update: int = flag(100_000, type=positive_int, metavar="N", help="updates of the schedule")
-    max_steps: int | None = flag(None, type=positive_int, metavar="N", help="stop after N updates in all")
-    distributed_world_size: int = flag(1, type=positive_int, metavar="N", help="GPUs; batches grow with them")
-    seed: int = flag(1, type=natural, changes_result=False, help="of initialization, order and dropout")
-    cpu: bool = flag(False, changes_result=False, help="train on the CPU where there is a GPU too")
+    max_tokens: int = flag(4000, type=positive_int, metavar="N", help="target tokens per batch")
+    max_update: int = flag(100_000, type=positive_int, metavar="N", help="updates in the schedule")
+    max_steps: int | None = flag(None, type=positive_int, metavar="N", help="stop after N updates in total")
+    distributed_world_size: int = flag(1, type=positive_int, metavar="N", help="number of GPUs; batches grow with it")
+    seed: int = flag(1, type=natural, changes_result=False, help="seed of initialization, order and dropout")
+    cpu: bool = flag(False, changes_result=False, help="train on the CPU even if there is a GPU")
 
     save_dir: Path | None = flag(
         None,
@@ -173,16 +179,16 @@ class TranslationConfig(ModelConfig):
         help="directory of the run (default: results/<program>/<row or run>/<configuration>)",
     )
     generate: bool = flag(
-        False, group="run", changes_result=False, help="then translate the test set as generate.py does by default"
+        False, group="run", changes_result=False, help="after training, translate the test set as generate.py does by default"
     )
-    resume: str = flag("auto", group="run", choices=("auto",), changes_result=False, help="an unfinished run is resumed")
+    resume: str = flag("auto", group="run", choices=("auto",), changes_result=False, help="resume an unfinished run")
     dry_run: bool = flag(False, group="run", changes_result=False, help="build the model, print it as JSON and stop")
     row: str | None = flag(None, group="run", changes_result=False, help="name of the table row this run is for")
     row_config: str | None = flag(
         None,
         group="run",
         changes_result=False,
-        help="hash that the row's configuration has; with another the result is of no row",
+        help="hash of the row's configuration; a result with another hash belongs to no row",
     )
     fairseq: list[str] = derived([])
     warnings: list[str] = dataclasses.field(default_factory=list)
@@ -201,7 +207,7 @@ class TranslationConfig(ModelConfig):
             if getattr(self, name) is None:
                 setattr(self, name, value)
         if self.embed_dim % self.heads:
-            raise ValueError(f"--embed-dim {self.embed_dim} does not split over --heads {self.heads}")
+            raise ValueError(f"--embed-dim {self.embed_dim} is not divisible by --heads {self.heads}")
         if self.spectral and self.init not in (None, "spectral"):
             raise ValueError(f"--spectral and --init {self.init} exclude each other: give one")
         self.init, self.spectral = "spectral" if self.spectral else self.init or "regular", False
@@ -220,8 +226,8 @@ class TranslationConfig(ModelConfig):
             raise ValueError("--frobenius-decay needs --wd2fd, --wd2fd-quekey or --wd2fd-outval: they say what it decays")
         if decayed and self.frobenius_decay is None:
             self.frobenius_decay = self.weight_decay or DEFAULT_DECAY
-            reason = "that of --weight-decay" if self.weight_decay else "for lack of --weight-decay"
-            self.warnings.append(f"--frobenius-decay is not given: it is {self.frobenius_decay:g}, {reason}")
+            reason = "the value of --weight-decay" if self.weight_decay else "the default without --weight-decay"
+            self.warnings.append(f"--frobenius-decay is not given: using {self.frobenius_decay:g}, {reason}")
         self.frobenius_decay = self.frobenius_decay if decayed else 0.0
 
     def _resolve_training(self) -> None:
@@ -235,20 +241,20 @@ class TranslationConfig(ModelConfig):
             self.warmup_init_lr = _NAG["warmup_init_lr"] if self.optimizer == "nag" else 0.0
         if self.criterion == "cross_entropy":
             if self.smoothed_over == "all":
-                raise ValueError("--smoothed-over is for label_smoothed_cross_entropy, got --criterion cross_entropy")
+                raise ValueError("--smoothed-over needs label_smoothed_cross_entropy, got --criterion cross_entropy")
             self.label_smoothing, self.smoothed_over = 0.0, "others"
         self.smoothed_over = self.smoothed_over or "all"
         if self.seed >= 2**32 - self.max_update:
-            raise ValueError(f"--seed must be below 2^32 less --max-update, got {self.seed}")
+            raise ValueError(f"--seed must be below 2^32 minus --max-update, got {self.seed}")
 
     def record(self) -> dict[str, Any]:
-        """As of any configuration; of fairseq's flags, those that change the result, in alphabetical order."""
+        """The record of any configuration, with the flags of fairseq that change the result in alphabetical order."""
         plain = {("--ddp-backend", name) for name in _PLAIN_DDP}
         kept = [group for group in _groups(self.fairseq) if group[0] not in _HARMLESS and group not in plain]
         return {**super().record(), "fairseq": [" ".join(group) for group in sorted(kept)]}
 
     def fairseq_words(self, save_dir: Path) -> list[str]:
-        """The command line for fairseq that the configuration amounts to."""
+        """The configuration as a command line for fairseq."""
         values = {name: getattr(self, name) for name in _PASSED}
         values["max_update"] = min(self.max_update, self.max_steps or self.max_update)
         values["criterion"] = CRITERIONS[self.criterion]
@@ -263,7 +269,7 @@ class TranslationConfig(ModelConfig):
         words += ["--rebuild-batches"] if self.batches == "each-epoch" else []
         half = {"--fp16", "--bf16"} & {*self.fairseq}
         if half and self.weight_decay and (self.wd2fd or self.wd2fd_quekey or self.wd2fd_outval):
-            words.append("--fp16-no-flatten-grads")  # flat gradients cannot tell what takes no weight decay
+            words.append("--fp16-no-flatten-grads")  # flat gradients cannot exempt parameters from weight decay
         return [*words, *WHOLE, *self.fairseq]
 
 
@@ -273,7 +279,7 @@ def _dashed(word: str) -> str:
 
 
 def _groups(words: Sequence[str]) -> list[tuple[str, ...]]:
-    """Flags with their values, in whichever of the two forms, ``--flag value`` or ``--flag=value``."""
+    """Flags with their values, each written as ``--flag value`` or ``--flag=value``."""
     groups: list[list[str]] = []
     for word in words:
         if word.startswith("--"):
@@ -284,7 +290,7 @@ def _groups(words: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def check_fairseq(parser: FlagParser, data: Path, fairseq: Sequence[str], words: Sequence[str]) -> None:
-    """Refuse flags of fairseq that this program sets, and DATA after a flag of fairseq's, whose value would be taken for it."""
+    """Refuse flags of fairseq that this program sets, and DATA after a flag, whose value could be mistaken for DATA."""
     paths = [Path(os.path.expanduser(word)) for word in words]
     given = next(index for index, word in enumerate(words) if not word.startswith("-") and paths[index] == data)
     first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
@@ -294,11 +300,11 @@ def check_fairseq(parser: FlagParser, data: Path, fairseq: Sequence[str], words:
         parser.error(f"unrecognized arguments: {fairseq[0]}")
     for name, *_ in _groups(fairseq):
         if name in _OWN:
-            parser.error(f"{name} is not passed on to fairseq: this program relies on its own value of it")
+            parser.error(f"{name} cannot be passed on to fairseq: this program relies on its own value of it")
 
 
 def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parsed and checked flags of prepare.py."""
+    """Parse and check the flags of prepare.py."""
     parser = FlagParser(prog=f"{ModelConfig.program}/prepare.py", description="Prepare sentence pairs for train.py.")
     parser.add_argument(
         "--corpus",
@@ -306,23 +312,26 @@ def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="IWSLT'14 German-English (the default), or German and English number words, which need no download",
     )
     for split in ("train", "valid", "test"):
-        parser.add_argument(f"--{split}-prefix", type=Path, help=f"{split} pairs of one's own: PREFIX.de and PREFIX.en, or .gz")
+        parser.add_argument(f"--{split}-prefix", type=Path, help=f"your own {split} pairs: PREFIX.de and PREFIX.en, or .gz")
     parser.add_argument("-s", "--source-lang", default="de")
     parser.add_argument("-t", "--target-lang", default="en")
-    parser.add_argument("--bpe", type=positive_int, metavar="N", help="merges (default: 25000; numbers: 300)")
+    parser.add_argument("--bpe", type=positive_int, metavar="N", help="subword merges (default: 25000; numbers: 300)")
     parser.add_argument(
         "--padding-factor",
         type=positive_int,
         metavar="N",
-        help="fill dictionaries up to a multiple of N words, in fairseq today 8 (default: 1, as in the released code; a folder "
-        "that is there may have any)",
+        help="fill dictionaries up to a multiple of N words; current fairseq uses 8 (default: 1, as in the released code; an "
+        "existing folder may have any)",
     )
-    parser.add_argument("--keep-case", action="store_true", help="do not put everything in lower case")
+    parser.add_argument("--keep-case", action="store_true", help="do not convert the text to lower case")
     parser.add_argument(
-        "--data-dir", type=Path, default=ROOT / "data" / "iwslt14", help="where de-en.tgz is, or is downloaded to"
+        "--data-dir",
+        type=Path,
+        default=ROOT / "data" / "iwslt14",
+        help="folder of de-en.tgz, which is downloaded if it is missing",
     )
-    parser.add_argument("--sha256", help="what de-en.tgz must have; what it has is printed and kept")
-    parser.add_argument("--seed", type=natural, default=0, help="of the numbers that are drawn")
+    parser.add_argument("--sha256", help="SHA-256 that de-en.tgz must have; the actual one is printed and recorded")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the numbers that are drawn")
     parser.add_argument("--size", type=positive_int, default=20_000, metavar="N", help="training pairs of numbers")
     parser.add_argument(
         "--dest", type=Path, help="folder to write (default: data-bin/iwslt14.tokenized.de-en, or data-bin/<corpus>)"
@@ -334,7 +343,7 @@ def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if any(prefixes) and args.corpus:
         parser.error(f"--corpus {args.corpus} and --train-prefix exclude each other: give one")
     if args.source_lang == args.target_lang:
-        parser.error(f"--source-lang and --target-lang are both {args.source_lang}")
+        parser.error(f"--source-lang and --target-lang must differ, got {args.source_lang} for both")
     if any(prefixes) and args.dest is None:
         parser.error("--train-prefix needs --dest: the folder to write")
     args.corpus = args.corpus or (None if any(prefixes) else "iwslt14")
@@ -352,45 +361,46 @@ BEAM, LENPEN = 5, 1.0
 
 
 def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parsed and checked flags of generate.py; what is fairseq's is in ``fairseq``."""
+    """Parse and check the flags of generate.py; ``fairseq`` holds those of fairseq."""
     parser = FlagParser(
         prog=f"{ModelConfig.program}/generate.py",
-        description="Translate a split with a checkpoint and score it. Other flags of fairseq-generate are passed on to it.",
+        description="Translate a split with a checkpoint and score it. Flags of fairseq-generate that are not listed here are "
+        "passed on to it.",
     )
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder that prepare.py wrote, before any flag")
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder that prepare.py wrote; give it before all flags")
     parser.add_argument("--path", type=Path, required=True, help="checkpoint; the model is rebuilt from it alone")
     parser.add_argument("--gen-subset", default="test", choices=("train", "valid", "test"), help="split to translate")
     parser.add_argument(
-        "--batch-size", "--max-sentences", type=positive_int, default=128, metavar="N", help="sentences of a batch"
+        "--batch-size", "--max-sentences", type=positive_int, default=128, metavar="N", help="sentences per batch"
     )
     parser.add_argument("--beam", type=positive_int, default=BEAM)
-    parser.add_argument("--lenpen", type=float, default=LENPEN, help="power of the length that scores are divided by")
-    parser.add_argument("--remove-bpe", nargs="?", const="subword_nmt", help="accepted; subwords are always joined")
+    parser.add_argument("--lenpen", type=float, default=LENPEN, help="scores are divided by the length to this power")
+    parser.add_argument("--remove-bpe", nargs="?", const="subword_nmt", help="accepted and ignored: subwords are always joined")
     parser.add_argument("--quiet", action="store_true", help="do not print the translations")
     parser.add_argument("--dump", type=Path, metavar="FILE", help="also write the scores here")
-    parser.add_argument("--rank-scale", type=rank_scale, help="checked against the checkpoint, which knows it")
-    parser.add_argument("--results-path", type=Path, help="folder for scores and translations (default: by the checkpoint)")
-    parser.add_argument("--cpu", action="store_true", help="translate on the CPU where there is a GPU too")
+    parser.add_argument("--rank-scale", type=rank_scale, help="rank scale that the checkpoint must have; not needed")
+    parser.add_argument("--results-path", type=Path, help="folder for scores and translations (default: beside the checkpoint)")
+    parser.add_argument("--cpu", action="store_true", help="translate on the CPU even if there is a GPU")
     words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
     args, args.fairseq = parser.parse_known_args(words)
     check_fairseq(parser, args.data, args.fairseq, words)
     if "--skip-invalid-size-inputs-valid-test" in args.fairseq:
-        parser.error("--skip-invalid-size-inputs-valid-test would leave sentences out, and BLEU is that of the whole split")
+        parser.error("--skip-invalid-size-inputs-valid-test would leave sentences out, but BLEU must cover the whole split")
     if not math.isfinite(args.lenpen):
         parser.error(f"--lenpen must be finite, got {args.lenpen}")
     return args
 
 
 def parse_translate(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parsed and checked flags of translate.py."""
+    """Parse and check the flags of translate.py."""
     parser = FlagParser(
         prog=f"{ModelConfig.program}/translate.py", description="Translate lines from standard input to standard output."
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint of a run of train.py")
     parser.add_argument("--vocabulary", type=Path, help="folder of dictionaries and codes (default: the run's)")
     parser.add_argument("--beam", type=positive_int, default=BEAM)
-    parser.add_argument("--lenpen", type=float, default=LENPEN, help="power of the length that scores are divided by")
-    parser.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="sentences of a batch")
+    parser.add_argument("--lenpen", type=float, default=LENPEN, help="scores are divided by the length to this power")
+    parser.add_argument("--batch-size", type=positive_int, default=32, metavar="N", help="sentences per batch")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, or the number of a GPU")
     args = parser.parse_args(argv)
     if not math.isfinite(args.lenpen):

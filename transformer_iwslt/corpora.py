@@ -1,4 +1,4 @@
-"""Sentence pairs: IWSLT'14 German-English, plain-text files of one's own, and embedded number words."""
+"""Sentence pairs: IWSLT'14 German-English, your own plain-text files, and embedded number words."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Pairs = list[tuple[str, str]]
 Splits = dict[str, Pairs]  # "train", "valid" and "test"
 
 IWSLT_URL = "http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"
-IWSLT_BYTES = 19_982_877  # as a download log in fairseq issue 1493 shows; no checksum of it is published that we know of
+IWSLT_BYTES = 19_982_877  # from a download log in fairseq issue 1493; we know of no published checksum
 _IWSLT_TESTS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
 _SKIPPED = ("<url>", "<talkid>", "<keywords>")
 
 
 def numbers(seed: int = 0, train: int = 20_000, held_out: int = 500) -> Splits:
-    """German number words and the English ones, cardinals below a million, ordinals, years; no two German ones are alike.
+    """German number words with their English translations: cardinals below a million, ordinals and years.
 
-    Which numbers are drawn depends on the seed alone.
+    No German side occurs twice. The numbers that are drawn depend on the seed alone.
     """
     from num2words import num2words
 
@@ -39,7 +39,7 @@ def numbers(seed: int = 0, train: int = 20_000, held_out: int = 500) -> Splits:
     candidates = [("cardinal", value) for value in range(2000)]
     candidates += [("ordinal", value) for value in range(1, 1000)]
     candidates += [("year", value) for value in range(1000, 2100)]
-    large = max(0, wanted - len(candidates) + 1500)  # more than are missing: some of these are alike in German
+    large = max(0, wanted - len(candidates) + 1500)  # more than needed: some of these are equal in German
     candidates += [("cardinal", value) for value in generator.sample(range(2000, 1_000_000), large)]
     generator.shuffle(candidates)
     pairs: dict[str, str] = {}
@@ -52,14 +52,14 @@ def numbers(seed: int = 0, train: int = 20_000, held_out: int = 500) -> Splits:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 text file, plain or .gz; raises ValueError naming the file, and the line that is not UTF-8."""
+    """Lines of a UTF-8 text file, plain or .gz. Raises ValueError naming the file and any line that is not UTF-8."""
     found = path if path.is_file() else path.with_name(path.name + ".gz")
     if not found.is_file():
         raise ValueError(f"there is no {path} and no {path.name}.gz beside it")
     try:
         content = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
     except (OSError, EOFError) as error:
-        raise ValueError(f"{found} is not a whole gzip file: {error}") from error
+        raise ValueError(f"{found} is not a complete gzip file: {error}") from error
     lines = []
     for number, line in enumerate(split_lines(content), 1):
         try:
@@ -70,7 +70,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_pair(prefix: Path, source_lang: str, target_lang: str) -> Pairs:
-    """Pairs of PREFIX.source and PREFIX.target; raises ValueError for empty or misaligned files, naming the first bad line."""
+    """Pairs of PREFIX.source and PREFIX.target. Raises ValueError for empty or misaligned files, naming the first bad line."""
     names = [prefix.with_name(f"{prefix.name}.{lang}") for lang in (source_lang, target_lang)]
     source, target = (read_lines(name) for name in names)
     for name, lines in zip(names, (source, target), strict=True):
@@ -93,18 +93,20 @@ def read_pair(prefix: Path, source_lang: str, target_lang: str) -> Pairs:
 
 
 def iwslt14(folder: Path, sha256: str | None = None) -> tuple[Splits, str]:
-    """IWSLT'14 as the released code splits it, from de-en.tgz in a folder, which is downloaded if it is not there.
+    """IWSLT'14 with the released code's splits, from de-en.tgz in ``folder``. The archive is downloaded if it is missing.
 
-    Of the training talks every 23rd pair validates; the test set is five development and test sets together. Cleaning
-    comes later, on tokenized text, and before that choice (see prepare.py), so ``valid`` is empty here. Returns the splits and
-    the archive's SHA-256; raises ValueError where that is not the one given, and OSError where it cannot be downloaded.
+    The test set joins five development and test sets. ``valid`` is empty: prepare.py first tokenizes and cleans the training
+    pairs, then takes every 23rd of them to validate on.
+
+    Returns the splits and the archive's SHA-256. Raises ValueError if that differs from ``sha256`` or the archive is damaged,
+    and OSError if it cannot be downloaded.
     """
     archive = folder / "de-en.tgz"
     if not archive.exists():
         _download(archive)
     found = hashlib.sha256(archive.read_bytes()).hexdigest()
     if sha256 is not None and found != sha256.lower():
-        raise ValueError(f"{archive} has SHA-256 {found}, expected {sha256}: delete it, and it is downloaded again")
+        raise ValueError(f"{archive} has SHA-256 {found}, expected {sha256}: delete it to download it again")
     try:
         with tarfile.open(archive) as packed:
             files = {Path(member.name).name: member for member in packed if member.isfile()}
@@ -119,14 +121,14 @@ def iwslt14(folder: Path, sha256: str | None = None) -> tuple[Splits, str]:
                     sides.append(list(read([line.decode("utf-8") for line in split_lines(content.read())])))
                 if len(sides[0]) != len(sides[1]):
                     raise ValueError(
-                        f"{archive}: {name.format('de')} has {len(sides[0])} sentences, the English {len(sides[1])}"
+                        f"{archive}: {name.format('de')} has {len(sides[0])} sentences, the English file {len(sides[1])}"
                     )
                 return list(zip(*sides, strict=True))
 
             train = pairs("train.tags.de-en.{}", _talks)
             test = [pair for part in _IWSLT_TESTS for pair in pairs(f"IWSLT14.{part}.de-en.{{}}.xml", _segments)]
     except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{archive} is damaged ({error}): delete it, and it is downloaded again") from error
+        raise ValueError(f"{archive} is damaged ({error}): delete it to download it again") from error
     return {"train": train, "valid": [], "test": test}, found
 
 
@@ -144,8 +146,8 @@ def _segments(lines: list[str]) -> Iterator[str]:
 
 def _download(archive: Path) -> None:
     partial = archive.with_name(f".{archive.name}.partial")
-    by_hand = f"fetch {IWSLT_URL} and put it at {archive}"
-    other = "or prepare the embedded corpus with --corpus numbers, or files of your own with --train-prefix"
+    by_hand = f"download {IWSLT_URL} to {archive}"
+    other = "or prepare the embedded corpus with --corpus numbers, or your own files with --train-prefix"
     with downloading("IWSLT'14", by_hand, other):
         archive.parent.mkdir(parents=True, exist_ok=True)
         try:

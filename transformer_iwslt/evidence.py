@@ -1,7 +1,7 @@
-"""The translation rows of evidence/: the scales and schemes of the paper on Multi30k, which two processor cores can run.
+"""The translation rows of evidence/: the paper's scales and schemes on Multi30k, small enough for two processor cores.
 
-All train the small Transformer on 29,000 pairs of German and English image captions; evidence/README.md has the command that
-prepares them as data-bin/multi30k.
+All rows train the small Transformer on 29,000 pairs of German and English image captions. evidence/README.md has the command
+that prepares them as data-bin/multi30k.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from transformer_iwslt.config import TranslationConfig
 from transformer_iwslt.rows import SCORE
 
 SCALES = ("0", "0.5", "0.25")
-# Weight decay stands outside of clipping and momentum, Frobenius decay within: where gradients have a norm of 1, clipping takes
-# nine tenths and a momentum of 0.99 gives a hundredfold, so 1e-3 of the one shrinks a product of norm 1 like 1e-4 of the other.
+# Clipping and momentum act on Frobenius decay but not on weight decay. If gradients have a norm of 1, clipping divides them by
+# 10 and a momentum of 0.99 multiplies them by 100. So weight decay of 1e-3 shrinks a product of norm 1 like Frobenius decay of
+# 1e-4.
 WEIGHT_DECAY, FROBENIUS_DECAY = "1e-3", "1e-4"
 _ALL = ("", "-quekey", "-outval")
 METHODS = {
@@ -20,11 +21,12 @@ METHODS = {
     "spectral": (_ALL, f"spectral initialization of all products, weight decay {WEIGHT_DECAY}"),
     "spectral+frobenius": (_ALL, f"spectral initialization and Frobenius decay {FROBENIUS_DECAY} of all products"),
 }
-# All gradients are clipped, so that rate and bound set how far an update goes: batches of 1,000 tokens in place of 4,000
-# make more of them in the same time. The rate falls after 500 updates; that it does so after 4,000 would never be seen here.
+# All gradients are clipped, so the learning rate and the bound determine the size of an update. Batches of 1,000 tokens instead
+# of 4,000 allow more updates in the same time. The learning rate falls after 500 updates; a run here ends before the default
+# 4,000.
 _RECIPE = ("data-bin/multi30k", "--no-epoch-checkpoints", "--generate")
 _RECIPE += ("--max-tokens", "1000", "--max-update", "1200", "--warmup-updates", "500")
-_RECIPE += ("--smoothed-over", "others", "--batches", "once")  # these runs are from before there was a choice
+_RECIPE += ("--smoothed-over", "others", "--batches", "once")  # these runs were made before these flags existed
 
 
 def make_row(scale: str, method: str) -> Row:

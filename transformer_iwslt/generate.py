@@ -29,16 +29,16 @@ from transformer_iwslt.config import BEAM, LENPEN, PLUGIN, TASK, WHOLE, Translat
 from transformer_iwslt.engine import BEST, LAST, updates_of
 from transformer_iwslt.text import Pipeline, find_data, find_vocabularies, inputs
 
-TRAINED = "trained.json"  # of a run whose training has finished
+TRAINED = "trained.json"  # in the folder of a run whose training has finished
 
 
 def translate(
     checkpoint: Path, data: Path, decoding: dict[str, Any], words: Sequence[str], *, cpu: bool
 ) -> list[dict[str, str]]:
-    """Source, hypothesis and reference of each sentence of a split, in its order, as tokenized text.
+    """Source, hypothesis and reference of each sentence of a split, in the split's order, as tokenized text.
 
-    The model is rebuilt from the checkpoint alone. ``decoding`` holds subset, beam and lenpen, ``words`` fairseq's own flags.
-    Raises ValueError where checkpoint and data do not fit.
+    The model is rebuilt from the checkpoint alone. ``decoding`` holds subset, beam and lenpen; ``words`` are flags of fairseq.
+    Raises ValueError if the checkpoint and the data do not match.
     """
     engine.load()
     from fairseq import options
@@ -61,15 +61,15 @@ def translate(
     for kind, number, text in re.findall(r"^([STH])-(\d+)\t(.*)$", output.getvalue(), re.MULTILINE):
         name = {"S": "source", "T": "reference", "H": "hypothesis"}[kind]
         line = pipeline.join(text.rpartition("\t")[2].split())
-        found.setdefault(int(number), {}).setdefault(name, line)  # of several hypotheses the first is the best
+        found.setdefault(int(number), {}).setdefault(name, line)  # the first of several hypotheses is the best
     return [found[number] for number in sorted(found)]
 
 
 def score(translations: Sequence[dict[str, str]], pipeline: Pipeline, references: Sequence[str] | None) -> dict[str, Any]:
-    """BLEU in percent of tokenized text, as the released code's toolkit counts it, and sacreBLEU of plain text.
+    """BLEU of tokenized text in percent, as the released code's toolkit counts it, and sacreBLEU of plain text.
 
-    ``references`` are plain sentences; without them those of the split are put together from their words. Lower case on both
-    sides where the text was prepared in lower case.
+    ``references`` are plain sentences. Without them, the references of the split are detokenized. Both sides are in lower case
+    if the text was prepared in lower case.
     """
     from sacrebleu.metrics import BLEU
 
@@ -92,7 +92,7 @@ def score(translations: Sequence[dict[str, str]], pipeline: Pipeline, references
 
 
 def references_of(data: Path, subset: str) -> list[str] | None:
-    """Plain references of a split, where prepare.py kept them."""
+    """Plain references of a split, or None if prepare.py did not keep them."""
     path = data / f"references.{subset}"
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else None
 
@@ -112,13 +112,13 @@ STANDARD = {"subset": "test", "beam": BEAM, "lenpen": LENPEN}
 def write_result(path: Path, data: Path, best: dict[str, Any] | None = None, *, cpu: bool = False) -> Path:
     """Write the result of a finished training: test BLEU of the checkpoint with the best validation loss, and of the last one.
 
-    ``best`` holds the scores of the former where they are known. Raises ValueError where the training has not finished.
+    ``best`` holds the scores of the former if they are known. Raises ValueError if the training has not finished.
     """
     if not (path / TRAINED).exists():
-        raise ValueError(f"{path} holds no finished training: start train.py again, and it goes on")
+        raise ValueError(f"{path} does not hold a finished training run: start train.py again to resume it")
     trained = read_json(path / TRAINED)
     if trained["inputs"] != inputs(data):
-        raise ValueError(f"{path} was not trained on what {data} holds now")
+        raise ValueError(f"{path} was not trained on the present content of {data}")
     words = ["--batch-size", "128"]
     state = engine.load_checkpoint(path / LAST)
     if best is None:
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine.require()
         held = engine.load_checkpoint(args.path)["cfg"]["model"].rank_scale
         if args.rank_scale is not None and args.rank_scale != held:
-            raise ValueError(f"--rank-scale {args.rank_scale:g} is not that of {args.path}, {held:g}; it need not be given")
+            raise ValueError(f"--rank-scale {args.rank_scale:g} differs from {held:g} of {args.path}: leave it out")
         decoding = {"subset": args.gen_subset, "beam": args.beam, "lenpen": args.lenpen}
         words = ["--batch-size", str(args.batch_size), *args.fairseq]
         found = measure(args.path, args.data, decoding, words, cpu=args.cpu)
@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def record(args: argparse.Namespace, decoding: dict[str, Any], found: dict[str, Any]) -> Path:
-    """Keep the scores: as the run's result where this is how results are made, else in a folder of their own."""
+    """Keep the scores: as the run's result if the settings are those of results, else in a separate folder."""
     path = args.path.parent
     standard = decoding == STANDARD and not args.fairseq and args.path.name == BEST and args.results_path is None
     if standard and (path / TRAINED).exists() and read_json(path / TRAINED)["inputs"] == inputs(args.data):

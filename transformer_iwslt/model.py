@@ -18,9 +18,9 @@ from common.budget import count_parameters
 INITS = ("regular", "spectral", "norm-matched")
 PAD, EOS = 1, 2  # indices of a fairseq dictionary: <s>, <pad>, </s>, <unk>, then words
 MAX_POSITIONS = 1024
-LONGEST = MAX_POSITIONS - PAD - 2  # subwords of a sentence that has positions for all of them and for </s>
+LONGEST = MAX_POSITIONS - PAD - 2  # the most subwords of a sentence that leave a position for </s>
 
-# As the released code draws weights, and factors that are initialized on their own.
+# As the released code draws weights, and factors that are initialized directly.
 draw_embedding_ = partial(nn.init.normal_, std=0.1)
 draw_linear_ = partial(nn.init.uniform_, a=-0.1, b=0.1)
 
@@ -29,11 +29,12 @@ draw_linear_ = partial(nn.init.uniform_, a=-0.1, b=0.1)
 class TransformerConfig:
     """Sizes of a Transformer, and how it is factorized.
 
-    rank_scale:        in (0, 1): feed-forward, embedding and output layers are factorized at this rank scale and heads
-                       have this share of their dimensions; 0 and 1 leave everything as it is.
-    init:              of factorized layers: "regular" (each factor as the layer itself), "spectral" or "norm-matched".
-    spectral_quekey:   spectral initialization of the query-key products, spectral_outval of the output-value products.
-    max_positions:     rows of the tables of positions; the first two belong to no position.
+    rank_scale:        between 0 and 1, feed-forward, embedding and output layers are factorized at this rank scale, and heads
+                       have this share of their dimensions. 0 and 1 leave the model dense.
+    init:              initialization of factorized layers: "regular" (each factor is drawn like the layer itself), "spectral"
+                       or "norm-matched".
+    spectral_quekey:   spectral initialization of the query-key products; spectral_outval: of the output-value products.
+    max_positions:     rows of the position tables; the first two belong to no position.
 
     Raises ValueError naming the value and the limit.
     """
@@ -61,7 +62,7 @@ class TransformerConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.embed_dim % self.heads:
-            raise ValueError(f"embed_dim {self.embed_dim} does not split over {self.heads} heads")
+            raise ValueError(f"embed_dim {self.embed_dim} is not divisible by {self.heads} heads")
         if self.max_positions < PAD + 3:
             raise ValueError(f"max_positions must be at least {PAD + 3}, got {self.max_positions}")
         if not 0 <= self.rank_scale <= 1:
@@ -76,12 +77,12 @@ class TransformerConfig:
         return 0 < self.rank_scale < 1
 
     def without_decomposition(self) -> TransformerConfig:
-        """A model of the same shapes that is built at once, for what is about shapes or gets its weights from elsewhere."""
+        """The same shapes without any SVD, for a model that serves only for its shapes or gets its weights from elsewhere."""
         return replace(self, init="regular", spectral_quekey=False, spectral_outval=False)
 
     @property
     def head_dim(self) -> int:
-        """Dimensions of a head: the share rank_scale of the full ones, rounded down as in the released code, at least 1."""
+        """Dimensions of a head: rank_scale times those of a full head, rounded down as in the released code, at least 1."""
         full = self.embed_dim // self.heads
         return max(1, int(self.rank_scale * full)) if self.factorized else full
 
@@ -127,9 +128,9 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, memory: Heads, mask: Tensor | None, past: Heads | None) -> tuple[Tensor, Heads]:
-        """``past`` holds the projections of earlier positions, to which ``x`` adds one; without it ``x`` is all of them.
+        """``past`` holds the projections of earlier positions, to which ``x`` adds one; without it, ``x`` holds all positions.
 
-        Returns the output and the projections up to here.
+        Returns the output and the projections of all positions so far.
         """
         normed = self.norm1(x)
         own = self.self_attention.project(normed)
@@ -156,9 +157,9 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, source: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``source`` (batch, length), padded with PAD on either side.
+        """``source`` is (batch, length), padded with PAD on either side.
 
-        Returns (batch, length, embed_dim) and the mask for :class:`MultiheadAttention`, None where nothing is padded.
+        Returns (batch, length, embed_dim) and the mask for :class:`MultiheadAttention`, which is None if nothing is padded.
         """
         words = source.ne(PAD)
         mask = None if words.all() else words[:, None, None, :]
@@ -171,7 +172,7 @@ class Encoder(nn.Module):
 
 @dataclass
 class DecoderState:
-    """What incremental decoding keeps of a batch: projections of the source and, layer by layer, of the words so far."""
+    """State of incremental decoding of a batch: projections of the source and, for each layer, of the words so far."""
 
     memory: list[Heads]
     mask: Tensor | None
@@ -179,14 +180,14 @@ class DecoderState:
     length: int = 0
 
     def reorder(self, order: Tensor) -> None:
-        """Make row i of the batch the row that was ``order[i]``, in place."""
+        """Replace row i of the batch by row ``order[i]``, in place."""
         self.memory = [(keys[order], values[order]) for keys, values in self.memory]
         self.mask = None if self.mask is None else self.mask[order]
         self.past = [None if past is None else (past[0][order], past[1][order]) for past in self.past]
 
 
 class Decoder(nn.Module):
-    """Target words so far, and the encoder's output, to scores of the next word."""
+    """Maps the target words so far and the encoder's output to scores of the next word."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -205,8 +206,8 @@ class Decoder(nn.Module):
     def forward(self, target: Tensor, state: DecoderState) -> Tensor:
         """Scores (batch, length, target_words) of the word that follows each position of ``target`` (batch, length).
 
-        ``target`` begins with EOS and is padded on the right; what a padded position gives is of no meaning. Called again
-        with the same state, it takes the next word alone (batch, 1): the state knows those before it.
+        ``target`` begins with EOS and is padded on the right; the scores at padded positions are meaningless. Further calls
+        with the same state take only the next word (batch, 1), since the state holds those before it.
         """
         if state.length and target.shape[1] != 1:
             raise ValueError(f"incremental decoding takes one word at a time, got {target.shape[1]} after {state.length}")
@@ -220,7 +221,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder; initialized and factorized as the configuration says. ``report`` says what was factorized."""
+    """Encoder and decoder, initialized and factorized as configured. ``report`` lists the layers that were factorized."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -260,7 +261,7 @@ class Transformer(nn.Module):
         return FactorizationReport((*reports[0].layers, *reports[1].layers), full, count_parameters(self))
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Scores (batch, target length, target_words) of the word after each of ``target``; see encoder and decoder."""
+        """Scores (batch, target length, target_words) of the word after each position of ``target``; see :class:`Decoder`."""
         return self.decoder(target, self.decoder.start(*self.encoder(source)))
 
 
@@ -269,7 +270,7 @@ def _is_chosen(chosen: Set[int], module: nn.Module, name: str) -> bool:
 
 
 def _draw_factors(draw_: Callable[[Tensor], Tensor], matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors for a matrix, of which only shape, dtype and device are read."""
+    """Factors for a matrix; only its shape, dtype and device are used."""
     rows, columns = matrix.shape
     return draw_(matrix.new_empty(rows, rank)), draw_(matrix.new_empty(rank, columns))
 
@@ -280,7 +281,7 @@ def attentions(model: nn.Module) -> dict[str, MultiheadAttention]:
 
 
 def frobenius_decay(model: nn.Module, coef: float, layers: bool, query_key: bool, output_value: bool) -> FrobeniusDecay | None:
-    """Frobenius decay of factorized layers, of query-key products and of output-value products; None where of nothing."""
+    """Frobenius decay of factorized layers, query-key products and output-value products, or None if all three are off."""
     pairs: list[FactorPair] = []
     for name, attention in attentions(model).items():
         pairs += [attention.query_key(name)] if query_key else []
@@ -289,7 +290,7 @@ def frobenius_decay(model: nn.Module, coef: float, layers: bool, query_key: bool
 
 
 def count_full(config: TransformerConfig) -> int:
-    """Parameters of the same Transformer without factorization, counted on shapes alone."""
+    """Number of parameters of the same Transformer without factorization, computed from its shapes."""
     words = config.source_words + 2 * config.target_words + 2 * config.max_positions
     attention, feed_forward, norm = 4 * config.embed_dim**2, 2 * config.embed_dim * config.ffn_dim, 2 * config.embed_dim
     layer = 3 * attention + 2 * feed_forward + 5 * norm  # of the encoder and of the decoder
@@ -297,7 +298,7 @@ def count_full(config: TransformerConfig) -> int:
 
 
 def from_checkpoint(architecture: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Transformer:
-    """The model of these fields of a configuration and this state dict; raises ValueError saying what does not fit."""
+    """The model with these configuration fields and this state dict. Raises ValueError naming what does not match."""
     unknown = sorted(architecture.keys() - {field.name for field in fields(TransformerConfig)})
     if unknown:
         raise ValueError(f"the checkpoint's architecture has {unknown[0]!r}, which is not known here")

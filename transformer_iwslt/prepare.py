@@ -34,12 +34,12 @@ from transformer_iwslt.model import LONGEST
 from transformer_iwslt.text import PREPARED, Pipeline, learn_codes
 
 SPLITS = ("train", "valid", "test")
-USUAL_FACTOR = 8  # fairseq's, which folders have that tell no other: those from before there was a choice are among them
-MAX_WORDS, MAX_RATIO, VALID_EVERY = 175, 1.5, 23  # of IWSLT'14's preparation: longest sentence, length ratio, split
+USUAL_FACTOR = 8  # fairseq's factor; folders that record none have it, such as those prepared before --padding-factor existed
+MAX_WORDS, MAX_RATIO, VALID_EVERY = 175, 1.5, 23  # preparation of IWSLT'14: longest sentence, length ratio, validation split
 
 
 def clean(pairs: Pairs) -> Pairs:
-    """The pairs whose sentences have 1 to 175 words and differ in length by no more than a factor of 1.5."""
+    """The pairs whose sentences have 1 to 175 words and whose lengths differ by at most a factor of 1.5."""
 
     def keep(source: int, target: int) -> bool:
         return min(source, target) >= 1 and max(source, target) <= min(MAX_WORDS, MAX_RATIO * min(source, target))
@@ -48,7 +48,7 @@ def clean(pairs: Pairs) -> Pairs:
 
 
 def split_off(pairs: Pairs) -> tuple[Pairs, Pairs]:
-    """Training pairs and validation pairs: every 23rd validates."""
+    """Split pairs into training and validation pairs: every 23rd pair validates."""
     valid = pairs[VALID_EVERY - 1 :: VALID_EVERY]
     return [pair for number, pair in enumerate(pairs, 1) if number % VALID_EVERY], valid
 
@@ -60,9 +60,9 @@ def tokenize(pairs: Pairs, pipeline: Pipeline, name: str) -> Pairs:
 
 
 def binarize(directory: Path, pipeline: Pipeline, padding_factor: int) -> None:
-    """Write fairseq's dictionaries and binary files from the text files of the splits in the folder.
+    """Write fairseq's dictionaries and binary files from the text files of the splits in ``directory``.
 
-    A dictionary has a multiple of ``padding_factor`` words: fairseq makes up those that are missing.
+    fairseq adds made-up words until the size of a dictionary is a multiple of ``padding_factor``.
     """
     words = ["--padding-factor", str(padding_factor)]
     words += ["--source-lang", pipeline.source_lang, "--target-lang", pipeline.target_lang, "--destdir", str(directory)]
@@ -77,20 +77,21 @@ def binarize(directory: Path, pipeline: Pipeline, padding_factor: int) -> None:
 
 
 def check_lengths(split: Pairs, place: Callable[[int, int], str]) -> None:
-    """Raise ValueError where a sentence, in subwords, is longer than the model reads; ``place`` says where it came from.
+    """Raise ValueError if a sentence has more subwords than the model reads; ``place`` says where it came from.
 
-    BLEU is that of a whole split, and a validation loss too, so that none may be left out.
+    BLEU and the validation loss are those of a whole split, so no sentence may be left out.
     """
     for number, pair in enumerate(split):
         for side, sentence in enumerate(pair):
             if (size := len(sentence.split())) > LONGEST:
                 raise ValueError(
-                    f"{place(number, side)} has {size:,} subwords, and the model reads {LONGEST:,}: shorten or remove this pair"
+                    f"{place(number, side)} has {size:,} subwords, but the model reads at most {LONGEST:,}: shorten or remove "
+                    "this pair"
                 )
 
 
 def place_in_file(args: argparse.Namespace, splits: Splits, name: str, number: int, side: int) -> str:
-    """Where a sentence of a split came from, in words; ``number`` counts from 0 without the pairs of empty lines."""
+    """Where a sentence of a split came from, in words; ``number`` counts from 0 and skips pairs of empty lines."""
     prefix = getattr(args, f"{name}_prefix")
     if prefix is None or number >= len(splits[name]):
         return f"{name} sentence {number + 1}"
@@ -101,18 +102,18 @@ def place_in_file(args: argparse.Namespace, splits: Splits, name: str, number: i
 def prepare(
     splits: Splits, pipeline: Pipeline, dest: Path, facts: dict[str, Any], place: Callable[[str, int, int], str]
 ) -> dict[str, int]:
-    """Tokenize the splits and write the folder, whole or not at all; returns the number of pairs of each split.
+    """Tokenize the splits and write the folder atomically. Returns the number of pairs of each split.
 
-    Where there is no validation split, as of IWSLT'14, the training pairs are cleaned and it is taken from what is left.
-    ``references.test`` holds the target sentences as they were, for BLEU of plain text. Raises ValueError where a sentence to
-    validate or test on is too long for the model; ``place`` says where it came from, by split, number and side.
+    If there is no validation split, as with IWSLT'14, the training pairs are cleaned and part of them validates.
+    ``references.test`` holds the original target sentences, for BLEU of plain text. Raises ValueError if a sentence of the
+    validation or test split is too long for the model; ``place`` says where it came from, by split, number and side.
     """
     tokenized = {name: tokenize(splits[name], pipeline, name) for name in SPLITS}
     if not tokenized["valid"]:
         tokenized["train"], tokenized["valid"] = split_off(clean(tokenized["train"]))
     for name in SPLITS:
         if not tokenized[name]:
-            raise ValueError(f"no {name} pair is left: sentences must have 1 to {MAX_WORDS} words, and similar lengths")
+            raise ValueError(f"no {name} pair is left: sentences must have 1 to {MAX_WORDS} words and similar lengths")
     text = [line for side in (0, 1) for line in (pair[side] for pair in tokenized["train"])]
     pipeline = Pipeline(pipeline.source_lang, pipeline.target_lang, pipeline.lowercase, learn_codes(text, facts["merges"]))
     subwords = {
@@ -145,7 +146,7 @@ def prepare(
 
 
 def read(args: argparse.Namespace) -> tuple[Splits, str]:
-    """The splits that the flags name, and a SHA-256 that tells their content."""
+    """The splits that the flags name, and a SHA-256 of their content."""
     if args.corpus == "iwslt14":
         return corpora.iwslt14(args.data_dir, args.sha256)
     if args.corpus == "numbers":
@@ -168,8 +169,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             held.setdefault("padding_factor", USUAL_FACTOR)
             facts["padding_factor"] = args.padding_factor or held["padding_factor"]
             if any(held.get(key) != value for key, value in (facts | pipeline.languages()).items()):
-                raise ValueError(f"{args.dest} exists and was not prepared like this: choose another --dest, or remove it")
-            print(f"{args.dest} is prepared already: nothing to do", file=sys.stderr)
+                raise ValueError(
+                    f"{args.dest} exists but was prepared with other settings: choose another --dest, or remove it"
+                )
+            print(f"{args.dest} is already prepared: nothing to do", file=sys.stderr)
             return
         engine.load()
         factor = args.padding_factor or 1

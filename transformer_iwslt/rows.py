@@ -1,4 +1,4 @@
-"""The translation rows: the 286 settings of the released scripts, all of them different here."""
+"""The translation rows: the 286 settings of the released scripts, all distinct."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from common.tables.rows import Program, Published, Row, SweepFigure, Table
 from transformer_iwslt.config import TranslationConfig
 
 DATA = "data-bin/iwslt14.tokenized.de-en"
-HOURS = 4.0  # GPU-hours of one seed, as the authors of the released code estimate them
+HOURS = 4.0  # GPU-hours of one seed, as estimated by the authors of the released code
 DECAYS = ("0", "1e-6", "5e-6", "1e-5", "5e-5", "1e-4")
-MORE_DECAYS = ("5e-4", "1e-3")  # of the full model, without spectral initialization
+MORE_DECAYS = ("5e-4", "1e-3")  # for the full model without spectral initialization
 FAMILIES = {"lin": "", "qk": "-quekey", "ov": "-outval"}  # factorized layers, query-key and output-value products
-SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:none|smooth:none|version:2.6.0"  # sacreBLEU's, on text that is tokenized already
+SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:none|smooth:none|version:2.6.0"  # sacreBLEU's signature on tokenized text
 SCORE = f"test BLEU ({SIGNATURE}, of tokenized lower case; final: the last checkpoint, best: the one of lowest validation loss)"
 _README = Published(32.12, "README of StillKeepTry/Transformer-PyTorch, the base of the released code, not the paper")
 
 
 def methods(scale: str, decay: str) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Families with spectral initialization, and with Frobenius decay, as the released scripts combine them.
+    """Families with spectral initialization, and families with Frobenius decay, as the released scripts combine them.
 
-    Query-key products are decayed only where output-value products are, and both are initialized alike. The full model has no
+    Query-key products are decayed only if output-value products are, and both are initialized alike. The full model has no
     factorized layers.
     """
     layers = ((), ("lin",)) if scale != "0" else ((),)
@@ -55,7 +55,7 @@ def make_row(scale: str, decay: str, spectral: tuple[str, ...], frobenius: tuple
 
 
 def families(config: Mapping[str, Any], *flags: str) -> str:
-    """The families that these flags, one each, are on for."""
+    """The families whose flag is on; ``flags`` names one flag for each family."""
     on = (family for family, flag in zip(FAMILIES, flags, strict=True) if config[flag] in (True, "spectral"))
     return " ".join(on) or "none"
 

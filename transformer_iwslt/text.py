@@ -1,4 +1,4 @@
-"""Text to subwords and back: Moses tokenization, lower case, byte pair encoding; vocabularies, and folders that hold them."""
+"""Text to subwords and back: Moses tokenization, lower case and byte pair encoding; vocabularies, and their folders."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from common.experiments.config import config_hash
 from common.experiments.files import ROOT, digest, read_json, write_atomic, write_json
 
 PREPARED, CODES = "prepare.json", "codes"
-VOCABULARY = "vocabulary"  # folder of a run: what is needed beside the weights
+VOCABULARY = "vocabulary"  # folder in a run: what translation needs besides the weights
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 _JOINER = "@@"
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How text of a language pair was prepared. ``codes`` are the merges of byte pair encoding, one a line."""
+    """How text of a language pair was prepared. ``codes`` are the merges of byte pair encoding, one per line."""
 
     source_lang: str
     target_lang: str
@@ -44,7 +44,7 @@ class Pipeline:
         return {lang: (MosesTokenizer(lang), MosesDetokenizer(lang)) for lang in (self.source_lang, self.target_lang)}
 
     def tokenize(self, line: str, lang: str) -> str:
-        """Words separated by single spaces, in lower case where the pipeline says so; never holds a line break."""
+        """Words separated by single spaces, without line breaks, and in lower case if the pipeline says so."""
         line = " ".join(line.split())
         tokens = self._moses[lang][0].tokenize(line, escape=True)
         text = " ".join(" ".join(tokens).split())
@@ -67,13 +67,13 @@ class Pipeline:
         return {"source_lang": self.source_lang, "target_lang": self.target_lang, "lowercase": self.lowercase}
 
     def save(self, directory: Path, **facts: Any) -> None:
-        """Write the pipeline, and facts on how it was made, to a folder."""
+        """Write the pipeline to a folder, with facts on how it was made."""
         write_atomic(directory / CODES, self.codes)
         write_json(directory / PREPARED, {"format": 1, **self.languages(), **facts})
 
     @staticmethod
     def load(directory: Path) -> Pipeline:
-        """The pipeline that a folder holds; raises ValueError where it holds none."""
+        """The pipeline that a folder holds. Raises ValueError if there is none."""
         for name in (PREPARED, CODES):
             if not (directory / name).exists():
                 raise ValueError(f"{directory} has no {name}: it was not written by prepare.py")
@@ -86,22 +86,24 @@ class Pipeline:
 
 
 def split_lines(content: bytes) -> list[bytes]:
-    """Lines of a text file, without their ends (LF, CR LF, or CR in a file that has no other) and without byte order marks."""
+    """Lines of a text file without byte order marks and line ends: LF, CR LF, or CR in a file that has no LF."""
     if not content:
         return []
     content = content.removesuffix(b"\n")
-    if b"\n" not in content:  # in a file that has LF, a CR within a line is no end of it
+    if b"\n" not in content:  # in a file that has LF, a CR within a line does not end it
         content = content.removesuffix(b"\r").replace(b"\r", b"\n")
-    # A mark is at the start of a file, and of each of several that were joined.
+    # A byte order mark is at the start of a file. Files that were joined from several have one at the start of each part.
     return [line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r") for line in content.split(b"\n")]
 
 
 def learn_codes(lines: Iterable[str], merges: int) -> str:
-    """Merges of byte pair encoding, learned on tokenized lines of both languages together."""
+    """Learn merges of byte pair encoding on tokenized lines of both languages together."""
     from subword_nmt.learn_bpe import learn_bpe
 
     codes = io.StringIO()
-    with contextlib.redirect_stderr(sys.stderr if sys.stderr.isatty() else io.StringIO()):  # it always draws a progress bar
+    with contextlib.redirect_stderr(
+        sys.stderr if sys.stderr.isatty() else io.StringIO()
+    ):  # learn_bpe always draws a progress bar
         learn_bpe(io.StringIO("".join(line + "\n" for line in lines)), codes, merges)
     return codes.getvalue()
 
@@ -117,7 +119,7 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, words: Iterable[str]) -> list[int]:
-        """Indices, ``<unk>`` for what is not in the vocabulary, with ``</s>`` at the end."""
+        """Indices of words, with ``<unk>`` for unknown words and ``</s>`` at the end."""
         unknown = SPECIAL.index("<unk>")
         return [*(self.index.get(word, unknown) for word in words), SPECIAL.index("</s>")]
 
@@ -127,7 +129,7 @@ class Vocabulary:
 
     @staticmethod
     def load(path: Path) -> Vocabulary:
-        """Read a dictionary file, a word and its count a line; raises ValueError naming the first bad line."""
+        """Read a dictionary file, which has a word and its count per line. Raises ValueError naming the first bad line."""
         if not path.is_file():
             raise ValueError(f"there is no dictionary at {path}")
         words = []
@@ -140,7 +142,7 @@ class Vocabulary:
 
 
 def find_vocabularies(directory: Path) -> tuple[Pipeline, Vocabulary, Vocabulary]:
-    """Pipeline, source and target vocabulary of a folder that prepare.py wrote, or of a run that learned from one."""
+    """Pipeline, source and target vocabulary of a folder that prepare.py wrote, or of a run's vocabulary folder."""
     pipeline = Pipeline.load(directory)
     return (
         pipeline,
@@ -150,22 +152,22 @@ def find_vocabularies(directory: Path) -> tuple[Pipeline, Vocabulary, Vocabulary
 
 
 def find_data(data: Path) -> Path:
-    """The prepared folder, as given or below the project's; raises ValueError saying how to make it."""
+    """The prepared folder, as given or below the project's root. Raises ValueError saying how to make it if it is missing."""
     for folder in (data, ROOT / data):
         if folder.is_dir():
             find_vocabularies(folder)
             return folder
-    raise ValueError(f"there is no folder {data}: python transformer_iwslt/prepare.py --dest {data} makes it of IWSLT'14")
+    raise ValueError(f"there is no folder {data}: python transformer_iwslt/prepare.py --dest {data} prepares IWSLT'14 there")
 
 
 def inputs(data: Path) -> dict[str, str]:
-    """Digest of a prepared folder, which tells what a run learns from; hidden files, which it does not read, do not count."""
+    """Digest of a prepared folder, which identifies a run's data. Hidden files do not count, since a run does not read them."""
     files = (path for path in sorted(data.iterdir()) if path.is_file() and not path.name.startswith("."))
     return {"data": config_hash({path.name: digest(path) for path in files})}
 
 
 def keep_vocabulary(data: Path, run: Path) -> None:
-    """Copy to a run what translating needs beside its weights."""
+    """Copy the files to a run that translation needs besides the weights."""
     pipeline = Pipeline.load(data)
     (run / VOCABULARY).mkdir(exist_ok=True)
     for name in (PREPARED, CODES, f"dict.{pipeline.source_lang}.txt", f"dict.{pipeline.target_lang}.txt"):

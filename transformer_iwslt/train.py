@@ -1,4 +1,4 @@
-"""Train a Transformer, full or factorized, on fairseq: with spectral initialization, Frobenius decay, or neither."""
+"""Train a full or factorized Transformer with fairseq, with or without spectral initialization and Frobenius decay."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from transformer_iwslt.watch import launch
 
 
 def describe(config: TranslationConfig, source: Vocabulary, target: Vocabulary) -> dict[str, Any]:
-    """What is factorized, how many parameters that leaves, and which of them get which decay."""
+    """The factorized layers, the numbers of parameters, and the decay of each group of tensors."""
     names = TransformerConfig.__dataclass_fields__.keys() & vars(config).keys()
     sizes = TransformerConfig(len(source), len(target), **{name: getattr(config, name) for name in names})
-    model = Transformer(sizes.without_decomposition())  # fairseq builds the one that is trained, from its seed
+    model = Transformer(sizes.without_decomposition())  # fairseq builds the trained model itself, with its seed
     decay = frobenius_decay(model, config.frobenius_decay, config.wd2fd, config.wd2fd_quekey, config.wd2fd_outval)
     covered = [] if decay is None else decay.parameters()
     decays = [{"group": "rest", "tensors": len(list(model.parameters())) - len(covered), "weight_decay": config.weight_decay}]
@@ -43,41 +43,41 @@ def describe(config: TranslationConfig, source: Vocabulary, target: Vocabulary) 
 
 
 def read_fairseq(config: TranslationConfig, path: Path, target_words: int) -> Any:
-    """fairseq's configuration of the run; raises ValueError where it cannot train like this here."""
+    """fairseq's configuration of the run. Raises ValueError if fairseq cannot train with it on this computer."""
     from fairseq import options
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     gpus = 0 if config.cpu else torch.cuda.device_count()
     words = [*config.fairseq_words(path), *engine.loading(config.fairseq, gpus)]
     cfg = convert_namespace_to_omegaconf(engine.parse(options.get_training_parser, words))
-    if (
-        config.smoothed_over == "all"
-    ):  # a word's share of the smoothing among all is a share of less among all but the right one
+    if config.smoothed_over == "all":  # fairseq spreads it over the other words: leave out the share of the correct word
         cfg.criterion.label_smoothing *= 1 - 1 / target_words
     world, size = cfg.distributed_training, config.distributed_world_size
     if size > 1 and not world.distributed_no_spawn:
         if size > gpus:
             raise ValueError(
-                f"--distributed-world-size {size} needs as many GPUs, and there are {gpus}. On CPUs start one process each, "
-                "with --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp "
+                f"--distributed-world-size {size} needs as many GPUs, and there are {gpus}. On CPUs, start each process "
+                "yourself, with --distributed-no-spawn --distributed-backend gloo --ddp-backend legacy_ddp "
                 "--distributed-init-method tcp://HOST:PORT --distributed-rank R"
             )
-        if world.distributed_init_method is None:  # else fairseq would take the size of a Slurm allocation instead
+        if world.distributed_init_method is None:  # otherwise fairseq would use the size of a Slurm allocation
             with socket.socket() as free:
                 free.bind(("localhost", 0))
                 world.distributed_init_method = f"tcp://localhost:{free.getsockname()[1]}"
             world.distributed_num_procs = size
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not world.distributed_no_spawn:
-        raise ValueError("torchrun is not for this program: --distributed-world-size N starts a process for each of N GPUs")
+        raise ValueError(
+            "this program cannot run under torchrun: --distributed-world-size N starts a process for each of N GPUs"
+        )
     for precision in ("fp16", "bf16"):
         if cfg.common[precision] and gpus == 0:
             raise ValueError(f"--{precision} needs a GPU")
-    cfg.common.tpu = False  # what fairseq takes --bf16 for
+    cfg.common.tpu = False  # fairseq takes --bf16 as a sign of a TPU
     return cfg
 
 
 def trained_already(run_of: dict[str, Any], updates: int) -> bool:
-    """Whether the run has all its updates; raises ValueError where its checkpoint is damaged, would run code, or has more."""
+    """Whether the run has made all updates. Raises ValueError if its checkpoint is damaged, would run code, or has more."""
     path = run_of["path"]
     if (path / generate.TRAINED).exists():
         held = read_json(path / generate.TRAINED)
@@ -88,7 +88,7 @@ def trained_already(run_of: dict[str, Any], updates: int) -> bool:
         return False
     made = engine.updates_of(engine.load_checkpoint(path / engine.LAST))
     if made > updates:
-        raise ValueError(f"{path} was trained for {made} updates already, more than the {updates} asked for")
+        raise ValueError(f"{path} was already trained for {made} updates, more than the {updates} requested")
     return made == updates
 
 
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.begin()
     if run.main:
         if not trained:
-            (path / generate.TRAINED).unlink(missing_ok=True)  # of fewer updates
+            (path / generate.TRAINED).unlink(missing_ok=True)  # from a run of fewer updates
         keep_vocabulary(config.data, path)
         told = [f"warning: {warning}" for warning in told]
         told += [report, *(f"decay: {json.dumps(entry)}" for entry in description["decays"])]
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with clean_errors(config.prog()):
                 print(generate.write_result(path, config.data, cpu=config.cpu))
         elif run.main:
-            print(f"trained; transformer_iwslt/generate.py --path {path}/checkpoint_best.pt makes the result", file=sys.stderr)
+            print(f"trained: transformer_iwslt/generate.py --path {path}/checkpoint_best.pt writes the result", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Translate sentences of one's own with a trained checkpoint: lines in, lines out, in plain torch, without fairseq."""
+"""Translate your own sentences with a trained checkpoint: lines in, lines out, in plain torch, without fairseq."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from transformer_iwslt.config import TranslationConfig
 from transformer_iwslt.model import PAD, Transformer
 from transformer_iwslt.text import VOCABULARY, Pipeline, Vocabulary, find_vocabularies, split_lines
 
-SHORT = 200  # words that a translation may have in any case, and a fairseq translation at most
+SHORT = 200  # words that any translation may have; fairseq allows no more
 
 
 class Translator:
@@ -36,13 +36,13 @@ class Translator:
     def __init__(self, model: Transformer, pipeline: Pipeline, source: Vocabulary, target: Vocabulary) -> None:
         self.model, self.pipeline, self.source, self.target = model.eval(), pipeline, source, target
         self.device = next(model.parameters()).device
-        self.limit = model.config.max_positions - PAD - 2  # subwords of a sentence, </s> aside
+        self.limit = model.config.max_positions - PAD - 2  # subwords of a sentence, without </s>
 
     def subwords(self, line: str) -> list[str]:
         return self.pipeline.split(self.pipeline.tokenize(line, self.pipeline.source_lang))
 
     def translate(self, lines: Sequence[str], *, beam: int, lenpen: float) -> list[str]:
-        """Translations of plain lines. A line with more subwords than the model has positions is translated in parts."""
+        """Translate plain lines. A line with more subwords than the model has positions is translated in parts."""
         parts: list[tuple[int, list[str]]] = []  # (line, subwords)
         for number, line in enumerate(lines):
             subwords = self.subwords(line)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     decoded = [line.decode("utf-8", "replace") for line in lines]
     for number, (line, raw) in enumerate(zip(decoded, lines, strict=True), 1):
         if "\N{REPLACEMENT CHARACTER}" in line and "\N{REPLACEMENT CHARACTER}".encode() not in raw:
-            print(f"warning: line {number} is not UTF-8: its bad bytes are replaced", file=sys.stderr)
+            print(f"warning: line {number} is not UTF-8: invalid bytes are replaced", file=sys.stderr)
         size = len(translator.subwords(line)) if len(line) > translator.limit else 0
         if size > translator.limit:
             print(f"warning: line {number} has {size} subwords: it is cut into parts of {translator.limit}", file=sys.stderr)
@@ -85,5 +85,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # whoever reads has enough
+    except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

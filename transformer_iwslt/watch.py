@@ -1,4 +1,4 @@
-"""fairseq's training, watched: metrics of each epoch, a heartbeat, and signals that stop all processes at one update."""
+"""Watch fairseq's training: metrics of each epoch, a heartbeat, and signals that stop all processes at the same update."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ LOG = "train.log"
 
 
 class Watch(logging.Handler):
-    """Follows fairseq's training: an epoch's numbers to the run's metrics.jsonl, a heartbeat, and signals to stop.
+    """Writes the numbers of each epoch to the run's metrics.jsonl, keeps a heartbeat, and stops training on a signal.
 
-    fairseq tells an epoch's numbers to its log alone, as ``epoch 003 | valid on 'valid' subset | loss 4.2 | ...``.
+    fairseq reports an epoch only in its log, as ``epoch 003 | valid on 'valid' subset | loss 4.2 | ...``.
     """
 
     def __init__(self, run: Run, cfg: Any) -> None:
         super().__init__(logging.INFO)
         self.run, self.cfg, self.process = run, cfg, os.getpid()
-        self.told = False  # this process was sent a signal
-        self.stopping = False  # all processes know of it
+        self.told = False  # this process received a signal
+        self.stopping = False  # all processes know that one was received
         self._agreed = self.updates = -1
 
     def stop(self, number: int, _: Any) -> None:
-        """Answer a signal: stop after an update. The loader's processes, which inherit this, end at once."""
+        """Handle a signal: stop after an update. Loader processes inherit this handler and end at once."""
         if os.getpid() != self.process:
             os._exit(128 + number)
         self.told = True
 
     def diverged(self, error: Exception) -> str:
-        """What to say of numbers that are not finite, which fairseq's log names the layer of."""
+        """Error message for numbers that are not finite; fairseq's log names the layer."""
         last = self.run.path / engine.LAST
         kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was saved yet"
         where = f"not finite at update {self.updates + 1}: {error}"
@@ -56,10 +56,10 @@ class Watch(logging.Handler):
             self.stopping, self._agreed = any_process(self.told), updates
 
     def validate_and_save(self, inner: Callable[..., Any], *args: Any) -> Any:
-        """fairseq's function after an update, ``inner``; where the run was told to stop, save and say so.
+        """Call ``inner``, fairseq's function after an update, or save and stop if a signal was received.
 
-        An update that is validated in any case, at the end of an epoch for one, is no place to stop: the next one is. So a
-        run that was stopped is validated where an uninterrupted one is, and has the same best checkpoint.
+        Training does not stop at an update that is validated anyway, such as the last of an epoch, but at the next one. So a
+        stopped run is validated at the same updates as an uninterrupted one, and has the same best checkpoint.
         """
         cfg, trainer, _, epoch_itr, _, end_of_epoch = args
         updates, limit = trainer.get_num_updates(), cfg.optimization.max_update or math.inf
@@ -81,7 +81,7 @@ class Watch(logging.Handler):
         trained = {name: float(value) for name, value in smoothed.items() if value is not None}
         epoch, step = int(valid.pop("epoch")), int(valid.pop("num_updates"))
         left_out = ("wall", "train_wall", "num_updates")
-        self.run.truncate_log(epoch - 1)  # an epoch that was validated within has the line of its latest validation
+        self.run.truncate_log(epoch - 1)  # after several validations in an epoch, keep only the latest
         line = {name: value for name, value in trained.items() if name not in left_out}
         self.run.log({"epoch": epoch, "step": step, **line, **{f"valid_{name}": value for name, value in valid.items()}})
 
@@ -98,7 +98,7 @@ def any_process(flag: bool) -> bool:
 
 @contextlib.contextmanager
 def answering(handler: Callable[[int, Any], None]) -> Generator[None]:
-    """Let a function answer SIGTERM and SIGUSR2, where this is the main thread."""
+    """Let a function handle SIGTERM and SIGUSR2 if this is the main thread."""
     numbers = (signal.SIGTERM, signal.SIGUSR2) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -119,8 +119,10 @@ def read_stats(line: str) -> dict[str, float]:
 
 
 def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
-    """What each process runs: fairseq's training, watched. Exits with REQUEUE where it was told to stop, and with 2 after a
-    line on stderr where the disk, the numbers or a sentence's length end it.
+    """Run fairseq's training in this process, watched.
+
+    Exits with status REQUEUE after a signal to stop. If the disk, the numbers or the length of a sentence end the training, it
+    exits with status 2 after one line on stderr.
     """
     engine.load()
     if cfg.common.cpu:
@@ -132,12 +134,12 @@ def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
     from transformer_iwslt.plugin.task import ObservedTranslation
 
     for function in (checkpoint_utils.save_checkpoint, train.should_stop_early):
-        vars(function).clear()  # where fairseq keeps the best loss of a training, and of any before it in this process
+        vars(function).clear()  # fairseq keeps the best loss there, also across trainings in one process
     main = cfg.distributed_training.distributed_rank == 0
     watch = Watch(Run(**run_of, main=main), cfg)
     log = logging.FileHandler(run_of["path"] / LOG) if main else logging.NullHandler()
     log.setFormatter(logging.Formatter("%(asctime)s | %(name)s | %(message)s"))
-    setattr(log, "handleError", lambda record: None)  # noqa: B010 (where the disk is full, the next checkpoint says so)
+    setattr(log, "handleError", lambda record: None)  # noqa: B010 (if the disk is full, the next checkpoint reports it)
     root = logging.getLogger()
     level, handlers, inner = root.level, list(root.handlers), train.validate_and_save
     for handler in handlers:
@@ -155,7 +157,7 @@ def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
                 raise FloatingPointError(watch.diverged(error)) from error
             if watch.stopping:
                 if torch.distributed.is_initialized():
-                    torch.distributed.barrier()  # until the one that saves has saved
+                    torch.distributed.barrier()  # wait for the process that saves
                 raise SystemExit(REQUEUE)
     finally:
         setattr(train, "validate_and_save", inner)  # noqa: B010
@@ -167,7 +169,7 @@ def train_process(cfg: Any, *, run_of: dict[str, Any]) -> None:
 
 
 def launch(cfg: Any, run_of: dict[str, Any]) -> None:
-    """Train in this process or, on several GPUs, in one each, which are told what signals this one receives."""
+    """Train in this process or, on several GPUs, in one process each. Signals are forwarded to these processes."""
     from fairseq.distributed import utils
 
     def forward(number: int, _: Any) -> None:
@@ -181,6 +183,6 @@ def launch(cfg: Any, run_of: dict[str, Any]) -> None:
         with answering(forward) if spawns else contextlib.nullcontext():
             utils.call_main(cfg, train_process, run_of=run_of)
     except torch.multiprocessing.ProcessExitedException as error:
-        if error.exit_code in (REQUEUE, 2):  # 2: that process has said why
+        if error.exit_code in (REQUEUE, 2):  # 2: that process has printed the reason
             raise SystemExit(error.exit_code) from error
         raise

@@ -1,6 +1,7 @@
-"""The fairseq plugin: ``--user-dir transformer_iwslt/plugin`` gives fairseq these models, criterions and task.
+"""The fairseq plugin: ``--user-dir transformer_iwslt/plugin`` gives fairseq these models, criterions and this task.
 
-fairseq imports a user folder under the folder's own name; what registers is imported under its full name, and so once.
+fairseq imports this folder under the folder's own name. The modules below register themselves; they are imported under their
+full names, so that each registers once.
 """
 
 import transformer_iwslt.plugin.criterion

@@ -1,4 +1,4 @@
-"""fairseq's cross entropies plus Frobenius decay."""
+"""fairseq's cross-entropy losses plus Frobenius decay."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from transformer_iwslt.config import CRITERIONS
 
 
 class FrobeniusMixin(FairseqCriterion):
-    """Adds the penalty times the batch's sample size to the loss of training, so that its gradient joins before clipping.
+    """Adds the penalty, times the batch's sample size, to the training loss. Its gradient is thus added before clipping.
 
-    fairseq sums gradients over the batches of an update (``--update-freq``) and over processes and divides the sum by the sum
-    of sample sizes: what is left of the decay is its own gradient, once. Validation has no penalty, and the loss that is
-    logged is fairseq's own. Which products are decayed, and how much, is told by the model's ``decay``.
+    fairseq sums gradients over the batches of an update (``--update-freq``) and over processes, and divides the sum by the sum
+    of sample sizes. So the gradient of the penalty counts once. Validation has no penalty, and the logged loss is fairseq's
+    own. The model's ``decay`` says which products are decayed, and how strongly.
     """
 
     def forward(self, model: nn.Module, sample: dict[str, Any], reduce: bool = True) -> tuple[Tensor, Any, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The Transformer as a fairseq model: flags, architectures, and what fairseq's beam search calls."""
+"""The Transformer as a fairseq model: its flags, its architectures, and the methods that fairseq's beam search calls."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformer_iwslt.config import ARCHITECTURES, DEFAULT_DECAY, ModelConfig
 from transformer_iwslt.model import EOS, PAD, Decoder, Encoder, Transformer, TransformerConfig, frobenius_decay
 from transformer_iwslt.plugin.optimizer import EXEMPT
 
-# Of a TransformerConfig, what flags say.
+# The fields of TransformerConfig that have flags.
 _FLAGS = (
     "embed_dim", "ffn_dim", "layers", "heads", "dropout", "attention_dropout", "activation_dropout", "rank_scale", "init",
     "spectral_quekey", "spectral_outval",
@@ -28,7 +28,7 @@ _FLAGS = (
 
 
 class PluginEncoder(FairseqEncoder):
-    """The encoder, with what fairseq calls its output."""
+    """The encoder with fairseq's interface."""
 
     def __init__(self, dictionary: Any, encoder: Encoder) -> None:
         super().__init__(dictionary)
@@ -46,7 +46,7 @@ class PluginEncoder(FairseqEncoder):
 
 
 class PluginDecoder(FairseqIncrementalDecoder):
-    """The decoder; its state lives in fairseq's dictionary of incremental state."""
+    """The decoder with fairseq's interface. Its state is kept in fairseq's dictionary of incremental state."""
 
     def __init__(self, dictionary: Any, decoder: Decoder) -> None:
         super().__init__(dictionary)
@@ -76,7 +76,7 @@ class PluginDecoder(FairseqIncrementalDecoder):
 
 @register_model("factorized_transformer")
 class PluginModel(FairseqEncoderDecoderModel):
-    """A :class:`Transformer` that fairseq trains; ``decay`` says how it decays."""
+    """A :class:`Transformer` that fairseq trains; ``decay`` is its Frobenius decay."""
 
     def __init__(self, encoder: PluginEncoder, decoder: PluginDecoder) -> None:
         super().__init__(encoder, decoder)
@@ -91,7 +91,7 @@ class PluginModel(FairseqEncoderDecoderModel):
         for dictionary in (task.source_dictionary, task.target_dictionary):
             if (dictionary.pad(), dictionary.eos()) != (PAD, EOS):
                 raise ValueError(
-                    f"a dictionary has <pad> and </s> at {dictionary.pad()} and {dictionary.eos()}, not {PAD}, {EOS}"
+                    f"a dictionary has <pad> and </s> at {dictionary.pad()} and {dictionary.eos()}, expected {PAD} and {EOS}"
                 )
         if getattr(task.cfg, "left_pad_target", False):
             raise ValueError("--left-pad-target is not supported: targets are padded on the right")
@@ -107,7 +107,7 @@ class PluginModel(FairseqEncoderDecoderModel):
 
 def _architecture(sizes: dict[str, Any]) -> Callable[[argparse.Namespace], None]:
     def complete(args: argparse.Namespace) -> None:
-        """Fill in what was not given, and by the rules of train.py where fairseq's own program was called."""
+        """Fill in what was not given. If fairseq's own program was called, the rules of train.py apply."""
         defaults = {
             **sizes,
             "rank_scale": 0.0,

@@ -1,7 +1,7 @@
-"""Weight decay of fairseq's optimizers leaves out what Frobenius decay covers.
+"""Exempt the parameters that Frobenius decay covers from the weight decay of fairseq's optimizers.
 
-fairseq builds its optimizers from one list of parameters and has no place to say that some take no weight decay. Here the
-function that builds them, which every precision of fairseq goes through, splits the list afterwards.
+fairseq builds its optimizers from one list of parameters and cannot exempt some of them from weight decay. This module wraps
+the function that builds them, which fairseq calls for every precision, and splits the list afterwards.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _build = optim.build_optimizer
 
 
 def build_optimizer(cfg: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-    """fairseq's optimizer, its parameters in a group with weight decay and one, of those marked exempt, without."""
+    """fairseq's optimizer with two groups of parameters: with weight decay, and without it for those marked exempt."""
     optimizer = _build(cfg, params, *args, **kwargs)
     groups = getattr(optimizer, "param_groups", [])
     if len(groups) == 1:
@@ -27,4 +27,4 @@ def build_optimizer(cfg: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
     return optimizer
 
 
-setattr(optim, "build_optimizer", build_optimizer)  # noqa: B010 (said to be of another type)
+setattr(optim, "build_optimizer", build_optimizer)  # noqa: B010 (an assignment would be a type error)

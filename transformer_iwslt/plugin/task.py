@@ -1,4 +1,4 @@
-"""fairseq's translation task, exact to go on with, which also tells of its updates and logs norms of products."""
+"""fairseq's translation task, with exact resumption. It also reports its updates and logs norms of products."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from common.layers import Factorized
 from transformer_iwslt.config import TASK
 from transformer_iwslt.model import attentions
 
-# The flags of fairseq's translation task, and one more. A class here would hold its type as text, which fairseq cannot read.
-_rebuild = field(default=False, metadata={"help": "compose the batches of training anew in each epoch"})
+# The flags of fairseq's translation task, and one more. A class statement here would store types as text, which fairseq cannot
+# read.
+_rebuild = field(default=False, metadata={"help": "group training sentences into batches again in each epoch"})
 TaskConfig = make_dataclass("TaskConfig", [("rebuild_batches", bool, _rebuild)], bases=(TranslationConfig,))
 
 
 @register_task(TASK, dataclass=TaskConfig)
 class ObservedTranslation(TranslationTask):
-    """Translation that tells ``before_step`` of every update, and logs what :func:`norms` finds with each epoch."""
+    """Translation that calls ``before_step`` before every update, and logs the result of :func:`norms` in each epoch."""
 
     before_step: ClassVar[Callable[[int], None] | None] = None
 
@@ -37,11 +38,12 @@ class ObservedTranslation(TranslationTask):
         return super().train_step(sample, model, criterion, optimizer, update_num, ignore_grad)
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Batches of the same sentences whichever epoch a training goes on in, or batches of each epoch's own.
+        """Batches that do not depend on the epoch in which training resumes.
 
-        fairseq draws them once, seeded by the epoch that it starts with, and keeps them: gone on with in its third epoch, a
-        training would see others than one that was not interrupted. With ``rebuild_batches``, which fairseq has for tasks with
-        a field of that name, batches of training depend on the epoch they are for; those of validation stay.
+        fairseq draws batches once, seeded by the first epoch of the process, and keeps them. Training that resumed in its third
+        epoch would then see other batches than uninterrupted training. Here the seed is always that of epoch 1. With
+        ``rebuild_batches``, which fairseq supports for tasks with a field of that name, the training batches depend on their
+        own epoch; the validation batches stay the same.
         """
         cfg: Any = self.cfg
         asked = cfg.rebuild_batches
@@ -55,7 +57,7 @@ class ObservedTranslation(TranslationTask):
             cfg.rebuild_batches = asked
 
     def get_checkpoint_dict(self) -> dict[str, Any]:
-        """What ``--patience`` counts, which fairseq forgets when a training goes on."""
+        """The count of ``--patience``, which fairseq does not keep when training resumes."""
         return {type(self).__name__: dict(vars(should_stop_early))}
 
     def set_checkpoint_dict(self, held: dict[str, Any]) -> None:
@@ -71,8 +73,8 @@ class ObservedTranslation(TranslationTask):
 def norms(model: nn.Module) -> dict[str, float]:
     """Mean norms of three families of products: factorized layers (``layers``), query-key, output-value.
 
-    Of each its Frobenius norm, its nuclear norm, and the bound on the nuclear norm that weight decay on the factors acts on
-    (paper, equation 2). Families that the model lacks are left out.
+    The norms are the Frobenius norm, the nuclear norm, and the bound on the nuclear norm that weight decay on the factors
+    penalizes (paper, equation 2). Families that the model lacks are left out.
     """
     families: dict[str, list[tuple[Tensor, ...]]] = {"layers": [], "query_key": [], "output_value": []}
     for module in model.modules():
@@ -88,7 +90,7 @@ def norms(model: nn.Module) -> dict[str, float]:
     }
 
     def mean(norm: Callable[[list[Tensor]], Tensor], products: list[tuple[Tensor, ...]]) -> float:
-        # In float64: half precision overflows at the norm of an embedding.
+        # In float64, since the norm of an embedding overflows in half precision.
         each = [norm([linalg.to_float64(factor) for factor in factors]).mean().cpu() for factors in products]
         return torch.stack(each).mean().item()
 
