@@ -168,6 +168,7 @@ class PretrainingConfig(RunConfig, EncoderFlags):
     batch_size: int = override(
         TrainingConfig, "batch_size", 256, help="sequences per step, over all processes and accumulated parts"
     )
+    seed: int = override(TrainingConfig, "seed", help="seed of initialization, batches, masks and dropout")
     update_freq: int = flag(
         1,
         type=positive_int,
