@@ -223,7 +223,7 @@ def test_the_budget_is_met_by_the_closest_count():
         assert abs(count(ranking.kept(removed)) - budget) == min(errors)
     with pytest.raises(ValueError, match=r"budget of 5 parameters .* 7 remain"):
         removed_for_budget(ranking, 5, count)
-    with pytest.raises(ValueError, match=r"budget of 80 parameters .* has 70 at the most"):
+    with pytest.raises(ValueError, match=r"budget of 80 parameters .* has at most 70"):
         removed_for_budget(ranking, 80, count)
 
 
