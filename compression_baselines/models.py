@@ -108,5 +108,5 @@ def kaiming_(model: nn.Module) -> None:
 
 
 def is_factorized(module: nn.Module, name: str) -> bool:
-    """Whether the experiments factorize a layer: every convolution except the first, shortcuts included; no classifier."""
+    """Whether the experiments factorize a layer: all convolutions except the first, but not the classifier."""
     return name not in ("conv1", "features.0", "linear", "classifier")

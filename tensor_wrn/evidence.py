@@ -77,7 +77,7 @@ def stronger() -> Table:
 
 
 def weaker() -> Table:
-    """Tensors with spectral initialization and Frobenius decay as weak as CRS makes weight decay; so for all weights."""
+    """Tensors with spectral initialization. All decay, Frobenius decay included, is as weak as CRS makes weight decay."""
     rows, contrasts = [], []
     for form in ("TensorTrain", "Tucker"):
         crs, frobenius = make_row(form, "spectral", "crs"), make_row(form, "spectral", "frobenius", decay=WEAKER, seeds=(1,))

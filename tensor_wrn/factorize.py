@@ -52,7 +52,7 @@ def norm_matched_init(matrix: Tensor, rank: int, *, kernel: int) -> tuple[Tensor
 
 
 def make_tensors(architecture: dict[str, Any], init: str) -> tuple[WideResNet, FactorizationReport]:
-    """An initialized network of tensor convolutions, and its report: it is compared with the network of ordinary ones."""
+    """An initialized network of tensor convolutions, and its report relative to the network of ordinary ones."""
     model = build(architecture)
     layers = []
     for name, module in model.named_modules():

@@ -144,7 +144,7 @@ def sweep(figure: SweepFigure, program: Program, table: Table, results: Results)
 def contrasts(program: Program, table: Table, results: Results) -> Figure | None:
     """The table's contrasts, one below the other: a ring per seed, their mean, and its 95 % interval if there is one.
 
-    The axis ends at four times the largest difference of any seed; longer intervals are cut off there.
+    The axis reaches at most four times the largest difference of any seed; longer intervals are cut off there.
     """
     found = [(result, each) for result, each in contrast_results(program, table, results) if each]
     if not found:

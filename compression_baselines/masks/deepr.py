@@ -13,7 +13,7 @@ from compression_baselines.masks.base import Masks, RandomStart, Settings, rando
 
 
 class Deepr(RandomStart):
-    """Starts from random masks and gives every weight a sign. A random weight of its layer replaces one that crosses zero.
+    """Starts from random masks and gives every weight a sign. One that crosses zero is replaced by a random one of its layer.
 
     After each step, weights also decay towards zero by lr * l1 and take a random step of deviation sqrt(2 * lr * temperature).
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compression_baselines.masks.base import Masks, RandomStart, Settings, largest_remainder, random_subset, top
 
-TOLERANCE = 0.1  # relative error of the number of dropped weights at which the threshold does not move yet
+TOLERANCE = 0.1  # share by which the number of dropped weights may miss its goal before the threshold moves
 
 
 def drop(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
