@@ -13,7 +13,7 @@ from common.vision.config import DataConfig, ImageRunConfig, LowRankTrainingConf
 
 VGG_DEPTHS = (11, 13, 16, 19)
 PRUNERS = ("c-obd", "c-obs", "kron-obd", "kron-obs", "eigendamage", "eigendamage-separable")
-# What a sparse method does where no flag tells otherwise. update_every None: every epoch. Flags that a method lacks it refuses.
+# Defaults of the sparse methods. update_every None: every epoch. A method refuses flags that are not listed for it.
 SPARSE_DEFAULTS: dict[str, dict[str, object]] = {
     "magnitude": {"distribution": "uniform", "update_every": 100, "update_until": 0.75},
     "lottery": {"distribution": "global", "rounds": 5, "rewind": None},
@@ -38,7 +38,7 @@ def _share(text: str) -> float:
 
 @dataclass(kw_only=True)
 class CompressionConfig(ImageRunConfig):
-    """What the three programs share: the network, and its recipe."""
+    """Flags that the three programs share: the network and its recipe."""
 
     program: ClassVar[str] = "compression_baselines"
 
@@ -48,7 +48,7 @@ class CompressionConfig(ImageRunConfig):
     data: str = override(DataConfig, "data", choices=("cifar10", "cifar100", "tiny_imagenet", "digits", "imagefolder"))
     weight_decay: float = override(TrainingConfig, "weight_decay", None)
     auto_resume: bool = flag(False, changes_result=False, help="short for --resume auto")
-    kaiming: bool = flag(False, help="VGG: Kaiming initialization of classifier and of each factor")
+    kaiming: bool = flag(False, help="VGG: Kaiming initialization of the classifier and of each factor")
     measure: bool = flag(
         False,
         changes_result=False,
@@ -74,7 +74,7 @@ class CompressionConfig(ImageRunConfig):
             if self.depth < 8 or self.depth % 6 != 2:
                 raise ValueError(f"--depth of resnet must be 6n + 2 and at least 8, got {self.depth}")
             if self.kaiming:
-                raise ValueError("--kaiming is for vgg: resnet is always initialized so")
+                raise ValueError("--kaiming is for vgg: resnet always has this initialization")
         if self.weight_decay is None:
             self.weight_decay = 1e-4 if self.network == "resnet" else 2e-4
 
@@ -84,21 +84,23 @@ class CompressionConfig(ImageRunConfig):
 
 @dataclass(kw_only=True)
 class FreshNetworkConfig(CompressionConfig):
-    """How a network that is not loaded starts."""
+    """How a network that is not loaded is initialized."""
 
     classifier_bias: str = flag(
         None,
         choices=("zero", "default"),
         before="default",
-        help="start of the bias of resnet's classifier, and of vgg's with --kaiming: zero, as in the released code, or as "
-        "torch draws it (default: zero); other vgg starts at zero anyway",
+        help="initial bias of resnet's classifier, and of vgg's with --kaiming: zero, as in the released code, or torch's "
+        "default initialization (default: zero); without --kaiming, vgg's is always zero",
     )
 
     def resolve(self) -> None:
         super().resolve()
         drawn = self.network == "resnet" or self.kaiming
         if not drawn and self.classifier_bias == "zero":
-            raise ValueError("--classifier-bias is for resnet, and for vgg with --kaiming: other vgg starts at zero anyway")
+            raise ValueError(
+                "--classifier-bias is for resnet, and for vgg with --kaiming: without it, vgg's bias is always zero"
+            )
         self.classifier_bias = self.classifier_bias or ("zero" if drawn else "default")
 
 
@@ -126,24 +128,30 @@ class PruningConfig(CompressionConfig):
     )
     target_ratio: float | None = flag(None, type=_share, help="parameters to keep, as a share of the dense network's")
     ratio: float | None = flag(None, type=_share, help="instead of --target-ratio: channels (or eigendirections) to remove")
-    prune_ratio_limit: float = flag(0.95, type=_share, help="at most this share of a layer's is removed")
-    rounds: int = flag(1, type=positive_int, help="iterative pruning: rounds, each of --epochs")
-    fisher: str = flag("true", choices=("true", "empirical"), help="labels sampled from the network, or given")
-    fisher_samples: int | None = flag(None, type=positive_int, metavar="N", help="images (default: the training split)")
+    prune_ratio_limit: float = flag(
+        0.95, type=_share, help="largest share of a layer's channels (or eigendirections) to remove"
+    )
+    rounds: int = flag(1, type=positive_int, help="iterative pruning: number of rounds, each of --epochs")
+    fisher: str = flag(
+        "true", choices=("true", "empirical"), help="Fisher of labels sampled from the network, or of the given ones"
+    )
+    fisher_samples: int | None = flag(
+        None, type=positive_int, metavar="N", help="images for the Fisher (default: the training split)"
+    )
     fix_rotation: bool = flag(False, help="eigendamage: do not train the rotations")
 
     def resolve(self) -> None:
         super().resolve()
         if (self.ratio is None) == (self.target_ratio is None) and not self.evaluate:
-            raise ValueError("give --target-ratio (parameters to keep) or --ratio (channels to remove), one of them")
+            raise ValueError("give exactly one of --target-ratio (parameters to keep) and --ratio (channels to remove)")
         if self.pretrained is None and not self.evaluate:
-            raise ValueError("--pretrained is missing: the checkpoint.pt of a dense run of train.py")
+            raise ValueError("--pretrained is missing: give the checkpoint.pt of a dense run of train.py")
         for name in ("ratio", "prune_ratio_limit"):
             if getattr(self, name) == 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be below 1: at 1 nothing would be left")
         if self.rounds > 1 and self.method == "eigendamage-separable":
             raise ValueError(
-                "--rounds above 1 is not for eigendamage-separable: its depthwise middle has no eigenbasis to go on in"
+                "--rounds above 1 is not for eigendamage-separable: its depthwise middle has no eigenbasis for another round"
             )
         if self.fix_rotation and not self.method.startswith("eigendamage"):
             raise ValueError(f"--fix-rotation is for eigendamage: {self.method} has no rotations")
@@ -162,20 +170,24 @@ class SparseConfig(FreshNetworkConfig):
 
     method: str = flag(REQUIRED, choices=SPARSE, help="how the non-zeros are chosen")
     target_ratio: float | None = flag(None, type=_share, help="non-zeros to keep, as a share of all parameters")
-    distribution: str | None = flag(None, choices=("uniform", "erk", "global"), help="how non-zeros spread over layers")
+    distribution: str | None = flag(
+        None, choices=("uniform", "erk", "global"), help="how non-zeros are distributed over layers"
+    )
     update_every: int | None = flag(None, type=positive_int, metavar="N", help="steps between changes of the masks")
-    update_until: float | None = flag(None, type=_share, help="share of the training after which masks stay")
+    update_until: float | None = flag(None, type=_share, help="share of the training after which masks no longer change")
     drop_fraction: float | None = flag(None, type=_share, help="share of the non-zeros that a change replaces")
-    rounds: int | None = flag(None, type=positive_int, help="lottery: trainings, each of --epochs")
-    rewind: int | None = flag(None, type=natural, metavar="EPOCH", help="lottery: epoch whose weights are gone back to")
-    score_batches: int | None = flag(None, type=positive_int, metavar="N", help="snip, grasp: batches (default: 10 a class)")
+    rounds: int | None = flag(None, type=positive_int, help="lottery: number of trainings, each of --epochs")
+    rewind: int | None = flag(None, type=natural, metavar="EPOCH", help="lottery: epoch to whose weights each round rewinds")
+    score_batches: int | None = flag(
+        None, type=positive_int, metavar="N", help="snip, grasp: batches for the scores (default: 10 images per class)"
+    )
     l1: float | None = flag(None, type=non_negative, help="deepr: strength of the decay towards zero")
     temperature: float | None = flag(None, type=non_negative, help="deepr: strength of the random walk")
 
     def resolve(self) -> None:
         super().resolve()
         if self.target_ratio is None and not self.evaluate:
-            raise ValueError("--target-ratio is missing: the share of all parameters to keep")
+            raise ValueError("--target-ratio is missing: give the share of all parameters to keep")
         defaults = SPARSE_DEFAULTS[self.method]
         for name in _SPARSE_FLAGS:
             if name not in defaults and getattr(self, name) is not None:
@@ -191,12 +203,12 @@ class SparseConfig(FreshNetworkConfig):
                 self.rewind = min(1, self.epochs - 1)
             if self.rewind >= self.epochs:
                 raise ValueError(
-                    f"--rewind must be below --epochs {self.epochs}: an epoch of the first round, got {self.rewind}"
+                    f"--rewind must be an epoch of the first round, below --epochs {self.epochs}, got {self.rewind}"
                 )
             if self.rounds < 2:
                 raise ValueError("--rounds must be at least 2 for lottery: it prunes between rounds, got 1")
         if self.compile:
-            raise ValueError("--compile does not see the masks change: sparse.py runs without it")
+            raise ValueError("--compile is not for sparse.py: compiled code would not see the masks change")
 
     def run_name(self) -> str:
         return f"{self.method}-{super().run_name()}"

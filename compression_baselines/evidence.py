@@ -1,11 +1,12 @@
 """The compression rows of evidence/: Table 1 at a scale that two processor cores can run, on real images.
 
-All train the ResNet32 of 32, 64 and 128 channels on 10,000 images of CIFAR-10 (JPEG) and are tested on 5,000, the first of each
-class: give their scripts ``--data-dir IMAGES``, which has train/ and test/ with a folder a class. Every method passes over them
-as often: what prunes a trained network trains it for half of the epochs before and tunes it for the other half. Beside that
-EigenDamage sees 1,000 images, and SNIP and GraSP two batches, to score weights. Gradual pruning and RigL change their masks
-until the rate drops first: what is left then has to recover at a full rate. A budget counts the non-zeros of a sparse network,
-and low-rank ones come close to it: at 2 % they have 5 % fewer.
+All train the ResNet32 of 32, 64 and 128 channels on 10,000 images of CIFAR-10 (JPEG) and test it on 5,000, the first of each
+class. Give their scripts ``--data-dir IMAGES``, a folder that has train/ and test/ with one folder per class.
+
+All methods make the same number of passes over the images. Pruning a trained network takes half of the epochs for training, and
+half for fine-tuning. In addition, EigenDamage sees 1,000 images, and SNIP and GraSP two batches, to score weights. Gradual
+pruning and RigL change their masks only until the learning rate first drops, so that the remaining weights recover at the full
+rate. A budget counts the non-zeros of a sparse network. Low-rank networks come close to it; at 2 % they have 5 % fewer.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def make_row(
     """A row at a ratio of the parameters; dense at 0."""
     words = [*_RECIPE, "--epochs", str(epochs), "--lr", lr, "--weight-decay", decay]
     if script != "prune.py":
-        words += ["--classifier-bias", "default"]  # these runs are from before it could start at zero
+        words += ["--classifier-bias", "default"]  # these runs predate the zero initialization
     if ratio != "0":
         words += ["--target-ratio", ratio]
     return Row(id, label, (*words, *flags), parameters=parameters, seeds=seeds, script=script, after=after)
@@ -60,7 +61,7 @@ def table1() -> Table:
     half = make_row("full-half", "full, half of the epochs", epochs=EPOCHS // 2, parameters=_COUNTS["0"])
     rows, contrasts = [make_row("full", "full", parameters=_COUNTS["0"]), half], []
     tuning = ("--method", "eigendamage", "--pretrained", "{after}/checkpoint.pt", "--fisher-samples", "1000")
-    tuning += ("--prune-ratio-limit", "0.97")  # at its default of 0.95 a layer cannot give what 2 % take
+    tuning += ("--prune-ratio-limit", "0.97")  # at the default of 0.95, layers keep too much to reach 2 %
     for ratio in RATIOS:
         share = f"{float(ratio):.0%} of the parameters"
         for method, (flags, words) in METHODS.items():
@@ -75,7 +76,7 @@ def table1() -> Table:
             flags = ("--method", method)
             if method in ("rigl", "magnitude"):
                 flags += ("--update-every", "50", "--update-until", "0.5")
-            if method == "magnitude":  # the same share of each layer would leave 15 of the first one's 864 weights at 2 %
+            if method == "magnitude":  # at 2 %, the same share of each layer would leave the first 15 of its 864 weights
                 flags += ("--distribution", "global")
             label = f"{share}: {method}"
             rows.append(make_row(f"{ratio}-{method}", label, *flags, ratio=ratio, script="sparse.py", parameters=nonzero))
@@ -99,7 +100,7 @@ def table1() -> Table:
 
 
 def scheme_contrasts(prefix: str) -> tuple[Contrast, ...]:
-    """What low-rank rows answer of both schemes; ``prefix`` is that of their ids."""
+    """The questions about both schemes that low-rank rows answer. ``prefix`` begins their ids."""
     regular, spectral, frobenius, both = (f"{prefix}{method}" for method in METHODS)
     return (
         Contrast("spectral initialization, under weight decay", spectral, regular),
@@ -110,7 +111,7 @@ def scheme_contrasts(prefix: str) -> tuple[Contrast, ...]:
 
 
 def weaker() -> Table:
-    """Low-rank rows at a tenth of the decay, for the one that suits the full network may suit no other."""
+    """Low-rank rows at a tenth of the decay, because the decay that suits the full network may not suit others."""
     rows = []
     for method, (flags, words) in METHODS.items():
         rows.append(make_row(f"0.1-{method}", words, *flags, ratio="0.1", parameters=_COUNTS["0.1"], decay=WEAKER))
@@ -120,7 +121,7 @@ def weaker() -> Table:
 
 
 def paper() -> Table:
-    """The rows of Table 1 whose published numbers are known, at the paper's length: for a GPU, on all of CIFAR-10 (JPEG)."""
+    """The rows of Table 1 with known published numbers, at the paper's length on all of CIFAR-10 (JPEG), for a GPU."""
     recipe = ("--network", "resnet", "--data", "imagefolder", "--amp", "bf16")
     counts = PARAMETERS["resnet32x64", "cifar10"]
     kinds = {"full": ((), "full"), **METHODS}

@@ -1,4 +1,4 @@
-"""What the three compression programs share: network, normalization of images, schedule, and measuring what a network costs."""
+"""Code shared by the compression programs: network, normalization of images, schedule, and measurement of cost."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ class CompressionExperiment(ImageExperiment[C]):
         return [measure.FILE] * self.config.measure + super().outputs()
 
     def check_image_size(self) -> None:
-        """Raise ValueError where images are too small for the network."""
+        """Raise ValueError if images are too small for the network."""
         size = self.data.image_size
         if self.config.network == "vgg" and size < 32:
-            raise ValueError(f"vgg halves its images five times and needs 32 pixels, got {size}: give --image-size 32")
+            raise ValueError(f"vgg halves its images five times and needs at least 32 pixels, got {size}: give --image-size 32")
 
     def measure(self, model: nn.Module) -> None:
-        """Where --measure asks for it, write what a trained model costs; the model may be changed."""
+        """With --measure, measure and write the cost of a trained model. The model may be changed."""
         if self.config.measure and self.processes.main:
             measure.write(self.run.path, model, self.architecture, self.data.image_size)
 
 
 @torch.no_grad()
 def start_classifier_(model: nn.Module, config: FreshNetworkConfig) -> None:
-    """Set the classifier's bias to what --classifier-bias says, before any weights are loaded. No random number is drawn."""
+    """Set the classifier's bias as --classifier-bias says, before any weights are loaded. Draws no random number."""
     if config.classifier_bias == "zero":
         classifier = model.get_submodule("linear" if config.network == "resnet" else "classifier")
         nn.init.zeros_(cast(nn.Linear, classifier).bias)
 
 
 def learning_rate(config: CompressionConfig, epoch: int) -> float:
-    """A tenth at one half and again at three quarters of ``config.epochs``; in every round of them anew."""
+    """The learning rate: divided by 10 at one half and three quarters of ``config.epochs``; starts again in every round."""
     return config.lr * 0.1 ** sum(epoch % config.epochs >= share * config.epochs for share in (0.5, 0.75))

@@ -38,13 +38,13 @@ from common.vision.experiment import rebuild
 from compression_baselines.structure import ARCHITECTURE, build
 
 BATCHES = (1, 128)
-FILE = "measure.json"  # written by train.py --measure
+FILE = "measure.json"  # written with --measure
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make and that are alive at once; ``peak`` is the most.
+    """Counts the bytes of the tensors that operations create and that are alive at the same time; ``peak`` is the maximum.
 
-    Tensors that are there before, such as weights and views of them, are not counted.
+    Tensors that existed before, such as weights, and views of them are not counted.
     """
 
     def __init__(self, before: Iterable[torch.Tensor]) -> None:
@@ -71,7 +71,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def index_bits(model: nn.Module) -> int:
-    """Bits that tell where the non-zeros of sparse weights are: a bitmap or a list of positions, whichever is smaller."""
+    """Bits that encode where the non-zeros of sparse weights are: a bitmap or a list of positions, whichever is smaller."""
     bits = 0
     for parameter in model.parameters():
         nonzero = int(torch.count_nonzero(parameter))
@@ -103,7 +103,8 @@ def cost(model: nn.Module, image_size: int, repeats: int = 5) -> dict[str, Any]:
     torch.save(model.state_dict(), file)
     found: dict[str, Any] = {
         "parameters": count_parameters(model),
-        "nonzero": sum(int(torch.count_nonzero(p)) if p.ndim > 1 else p.numel() for p in model.parameters()),  # of weights
+        # Zeros are left out in weights only, not in biases and normalizations.
+        "nonzero": sum(int(torch.count_nonzero(p)) if p.ndim > 1 else p.numel() for p in model.parameters()),
         "index_bits": index_bits(model),
         "checkpoint_bytes": file.tell(),
     }
@@ -122,7 +123,7 @@ def cost(model: nn.Module, image_size: int, repeats: int = 5) -> dict[str, Any]:
 
 
 def costs(model: nn.Module, architecture: Mapping[str, Any], image_size: int) -> dict[str, Any]:
-    """Cost of a model as trained, folded into ordinary layers where it is factorized, and of the dense network."""
+    """Cost of a model as trained, of the model folded into ordinary layers if it is factorized, and of the dense network."""
     dense = build({**architecture, "pruned": None})
     device = next(model.parameters()).device
     measured = {"as trained": cost(model, image_size)}
@@ -135,7 +136,7 @@ def costs(model: nn.Module, architecture: Mapping[str, Any], image_size: int) ->
 
 
 def write(directory: Path, model: nn.Module, architecture: Mapping[str, Any], image_size: int) -> None:
-    """Measure what a trained model costs, write it to measure.json and print it."""
+    """Measure the cost of a trained model, write it to measure.json and print it."""
     measured = costs(model, architecture, image_size)
     write_json(directory / FILE, measured)
     show(measured)
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with clean_errors(parser.prog):
         state = checkpoints.load(args.checkpoint)
         if "architecture" not in state:
-            raise ValueError(f"{args.checkpoint} does not tell its architecture: it is not a checkpoint of this program")
+            raise ValueError(f"{args.checkpoint} does not record its architecture: it is not a checkpoint of this program")
         model = rebuild(state, args.checkpoint, dict.fromkeys(ARCHITECTURE), build).to(find_device(args.device))
         size = args.image_size or state.get("config", {}).get("image_size") or 32
         measured = costs(model, state["architecture"], size)

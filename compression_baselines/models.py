@@ -17,10 +17,10 @@ class Add(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalization; where shapes change, the shortcut is a 1x1 convolution with its own.
+    """Two 3x3 convolutions with batch normalization. If shapes change, the shortcut is a 1x1 convolution with its own.
 
-    The shortcut's input is thinned out by slicing, not by the stride of its convolution: that is the same function, and
-    oneDNN's strided 1x1 convolution corrupts memory below 16 channels, which pruning leaves (oneDNN issue 6035).
+    The shortcut's input is subsampled by slicing instead of a stride of its convolution. The function is the same, but oneDNN's
+    strided 1x1 convolution corrupts memory below 16 channels, which can remain after pruning (oneDNN issue 6035).
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -96,7 +96,7 @@ class VGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[2:]) < 32:
-            raise ValueError(f"vgg halves its images five times and needs 32 pixels, got {min(x.shape[2:])}")
+            raise ValueError(f"vgg halves its images five times and needs at least 32 pixels, got {min(x.shape[2:])}")
         return self.classifier(self.features(x).mean((2, 3)))
 
 
@@ -108,5 +108,5 @@ def kaiming_(model: nn.Module) -> None:
 
 
 def is_factorized(module: nn.Module, name: str) -> bool:
-    """Which layers the experiments factorize: every convolution but the first, shortcuts included; not the classifier."""
+    """Whether the experiments factorize a layer: all convolutions except the first, but not the classifier."""
     return name not in ("conv1", "features.0", "linear", "classifier")

@@ -1,4 +1,4 @@
-"""Prune the channels or eigendirections of a trained network by its Fisher information, then fine-tune what is left.
+"""Prune the channels or eigendirections of a trained network by its Fisher information, then fine-tune what remains.
 
 Prints the path of the run's result.json on stdout; all else goes to stderr.
 """
@@ -36,7 +36,7 @@ from compression_baselines.pruners import channels, eigenbasis, fisher
 from compression_baselines.pruners.select import Ranking, removed_for_budget
 from compression_baselines.structure import Kept, convolutions, fix_rotations_
 
-TUNING_SEED = 1 << 32  # is added to --seed: the dense run with it, most likely, saw that seed's order and crops already
+TUNING_SEED = 1 << 32  # added to --seed: the dense run most likely used the same seed, and saw its order and crops
 
 
 class PruningExperiment(CompressionExperiment[PruningConfig]):
@@ -49,32 +49,32 @@ class PruningExperiment(CompressionExperiment[PruningConfig]):
             self.load_dense()
 
     def load_dense(self) -> nn.Module:
-        """The network of --pretrained; raises ValueError where it is missing or not the network of the flags."""
+        """The network of --pretrained. Raises ValueError if it is missing or not the network that the flags describe."""
         path = cast(Path, self.config.pretrained)
         state = checkpoints.load(path)
         held = state.get("architecture", {})
         for key in ("network", "depth", "width", "num_classes"):
             wanted = self.architecture[key]
             if key in held and wanted is not None and held[key] != wanted:
-                raise ValueError(f"--pretrained {path} has {key} {held[key]}, and the flags ask for {wanted}")
+                raise ValueError(f"--pretrained {path} has {key} {held[key]}, but the flags ask for {wanted}")
         if held.get("pruned") is not None:
-            raise ValueError(f"--pretrained {path} is pruned already: give the checkpoint of a dense run of train.py")
+            raise ValueError(f"--pretrained {path} is already pruned: give the checkpoint of a dense run of train.py")
         model = self.build(self.architecture)
         if load_factorized_(model, checkpoints.model_state(state, path)).layers:
-            raise ValueError(f"--pretrained {path} is factorized already: give a dense checkpoint, or --resume this one")
+            raise ValueError(f"--pretrained {path} is already factorized: give a dense checkpoint, or --resume this one")
         broken = next((name for name, value in model.state_dict().items() if not value.isfinite().all()), None)
         if broken is not None:
             raise ValueError(f"--pretrained {path} has diverged: {broken} is not finite")
         return model
 
     def make_model(self) -> tuple[nn.Module, FactorizationReport]:
-        """The dense network; raises ValueError where the budget cannot be reached."""
+        """The dense network. Raises ValueError if the budget cannot be reached."""
         model = self.load_dense()
         check_budget(model, self.config, count_parameters(model))
         return model, FactorizationReport.dense(model)
 
     def make_trainer(self) -> Trainer:
-        """Prune for the first time, or rebuild the network that is to be resumed."""
+        """Prune for the first time, or rebuild the pruned network that is resumed."""
         self.check_image_size()
         model, dense_report = self.make_model()
         self.original = dense_report.original
@@ -89,13 +89,13 @@ class PruningExperiment(CompressionExperiment[PruningConfig]):
         return self.tuner(model)
 
     def prune_(self, model: nn.Module, number: int) -> None:
-        """Prune the model in place, in round ``number``; the architecture then tells its shape, and its accuracy."""
+        """Prune the model in place, in round ``number``. Stores its shape and its accuracy in the architecture."""
         pruned = prune_(model, self.config, self.data, self.architecture["pruned"], self.original, number)
         self.architecture["pruned"] = pruned
         pruned["accuracy"] = evaluate(model, self.data, self.processes)["accuracy"]
 
     def tuner(self, model: nn.Module, **options: Any) -> Trainer:
-        """The trainer that fine-tunes in the present round: whole schedule, momentum from zero, batches of its own."""
+        """The trainer that fine-tunes in the current round: whole schedule, momentum from zero, its own batches."""
         config, number = self.config, self.architecture["pruned"]["round"]
         groups = param_groups(model, weight_decay=config.weight_decay)
         return self.new_trainer(
@@ -107,7 +107,7 @@ class PruningExperiment(CompressionExperiment[PruningConfig]):
         )
 
     def train(self) -> dict[str, float]:
-        """Tune, and prune and tune again until all rounds are done."""
+        """Fine-tune; prune and fine-tune again until all rounds are done."""
         config, model = self.config, self.trainer.model
         while True:
             pruned = self.architecture["pruned"]
@@ -131,9 +131,9 @@ class PruningExperiment(CompressionExperiment[PruningConfig]):
 
 
 def check_budget(model: nn.Module, config: PruningConfig, original: int) -> None:
-    """Raise ValueError, before any work, where not even the best case of the limits reaches the budget.
+    """Raise ValueError, before any work, if the budget is out of reach even in the best case that the limits allow.
 
-    What is reached then depends on the scores: on how much the branches of a residual block keep of the same channels.
+    The actual case depends on the scores: they decide how many channels the branches of a residual block keep in common.
     """
     if config.target_ratio is not None:
         layers = convolutions(model).items()
@@ -142,7 +142,7 @@ def check_budget(model: nn.Module, config: PruningConfig, original: int) -> None
             sides |= {f"{name}/outputs": conv.out_channels for name, conv in layers}
         else:
             sides = {name: conv.out_channels for name, conv in layers}
-        # Scores that are alike in all layers let branches keep the same channels.
+        # With equal scores in all layers, branches keep the same channels.
         limit = 1 - (1 - config.prune_ratio_limit) ** config.rounds
         ranking = Ranking({name: torch.arange(float(size)) for name, size in sides.items()}, limit)
         choose(model, config, ranking, None, budget=round(config.target_ratio * original), ratio=None)
@@ -151,11 +151,11 @@ def check_budget(model: nn.Module, config: PruningConfig, original: int) -> None
 def choose(
     model: nn.Module, config: PruningConfig, ranking: Ranking, before: Kept | None, *, budget: int | None, ratio: float | None
 ) -> dict[str, list[int]]:
-    """The units that stay: at a budget of parameters or, without one, when a ratio of all units is removed."""
+    """The units to keep: for a budget of parameters or, without one, after a ratio of all units is removed."""
     if budget is None:
         return ranking.kept(int(cast(float, ratio) * ranking.units))
 
-    meta = copy.deepcopy(model).to("meta")  # the search counts many times, and weights do not matter to it
+    meta = copy.deepcopy(model).to("meta")  # the search counts many times, and needs no weights
 
     def count(kept: dict[str, list[int]]) -> int:
         if not config.method.startswith("eigendamage"):
@@ -169,16 +169,16 @@ def choose(
 def prune_(
     model: nn.Module, config: PruningConfig, data: Data, pruned: dict[str, Any] | None, original: int, number: int
 ) -> dict[str, Any]:
-    """Prune the model in place, in round ``number``; returns what rebuilds its shape.
+    """Prune the model in place, in round ``number``. Returns the description that rebuilds its shape.
 
-    Rounds go down to the target by equal factors of parameters (or, with --ratio, of units).
+    Every round reduces the parameters (with --ratio, the units) by the same factor, down to the target.
     """
     goal: dict[str, Any] = {"budget": None, "ratio": None}
     if config.target_ratio is not None:
         goal["budget"] = round(config.target_ratio ** (number / config.rounds) * original)
     else:
         goal["ratio"] = 1 - (1 - cast(float, config.ratio)) ** (1 / config.rounds)
-    batch_size = 32 if config.method == "c-obd" else config.batch_size  # its diagonal takes the gradient of every image
+    batch_size = 32 if config.method == "c-obd" else config.batch_size  # its diagonal needs the gradient of every image
     images = fisher.loader(data, config.fisher_samples, batch_size, config.seed)
     if config.method.startswith("eigendamage"):
         separable = config.method == "eigendamage-separable"

@@ -1,4 +1,4 @@
-"""The rows of the compression tables: what each changes of a program's recipe, its expected parameters and its cost."""
+"""The rows of the compression tables: how each differs from a program's recipe, its number of parameters, and its cost."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FLAGS = {
     "vgg19": ("--network", "vgg"),
 }
 LABELS = {"resnet32x64": "ResNet32 [64, 128, 256]", "resnet32x32": "ResNet32 [32, 64, 128]", "vgg19": "VGG19"}
-# GPU-hours of one seed on CIFAR and on TinyImageNet: estimates in the released code; a quarter of the arithmetic at width 32.
+# GPU-hours of one seed on CIFAR and on TinyImageNet, as estimated in the released code; at width 32, a quarter of that.
 HOURS = {"resnet32x64": (80 / 60, 10.5), "resnet32x32": (20 / 60, 2.6), "vgg19": (36 / 60, 200 / 60)}
 FINE_TUNING = 150 / 200  # epochs of prune.py over those of train.py
 ROUNDS = {"lottery": 5}
@@ -49,7 +49,7 @@ PUBLISHED = {
     ("resnet32x64", "cifar10", "0.1", "spectral+frobenius"): Published(94.34, _QUOTED),
     ("vgg19", "cifar10", "0", "full"): Published(94.23, _GRASP),
 }
-# Sparse VGG19 by data set and method: at 10, 5 and 2 %, None where no number is known.
+# Sparse VGG19 by data set and method: at 10, 5 and 2 %, None if no number is known.
 _SPARSE_VGG: dict[tuple[str, str, str], tuple[float | None, float | None, float | None]] = {
     ("cifar10", "lottery", _GRASP): (93.51, 92.92, 92.34),
     ("cifar10", "snip", _GRASP): (93.63, 93.43, 92.05),
@@ -98,7 +98,7 @@ def make_rows(network: str) -> list[Row]:
                         script="prune.py",
                         flags=(*row.flags, "--pretrained", "{after}/checkpoint.pt"),
                         hours=hours * FINE_TUNING,
-                        parameters=None,  # what is removed depends on the trained network: within a unit of the budget
+                        parameters=None,  # depends on the trained network; within a unit of the budget
                         after=full,
                     )
                 elif method in SPARSE:

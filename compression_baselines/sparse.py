@@ -1,4 +1,4 @@
-"""Train a network with a given number of non-zero weights: pruned while training, before it, or moved about during it.
+"""Train a network with a given number of non-zero weights, chosen before or during training.
 
 Prints the path of the run's result.json on stdout; all else goes to stderr.
 """
@@ -41,7 +41,7 @@ class SparseExperiment(CompressionExperiment[SparseConfig]):
     config_class = SparseConfig
 
     def make_model(self) -> tuple[nn.Module, FactorizationReport]:
-        """The network before it is masked; raises ValueError where the budget cannot be reached."""
+        """The network before it is masked. Raises ValueError if the budget cannot be reached."""
         model = self.build(self.architecture)
         start_classifier_(model, self.config)
         budget(model, cast(float, self.config.target_ratio))
@@ -56,7 +56,7 @@ class SparseExperiment(CompressionExperiment[SparseConfig]):
         steps_per_epoch = data.steps_per_epoch(config.batch_size, self.processes.world_size)
         settings = make_settings(config, budget(model, cast(float, config.target_ratio)), steps_per_epoch)
 
-        # Masks, and the method that chooses them: as a hook of the trainer, and for the first time below.
+        # Masks, and the method that chooses them: first below, then as a hook of the trainer.
         dense = copy.deepcopy(model)
         self.masks = Masks(model)
         method = METHODS[config.method](self.masks, settings)
@@ -78,14 +78,14 @@ class SparseExperiment(CompressionExperiment[SparseConfig]):
         return trainer
 
     def nonzero(self) -> int:
-        """Parameters of the network that are not masked."""
+        """Number of parameters of the network that are not masked."""
         weights = sum(size.numel() for size in self.masks.sizes().values())
         return self.parameters - weights + self.masks.nonzero()
 
     def announce(self) -> None:
         super().announce()
         if self.processes.main:
-            text = f"{self.config.method}: {self.nonzero():,} of {self.parameters:,} parameters are in at first"
+            text = f"{self.config.method}: starts with {self.nonzero():,} of {self.parameters:,} parameters"
             print(text, file=sys.stderr)
 
     def train(self) -> dict[str, float]:
@@ -102,9 +102,9 @@ class SparseExperiment(CompressionExperiment[SparseConfig]):
 
 
 def budget(model: nn.Module, ratio: float) -> int:
-    """Weights that the masks keep, so that with all that is not masked the model has ``ratio`` of its parameters.
+    """Number of weights that the masks keep, so that the model, unmasked parameters included, has ``ratio`` of its parameters.
 
-    Raises ValueError, naming the floor, where the layers could not keep a weight each.
+    Raises ValueError, naming the floor, if not every layer could keep a weight.
     """
     parameters = count_parameters(model)
     layers = weights_of(model).values()
@@ -114,13 +114,13 @@ def budget(model: nn.Module, ratio: float) -> int:
         floor = (dense + len(layers)) / parameters
         raise ValueError(
             f"--target-ratio {ratio:g} cannot be reached: normalizations and biases have {dense:,} of the {parameters:,} "
-            f"parameters and each of {len(layers)} layers keeps a weight, {floor:.4g} in all"
+            f"parameters, and each of {len(layers)} layers keeps a weight: {floor:.4g} in all"
         )
     return nonzero
 
 
 def make_settings(config: SparseConfig, nonzero: int, steps_per_epoch: int) -> Settings:
-    """What the method is told: the flags of its own, and how long training takes."""
+    """The settings of the method: its flags, and the length of the training."""
     names = ("distribution", "update_every", "update_until", "drop_fraction", "rounds", "rewind", "l1", "temperature")
     return Settings(
         nonzero=nonzero,
@@ -133,7 +133,7 @@ def make_settings(config: SparseConfig, nonzero: int, steps_per_epoch: int) -> S
 
 
 def first_batches(config: SparseConfig, data: Data) -> list[Batch]:
-    """The training's first batches, from which SNIP and GraSP score: unless told otherwise, some 10 images a class."""
+    """The first training batches, from which SNIP and GraSP compute scores; by default about 10 images per class."""
     count = config.score_batches or math.ceil(10 * data.classes / config.batch_size)
     count = min(count, data.steps_per_epoch(config.batch_size))
     return [data.train_batch(config.seed, 0, step, config.batch_size) for step in range(count)]

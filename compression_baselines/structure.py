@@ -1,4 +1,4 @@
-"""Networks from the architecture that their checkpoints keep: dense, or as pruning left them."""
+"""Builds networks from the architecture that their checkpoints store: dense, or pruned."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from compression_baselines.models import VGG, Add, BasicBlock, ResNet
 ARCHITECTURE = ("network", "depth", "width", "kaiming", "num_classes", "pruned")
 
 Kept = Mapping[str, Sequence[int]]  # output channels that each convolution keeps, as the dense network numbers them
-Sizes = Mapping[str, Sequence[int]]  # of each bottleneck: its input and its output directions
+Sizes = Mapping[str, Sequence[int]]  # for each bottleneck: the numbers of its input and output directions
 
 
 def architecture(config: CompressionConfig) -> dict[str, Any]:
-    """What the flags say of the network, to be kept in checkpoints."""
+    """The flags that describe the network, to be stored in checkpoints."""
     return {key: getattr(config, key, None) for key in ARCHITECTURE}
 
 
 def build(architecture: Mapping[str, Any]) -> nn.Module:
-    """The network of network, depth, width, num_classes and kaiming and, where ``pruned`` is not None, its pruned shape."""
+    """The network with this network, depth, width, num_classes and kaiming, in its pruned shape unless ``pruned`` is None."""
     depth, classes, pruned = architecture["depth"], architecture["num_classes"], architecture["pruned"]
     if architecture["network"] == "vgg":
         model: nn.Module = VGG(depth, classes, kaiming=architecture["kaiming"])
@@ -40,7 +40,7 @@ def build(architecture: Mapping[str, Any]) -> nn.Module:
 
 
 def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Every convolution of a network that is not yet in the eigenbasis; of a bottleneck, the one in its middle."""
+    """Every convolution of a network, by name. A bottleneck counts as one: the convolution in its middle."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and not isinstance(model.get_submodule(name.rpartition(".")[0]), Bottleneck):
@@ -51,10 +51,10 @@ def convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 
 class UnionAdd(nn.Module):
-    """The sum of two branches with different channels: over the union of them, absent ones being zero.
+    """The sum of two branches with different channels, over the union of their channels; absent ones count as zero.
 
-    ``left`` and ``right`` are the places (long, 1-d) of each branch's channels among the ``channels`` of the union. This is
-    how EigenDamage prunes the two branches of a residual block apart.
+    ``left`` and ``right`` are the positions (long, 1-d) of each branch's channels among the ``channels`` of the union. With it
+    EigenDamage prunes the two branches of a residual block independently.
     """
 
     left: Tensor
@@ -72,10 +72,10 @@ class UnionAdd(nn.Module):
 
 
 def keep_channels_(model: nn.Module, kept: Kept, before: Kept | None = None) -> None:
-    """Cut a ResNet or VGG, in place, to the given output channels of each convolution, and what reads them accordingly.
+    """Cut a ResNet or VGG, in place, to the given output channels of each convolution; adapt the layers that read them.
 
-    ``before`` tells the channels that the model has now, where it was cut before. After a residual block the channels are
-    the union of its branches' (:class:`UnionAdd`).
+    ``before`` lists the current channels of a model that was cut before. After a residual block, the channels are the union of
+    its branches' channels (:class:`UnionAdd`).
     """
     before = before or {name: range(conv.out_channels) for name, conv in convolutions(model).items()}
 
@@ -151,10 +151,10 @@ class Bottleneck(nn.Sequential):
 
 
 def bottleneck(conv: nn.Conv2d, inputs: int, outputs: int, *, separable: bool) -> Bottleneck:
-    """The layer that takes a convolution's place, with weights yet to be set.
+    """The layer that replaces a convolution. Its weights are yet to be set.
 
-    It has ``inputs`` and ``outputs`` directions or, where ``separable`` and the kernel is larger than 1x1, a depthwise
-    convolution over the smaller of the two.
+    It has ``inputs`` and ``outputs`` directions. If ``separable`` and the kernel is larger than 1x1, it has a depthwise
+    convolution over the smaller of the two numbers.
     """
     groups = 1
     if separable and conv.kernel_size != (1, 1):
@@ -167,7 +167,7 @@ def bottleneck(conv: nn.Conv2d, inputs: int, outputs: int, *, separable: bool) -
 
 
 def bottleneck_(model: nn.Module, sizes: Sizes, *, separable: bool) -> None:
-    """Put bottlenecks of the given sizes in the place of convolutions, or of larger bottlenecks, in place."""
+    """Replace convolutions, or larger bottlenecks, by bottlenecks of the given sizes, in place."""
     for name, (inputs, outputs) in sizes.items():
         donor = model.get_submodule(name)
         if isinstance(donor, Bottleneck):
@@ -181,7 +181,7 @@ def bottleneck_(model: nn.Module, sizes: Sizes, *, separable: bool) -> None:
 
 
 def fix_rotations_(model: nn.Module) -> None:
-    """Keep the 1x1 convolutions of every bottleneck from being trained."""
+    """Exclude the 1x1 convolutions of every bottleneck from training."""
     for module in model.modules():
         if isinstance(module, Bottleneck):
             module[0].requires_grad_(False)

@@ -48,7 +48,7 @@ class BudgetExperiment(CompressionExperiment[LowRankBudgetConfig], LowRankExperi
         if not config.factorized:
             return model, FactorizationReport.dense(model)
         scale = config.rank_scale or rank_scale_for_ratio(model, config.target_ratio, filter_fn=is_factorized)
-        # Regular factors of VGG have the deviation of the 3x3 convolution that they make.
+        # Regular factors of VGG have the standard deviation of the 3x3 convolution that they replace.
         fan_out = config.init == "regular" and config.network == "vgg" and not config.kaiming
         init = partial(fan_out_init, kernel=3) if fan_out else config.init
         return model, factorize_(model, LowRankConfig(scale, init=init), filter_fn=is_factorized, skip_growing=False)

@@ -1,4 +1,4 @@
-"""Configuration of the ResNet experiments; loads without torch, so that scripts are written and errors shown at once."""
+"""Configuration of the ResNet experiments; loads without torch, so that scripts are written and errors are shown at once."""
 
 from __future__ import annotations
 
@@ -25,10 +25,14 @@ class ResNetConfig(LowRankTrainingConfig):
 
     arch: str = flag("resnet32", "-a", "--arch", choices=list(DEPTHS), help="network")
     data: str = override(DataConfig, "data", choices=("digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder"))
-    no_frob: bool = flag(False, group=FactorizationConfig.group, help="no decay at all on the factors, whatever --wd2fd says")
+    no_frob: bool = flag(False, group=FactorizationConfig.group, help="no decay on the factors, even with --wd2fd")
     square: bool = flag(False, group=FactorizationConfig.group, help="three factors U M V^T (deep) instead of two")
     residual: float = flag(
-        0.0, group=FactorizationConfig.group, type=non_negative, metavar="STD", help="noise added to the initial M"
+        0.0,
+        group=FactorizationConfig.group,
+        type=non_negative,
+        metavar="STD",
+        help="standard deviation of noise added to the initial M",
     )
     dump_frobnorms: bool = flag(
         False,
@@ -42,7 +46,7 @@ class ResNetConfig(LowRankTrainingConfig):
         type=Path,
         metavar="FILE",
         input_file=True,
-        help="after each step, give layers the norms in this file",
+        help="after each step, rescale layers to the norms in this file",
     )
 
     def resolve(self) -> None:
@@ -50,7 +54,7 @@ class ResNetConfig(LowRankTrainingConfig):
         if self.dump_frobnorms and self.normalize:
             raise ValueError("--dump-frobnorms and --normalize exclude each other: the norms of a replay are those of its file")
         if self.residual and not self.square:
-            raise ValueError(f"--residual {self.residual} is noise on M, the middle one of three factors: give --square too")
+            raise ValueError(f"--residual {self.residual} is noise on M, the middle of three factors: give --square too")
 
     def run_name(self) -> str:
         return f"{self.arch}-{self.data}"

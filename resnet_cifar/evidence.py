@@ -1,7 +1,8 @@
 """The ResNet rows of evidence/: the paper's claims at a scale that two processor cores can run, on real images.
 
-They are apart from the rows of the paper's tables. All train ResNet20 on CIFAR-10 (JPEG), that is, CIFAR-10's 50,000 and 10,000
-images stored as JPEG, in folders: give their scripts ``--data-dir IMAGES``, which has train/ and test/ with a folder a class.
+They are separate from the rows of the paper's tables. All train ResNet20 on CIFAR-10 (JPEG): CIFAR-10's 50,000 training and
+10,000 test images, stored as JPEG files. Give their scripts ``--data-dir IMAGES``, a folder that has train/ and test/ with one
+folder per class.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from common.tables.rows import Contrast, ContrastFigure, CurveFigure, Program, R
 from resnet_cifar.config import ResNetConfig
 from resnet_cifar.rows import HOURS, METHODS, PARAMETERS, scheme
 
-# Learning rate and decay, which evidence-schedule chose on the full network; evidence-decay varies the decay.
+# Learning rate and decay, as evidence-schedule chose them on the full network; evidence-decay varies the decay.
 LR, DECAY = "0.1", "2e-3"
 
 
-# What the rows of both schemes answer.
+# The questions that the rows of both schemes answer.
 SCHEME_CONTRASTS = (
     Contrast("spectral initialization, under weight decay", "spectral", "regular"),
     Contrast("its scale alone, under weight decay", "norm-matched", "regular"),
@@ -63,7 +64,7 @@ def schemes() -> Table:
     rows = [make_row("full", "full", epochs=10, seeds=(1, 2, 3))]
     for method in METHODS:
         flags, words = METHODS[method]
-        close = method in ("regular", "norm-matched", "spectral")  # within two standard errors at three seeds
+        close = method in ("regular", "norm-matched", "spectral")  # differ by less than two standard errors at three seeds
         seeds = (1, 2, 3, 4, 5) if close else (1, 2, 3)
         rows.append(make_row(method, f"rank scale 0.111: {words}", *flags, epochs=10, scale="0.111", seeds=seeds))
     return Table(
@@ -76,7 +77,7 @@ def schemes() -> Table:
 
 
 def paper_schedule() -> Table:
-    """The same at the paper's length and decay: for a GPU."""
+    """The same rows at the paper's length and decay, for a GPU."""
     rows = [make_row("full", "full", "--amp", "bf16", epochs=200, decay="1e-4", seeds=(1, 2, 3))]
     for method in METHODS:
         flags, words = METHODS[method]

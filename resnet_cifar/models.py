@@ -23,7 +23,7 @@ class Downsample(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch normalization around an identity shortcut; activations overwrite what they act on."""
+    """Two 3x3 convolutions with batch normalization around an identity shortcut; activations work in place."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -73,5 +73,5 @@ def build(arch: str, num_classes: int) -> ResNet:
 
 
 def is_factorized(module: nn.Module, name: str) -> bool:
-    """Which layers the experiments factorize: both convolutions of every block, not the stem and not the classifier."""
+    """Whether the experiments factorize a layer: both convolutions of every block, but not the stem or the classifier."""
     return re.fullmatch(r"layer\d\.\d+\.conv[12]", name) is not None

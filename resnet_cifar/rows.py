@@ -1,4 +1,4 @@
-"""The ResNet rows: what each changes of the recipe of train.py, its expected parameters and its cost."""
+"""The ResNet rows: how each differs from the recipe of train.py, its number of parameters, and its cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from common.tables.rows import CurveFigure, Program, Published, Row, SweepFigure
 from resnet_cifar.config import ResNetConfig
 
 DATA = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-HOURS = {20: 50 / 60, 32: 1.0, 44: 80 / 60, 56: 1.5, 110: 3.0}  # of one seed; estimates in the released code
+HOURS = {20: 50 / 60, 32: 1.0, 44: 80 / 60, 56: 1.5, 110: 3.0}  # GPU-hours of one seed, as estimated in the released code
 METHODS = {
     "regular": ((), "regular initialization, weight decay"),
     "spectral": (("--spectral",), "spectral initialization, weight decay"),
@@ -42,7 +42,7 @@ PARAMETERS: dict[int, dict[str, int]] = {
     },
 }  # fmt: skip
 
-# Test accuracy of full networks on CIFAR-10, from the code base that the released code grew from.
+# Test accuracy of full networks on CIFAR-10, from the code base on which the released code builds.
 _IDELBAYEV = "README of akamaster/pytorch_resnet_cifar10, not the paper"
 FULL_ACCURACY = {20: 91.73, 32: 92.63, 44: 93.10, 56: 93.39, 110: 93.68}
 
@@ -124,7 +124,7 @@ def overcomplete() -> Table:
 def decay_sweep() -> Table:
     rows = []
     for decay in ("5e-6", "1e-5", "5e-5", "1e-4", "5e-4", "1e-3", "5e-3"):
-        # The released code leaves out 1e-4: Frobenius decay of that strength is the normalization figure's run as well.
+        # The released code omits 1e-4, since Frobenius decay of that strength is also a run of the normalization figure.
         for method in ("regular", "frobenius"):
             flags, words = METHODS[method]
             label = f" at rank scale 0.111, strength {decay}: {words}"

@@ -82,7 +82,7 @@ class ResNetExperiment(LowRankExperiment[ResNetConfig]):
         )
 
     def make_hook(self, layers: Mapping[str, Any]) -> NormRecorder | NormReplay | None:
-        """What acts after each step: the record of all norms (--dump-frobnorms), or their replay (--normalize)."""
+        """What runs after each step: a recorder of all norms (--dump-frobnorms) or their replay (--normalize)."""
         config = self.config
         if self.record is not None:
             steps = config.epochs * self.data.steps_per_epoch(config.batch_size, self.processes.world_size)
@@ -100,7 +100,10 @@ class ResNetExperiment(LowRankExperiment[ResNetConfig]):
 
 
 def learning_rate(config: ResNetConfig, epoch: int) -> float:
-    """Tenth at one half and at three quarters of the epochs; networks of 56 and more layers warm up at a tenth for one."""
+    """The learning rate: divided by 10 at one half and again at three quarters of the epochs.
+
+    Networks of 56 or more layers train their first epoch at a tenth of it.
+    """
     drops = sum(epoch >= share * config.epochs for share in (0.5, 0.75))
     warmup = 0.1 if epoch == 0 and DEPTHS[config.arch] >= 56 else 1.0
     return config.lr * 0.1**drops * warmup

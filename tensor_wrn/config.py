@@ -24,7 +24,7 @@ def _milestones(text: str) -> list[int]:
         value = None
     rising = isinstance(value, list) and all(type(item) is int and item > 0 for item in value) and value == sorted(set(value))
     if not rising:
-        raise argparse.ArgumentTypeError(f"must be a list of rising epochs such as [60,120,160], got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a list of increasing epochs such as [60,120,160], got {text!r}")
     return value
 
 
@@ -32,8 +32,8 @@ def _milestones(text: str) -> list[int]:
 class WideResNetConfig(FactorizationConfig):
     """A run of tensor_wrn/train.py.
 
-    ``form`` and ``rank_scale`` come from --conv, ``save_dir`` and ``teacher`` from -t and -s, ``decay`` from what says how the
-    factors are decayed.
+    ``form`` and ``rank_scale`` are derived from --conv, ``save_dir`` and ``teacher`` from -t and -s, and ``decay`` from the
+    flags that choose how the factors decay.
     """
 
     program: ClassVar[str] = "tensor_wrn"
@@ -43,15 +43,20 @@ class WideResNetConfig(FactorizationConfig):
 
     dataset: str = flag(REQUIRED, "dataset", choices=DATASETS, changes_result=False, help="data set")
     mode: str = flag(
-        REQUIRED, "mode", choices=("teacher", "student"), help="train alone, or also to attend and answer like a teacher"
+        REQUIRED,
+        "mode",
+        choices=("teacher", "student"),
+        help="train on labels alone, or also on a teacher's attention and outputs",
     )
-    wrn_depth: int = flag(40, type=int, help="6n + 4")
-    wrn_width: float = flag(2, type=float, help="channels, as a multiple of 16, 32 and 64")
+    wrn_depth: int = flag(40, type=int, help="depth of the network, 6n + 4")
+    wrn_width: float = flag(2, type=float, help="channels of the stages, as a multiple of 16, 32 and 64")
     data: str = override(DataConfig, "data", None, choices=DATASETS)
     weight_decay: float = override(TrainingConfig, "weight_decay", 5e-4)
     device: str = override(RunConfig, "device", names=("--device", "--GPU"))
-    epoch_step: list[int] = flag([60, 120, 160], type=_milestones, metavar="LIST", help="where the rate drops")
-    lr_decay_ratio: float = flag(0.2, type=non_negative, help="by what factor it drops")
+    epoch_step: list[int] = flag(
+        [60, 120, 160], type=_milestones, metavar="LIST", help="epochs at which the learning rate drops"
+    )
+    lr_decay_ratio: float = flag(0.2, type=non_negative, help="factor of the learning rate at each drop")
     cutout: int | None = flag(None, type=natural, metavar="PIXELS", help="side of the cutout (default: half the image)")
     teacher_checkpoint: Path | None = flag(
         None,
@@ -60,7 +65,7 @@ class WideResNetConfig(FactorizationConfig):
         type=Path,
         metavar="DIR",
         changes_result=False,
-        help="run of the teacher; for a teacher, its save-dir",
+        help="for a student, the teacher's run; for a teacher, its save-dir",
     )
     student_checkpoint: Path | None = flag(
         None,
@@ -69,7 +74,7 @@ class WideResNetConfig(FactorizationConfig):
         type=Path,
         metavar="DIR",
         changes_result=False,
-        help="as student: the save-dir",
+        help="for a student, its save-dir",
     )
     teacher: Path | None = derived(None, input_file=True)
 
@@ -86,41 +91,41 @@ class WideResNetConfig(FactorizationConfig):
         group=FactorizationConfig.group,
         choices=RULES,
         before="nearest",
-        help="rule by which weights are read as 3-way tensors: the released code's, or divisors nearest to roots (default: "
-        "released); where both give the same tensors, as at width 10, runs are the same too and recorded as nearest",
+        help="rule for the shapes of the 3-way tensors: the released code's, or the divisors nearest to the roots (default: "
+        "released); if both give the same shapes, as at width 10, runs are the same, too, and are recorded as nearest",
     )
     rank_scale: float = override(
-        FactorizationConfig, "rank_scale", help="the same as R; of Conv: rank as a share of out_channels * kernel"
+        FactorizationConfig, "rank_scale", help="the same as R; for Conv, rank as a multiple of out_channels * kernel"
     )
     init: Any = override(
         FactorizationConfig,
         "init",
         choices=("regular", "spectral", "norm-matched", "released"),
-        help="initialization (default: regular); released: of tensors, what the released code calls regular",
+        help="initialization (default: regular); released, for tensors, is what the released code calls regular",
     )
     wd2fd: bool = override(FactorizationConfig, "wd2fd", changes_result=False)
     nocrswd: bool = flag(
         False,
         group=FactorizationConfig.group,
         changes_result=False,
-        help="weight decay on the factors is not scaled by the compression",
+        help="do not scale weight decay on the factors by the compression (CRS)",
     )
     no_frob: bool = flag(
-        False, group=FactorizationConfig.group, changes_result=False, help="with --wd2fd: no decay at all on the factors"
+        False, group=FactorizationConfig.group, changes_result=False, help="with --wd2fd: no decay on the factors"
     )
     decay_shortcuts: bool = flag(
         False,
         group=FactorizationConfig.group,
         changes_result=False,
-        help="Conv without --wd2fd: Frobenius decay on the shortcuts, on top of their weight decay, as the released code has",
+        help="Conv without --wd2fd: Frobenius decay on the shortcuts on top of their weight decay, as in the released code",
     )
     decay: str = derived(REQUIRED)
 
     temperature: float = flag(
-        None, group="student", type=non_negative, help="of the teacher's and student's answers (default: 4)"
+        None, group="student", type=non_negative, help="temperature of the teacher's and the student's outputs (default: 4)"
     )
     alpha: float = flag(
-        None, group="student", type=non_negative, help="weight of the teacher's answers, in [0, 1] (default: 0)"
+        None, group="student", type=non_negative, help="weight of the teacher's outputs, in [0, 1] (default: 0)"
     )
     beta: float = flag(None, group="student", type=non_negative, help="weight of the attention transfer (default: 1000)")
 
@@ -134,7 +139,7 @@ class WideResNetConfig(FactorizationConfig):
             raise ValueError(f"--wrn-width must be between 1/16 and 100, got {self.wrn_width:g}")
         if self.form == "Conv" and self.tensor_shapes == "released":
             raise ValueError("--tensor-shapes is for tensors, got --conv Conv")
-        # Without a difference it is what it was before there was a choice: results of the same computation stay together.
+        # If both rules agree, record the one that predates the choice: results of the same computation stay together.
         same = self.form == "Conv" or alike(self.wrn_width)
         self.tensor_shapes = "nearest" if same else self.tensor_shapes or "released"
         self._resolve_student()
@@ -154,7 +159,7 @@ class WideResNetConfig(FactorizationConfig):
             if not 0 < value <= 1:
                 raise ValueError(f"--conv must be {forms}, got {self.conv!r}")
             if self.factorized:
-                raise ValueError(f"--conv {self.conv} tells the rank scale: --rank-scale and --target-ratio exclude it")
+                raise ValueError(f"--conv {self.conv} sets the rank scale: leave out --rank-scale and --target-ratio")
             self.rank_scale = value
         self.form = self.conv = form
         tensors = form != "Conv"
@@ -165,7 +170,7 @@ class WideResNetConfig(FactorizationConfig):
         if tensors and self.rank_scale > 1:
             raise ValueError(f"--rank-scale of {form} must be at most 1, got {self.rank_scale:g}")
         if self.init == "released" and not tensors:
-            raise ValueError("--init released is for tensors: of Conv, the released code's regular initialization is regular")
+            raise ValueError("--init released is for tensors: for Conv, the released code's initialization is --init regular")
 
     def _resolve_student(self) -> None:
         for name, default in (("temperature", 4.0), ("alpha", 0.0), ("beta", 1e3)):
@@ -180,20 +185,22 @@ class WideResNetConfig(FactorizationConfig):
 
     def _resolve_decay(self) -> None:
         if self.wd2fd and self.nocrswd:
-            raise ValueError("--wd2fd and --nocrswd exclude each other: Frobenius decay takes the place of weight decay")
+            raise ValueError("--wd2fd and --nocrswd exclude each other: Frobenius decay replaces weight decay")
         if self.no_frob and not self.wd2fd:
-            raise ValueError("--no-frob needs --wd2fd: it takes away the decay that --wd2fd puts in the place of weight decay")
+            raise ValueError("--no-frob needs --wd2fd: it removes the decay that --wd2fd puts in place of weight decay")
         if self.wd2fd:
             self.decay = "none" if self.no_frob else "frobenius"
         else:
             self.decay = "plain" if self.nocrswd or not self.factorized else "crs"
         if self.decay_shortcuts:
             if self.form != "Conv" or self.wd2fd:
-                raise ValueError("--decay-shortcuts is for Conv without --wd2fd: else shortcuts are dense or decayed anyway")
+                raise ValueError(
+                    "--decay-shortcuts is for Conv without --wd2fd: otherwise shortcuts are dense or have Frobenius decay"
+                )
             self.decay += "+shortcuts"
 
     def _resolve_directories(self) -> None:
-        """Read -t and -s into ``teacher`` and ``save_dir``, once."""
+        """Move the values of -t and -s to ``teacher`` and ``save_dir``."""
         teacher, student = self.teacher_checkpoint, self.student_checkpoint
         self.teacher_checkpoint = self.student_checkpoint = None
         if self.mode == "teacher":
@@ -204,7 +211,7 @@ class WideResNetConfig(FactorizationConfig):
         if teacher is not None:
             self.teacher = teacher if teacher.suffix == ".pt" else teacher / "checkpoint.pt"
         if self.teacher is None:
-            raise ValueError("the mode student needs -t DIR: the run of the teacher")
+            raise ValueError("the mode student needs -t DIR, the folder of the teacher's run")
         self.save_dir = _one(self.save_dir, student, "-s")
 
     def run_name(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def attention(activation: Tensor) -> Tensor:
-    """Where a stage looks: mean square over the channels of (N, C, H, W), as vectors (N, H W) of length 1."""
+    """Attention map of a stage: mean square over the channels of (N, C, H, W), as vectors (N, H W) of length 1."""
     return F.normalize(activation.float().square().mean(1).flatten(1))
 
 
@@ -26,8 +26,8 @@ def distillation_loss(
 ) -> Tensor:
     """(1 - alpha) cross-entropy + 2 T^2 alpha KL(teacher || student at temperature T) + beta 3/S sum of attention distances.
 
-    The divergence is a mean over samples and classes, the distance of each of the S stages a mean over samples and places: the
-    normalization of the released code, which its default strengths are made for. Stages must have the same height and width.
+    The divergence is a mean over samples and classes. The distance of each of the S stages is a mean over samples and places.
+    The released code normalizes them so, and its default strengths suit that. Stages must have the same height and width.
     """
     loss = (1 - alpha) * F.cross_entropy(logits.float(), labels)
     if alpha:

@@ -1,7 +1,7 @@
 """The tensor rows of evidence/: Table 2 at a scale that two processor cores can run, on real images.
 
-All train a WideResNet16-2 on 10,000 images of CIFAR-10 (JPEG) and are tested on 5,000, the first of each class: give their
-scripts ``--data-dir IMAGES``, which has train/ and test/ with a folder a class.
+All train a WideResNet16-2 on 10,000 images of CIFAR-10 (JPEG) and test it on 5,000, the first of each class. Give their scripts
+``--data-dir IMAGES``, a folder that has train/ and test/ with one folder per class.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from tensor_wrn.rows import DECAYS, INITS, NO_DECAY
 # Parameters at a tenth of the ordinary network's 691,674.
 FORMS = {"Conv": 69_834, "TensorTrain": 68_730, "Tucker": 69_211}
 LR, DECAY = "0.03", "2e-3"  # the best of evidence-table2-schedule
-STRONGER = "5e-3"  # a thirteenth of the paper's decay in strength times length; 2e-3 is a thirty-third of it
-WEAKER = "2e-4"  # what CRS makes of 2e-3 at a tenth of the parameters
+STRONGER = "5e-3"  # in strength times training length, a thirteenth of the paper's decay; 2e-3 is a thirty-third
+WEAKER = "2e-4"  # the value to which CRS scales 2e-3 at a tenth of the parameters
 _RECIPE = ("imagefolder", "teacher", "--wrn-depth", "16", "--wrn-width", "2", "--epochs", "10", "--epoch-step", "[4,7,9]")
 _RECIPE += ("--batch-size", "64", "--amp", "bf16")
 _SEEDS = (1, 2)
@@ -26,7 +26,7 @@ def make_row(form: str, init: str, method: str, *, decay: str = DECAY, seeds: tu
     flags, words = (DECAYS | NO_DECAY)[method]
     flags = (*_RECIPE, "--lr", LR, "--weight-decay", decay, "--conv", form, "--target-ratio", "0.1", *INITS[init], *flags)
     if form != "Conv":
-        flags += ("--tensor-shapes", "nearest")  # these runs are from before there was a choice
+        flags += ("--tensor-shapes", "nearest")  # these runs predate the choice of rule
     return Row(f"{form}-{init}-{method}", f"{form}, {init} initialization, {words}", flags, parameters=FORMS[form], seeds=seeds)
 
 
@@ -43,7 +43,7 @@ def schedule() -> Table:
 
 
 def table2() -> Table:
-    """Every form with every start and decay."""
+    """Every form with every initialization and decay."""
     rows, contrasts = [make_full()], []
     for form in FORMS:
         rows += [make_row(form, init, method) for init in INITS for method in DECAYS]
@@ -65,7 +65,7 @@ def table2() -> Table:
 
 
 def stronger() -> Table:
-    """The same at a stronger decay."""
+    """Some of these rows at a stronger decay."""
     rows, contrasts = [make_full("full", decay=STRONGER, seeds=(1,))], []
     for form in ("Conv", "TensorTrain"):
         for init in INITS:
@@ -77,7 +77,7 @@ def stronger() -> Table:
 
 
 def weaker() -> Table:
-    """Tensors from a spectral start with Frobenius decay as weak as CRS makes weight decay; other weights have it, too."""
+    """Tensors with spectral initialization. All decay, Frobenius decay included, is as weak as CRS makes weight decay."""
     rows, contrasts = [], []
     for form in ("TensorTrain", "Tucker"):
         crs, frobenius = make_row(form, "spectral", "crs"), make_row(form, "spectral", "frobenius", decay=WEAKER, seeds=(1,))
@@ -89,7 +89,7 @@ def weaker() -> Table:
 
 
 def released() -> Table:
-    """What two defects of the released code do: no decay on cores, and Frobenius decay on shortcuts that have weight decay."""
+    """Two defects of the released code: no decay on cores, and Frobenius decay on shortcuts that also have weight decay."""
     rows, contrasts = [], []
     for form, init in (("TensorTrain", "regular"), ("TensorTrain", "spectral"), ("Tucker", "spectral")):
         none, frobenius = (make_row(form, init, method) for method in ("none", "frobenius"))

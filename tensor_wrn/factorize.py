@@ -1,4 +1,4 @@
-"""The network of a configuration: dense, low-rank or of tensors, at a rank scale or a budget."""
+"""Makes the network of a configuration: dense, low-rank or with tensor convolutions, at a rank scale or a budget."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tensor_wrn.models import WideResNet, build, is_factorized
 
 
 def make_model(config: WideResNetConfig, architecture: dict[str, Any]) -> tuple[WideResNet, FactorizationReport]:
-    """The network of a configuration and what was factorized; completes ``rank_scale`` in the architecture of tensors.
+    """The network of a configuration and the report of its factorization. Sets ``rank_scale`` in the architecture of tensors.
 
-    Raises ValueError where a budget cannot be reached.
+    Raises ValueError if a budget cannot be reached.
     """
     if config.form != "Conv":
         architecture["rank_scale"] = config.rank_scale or tensor_scale_for_ratio(architecture, config.target_ratio)
@@ -33,7 +33,7 @@ def make_model(config: WideResNetConfig, architecture: dict[str, Any]) -> tuple[
     scale = config.rank_scale or rank_scale_for_ratio(model, config.target_ratio, filter_fn=is_factorized)
     layers: list[LayerReport] = []
     original = count_parameters(model)
-    for kernel in (3, 1):  # whose factors regular initialization draws with the deviation of the kernel that they make
+    for kernel in (3, 1):  # regular initialization draws factors with the deviation that suits their kernel
 
         def of_kernel(module: nn.Module, name: str, kernel: int = kernel) -> bool:
             return is_factorized(module, name) and isinstance(module, nn.Conv2d) and module.kernel_size[0] == kernel
@@ -45,14 +45,14 @@ def make_model(config: WideResNetConfig, architecture: dict[str, Any]) -> tuple[
 
 
 def norm_matched_init(matrix: Tensor, rank: int, *, kernel: int) -> tuple[Tensor, Tensor]:
-    """The factors of :func:`fan_out_init`, scaled alike to the norm that spectral initialization gives for the matrix."""
+    """The factors of :func:`fan_out_init`, scaled alike to the norm of the matrix's spectral initialization."""
     norm = linalg.frobenius_norm(linalg.spectral_init(matrix, rank))
     u, vt = linalg.rescale(fan_out_init(matrix, rank, kernel=kernel), norm)
     return u, vt
 
 
 def make_tensors(architecture: dict[str, Any], init: str) -> tuple[WideResNet, FactorizationReport]:
-    """A network of tensor convolutions, initialized; counted against the one of ordinary convolutions."""
+    """An initialized network of tensor convolutions, and its report relative to the network of ordinary ones."""
     model = build(architecture)
     layers = []
     for name, module in model.named_modules():
@@ -73,7 +73,7 @@ def tensor_scale_for_ratio(architecture: dict[str, Any], target: float) -> float
     """The rank scale in (0, 1] whose parameter count is closest to ``target`` times that of the ordinary network.
 
     Ranks are integers, so the count is a step function of the scale; the middle of the best step is returned. Raises
-    ValueError for a target more than a hundredth below what rank 1 leaves or above what full ranks have, naming that limit.
+    ValueError, naming the limit, if the target is more than 1 % below the count at rank 1 or above the count at full ranks.
     """
     original = _count({**architecture, "form": "Conv"})
     with torch.device("meta"):
@@ -92,7 +92,7 @@ def tensor_scale_for_ratio(architecture: dict[str, Any], target: float) -> float
                                 ("most", scales[-1], count(scales[-1]) < 0.99 * target * original)):  # fmt: skip
         if wrong:
             reach = f"the {bound} that {architecture['form']} can have are {count(scale):,} ({count(scale) / original:.4g})"
-            raise ValueError(f"--target-ratio {target:g} is {round(wanted):,} parameters, and {reach}")
+            raise ValueError(f"--target-ratio {target:g} is {round(wanted):,} parameters, but {reach}")
     return scales[closest_index(lambda step: count(scales[step]), 0, len(scales) - 1, wanted)]
 
 

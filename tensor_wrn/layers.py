@@ -1,7 +1,7 @@
 """Convolutions whose channels are mixed by a tensor train or a Tucker tensor: depthwise k x k, then a factorized 1x1.
 
-The 1x1 weight (out, in) is read, row by row, as a 3-way tensor of the shape :func:`tensor_wrn.shapes.split` gives, and that
-tensor is what is factorized, initialized and decayed. Decompositions are tensorly's, truncated one mode at a time.
+The 1x1 weight (out, in) is read, row by row, as a 3-way tensor of the shape that :func:`tensor_wrn.shapes.split` gives. This
+tensor is factorized, initialized and decayed. Decompositions are tensorly's, truncated one mode at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def scaled(rank_scale: float, size: int) -> int:
 def decompose_train(tensor: Tensor, ranks: tuple[int, int]) -> list[Tensor]:
     """Cores (d0, r1), (r1, d1, r2) and (r2, d2) of the tensor train of a 3-way tensor, truncated from its last mode on.
 
-    Ranks are cut to what the sizes allow.
+    Ranks are limited to what the sizes allow.
     """
     with tensorly.backend_context("pytorch"):
         last, middle, first = tensor_train(tensor.permute(2, 1, 0), [1, ranks[1], ranks[0], 1]).factors
@@ -50,8 +50,8 @@ def decompose_tucker(tensor: Tensor, ranks: tuple[int, int, int]) -> tuple[Tenso
 class TensorPointwise(Factorized):
     """A 1x1 convolution whose weight is a 3-way tensor in factorized form; the base of the forms below.
 
-    Ranks are ``rank_scale`` times the sides of the tensor, rounded, at least 1; ``rule`` is that of its shape. Parameters
-    are made without values: :meth:`initialize_` gives them.
+    Ranks are ``rank_scale`` times the sides of the tensor, rounded, and at least 1. ``rule`` chooses the shape of the tensor.
+    Parameters are allocated without values; :meth:`initialize_` sets them.
 
     Shapes: input (N, in_channels, H, W), output (N, out_channels, H, W).
     """
@@ -75,28 +75,28 @@ class TensorPointwise(Factorized):
         raise NotImplementedError
 
     def _decompose(self, tensor: Tensor) -> list[Tensor]:
-        """The cores that come nearest to a tensor, as far as truncation of one mode at a time finds them."""
+        """Cores that approximate a tensor, found by truncating one mode at a time."""
         raise NotImplementedError
 
     def _paths(self) -> int:
-        """Number of products of core entries that add up to an entry of the tensor."""
+        """Number of products of core entries that sum to one entry of the tensor."""
         raise NotImplementedError
 
     def tensor(self, cores: Sequence[Tensor]) -> Tensor:
-        """The 3-way tensor that cores make; leading dimensions of the cores, equal in all of them, lead the tensor."""
+        """The 3-way tensor of the cores. Leading batch dimensions, which must be equal in all cores, are kept."""
         raise NotImplementedError
 
     def squared_norm(self) -> Tensor:
-        """Squared Frobenius norm of the tensor from Gram matrices of the cores, in float32 or better; forms no tensor."""
+        """Squared Frobenius norm of the tensor from Gram matrices of the cores, in float32 or better. Forms no tensor."""
         raise NotImplementedError
 
     @torch.no_grad()
     def initialize_(self, init: str) -> None:
-        """Give the cores their values.
+        """Set the values of the cores.
 
         "spectral":      the decomposition of an ordinary initialization of the weight, N(0, 2 / out).
         "regular":       independent normal cores of equal variance, such that the tensor's entries have variance 2 / out.
-        "norm-matched":  the same, scaled to the norm that spectral initialization gives for a weight drawn now.
+        "norm-matched":  the same, scaled to the norm that spectral initialization gives for a newly drawn weight.
         "released":      what the released code calls regular: the decomposition of torch's default, U(+-1 / sqrt(in)).
 
         Raises ValueError for another name.
@@ -157,7 +157,7 @@ class TensorPointwise(Factorized):
 
 
 class TensorTrainPointwise(TensorPointwise):
-    """W = G1 G2 G3 with cores (d0, r1), (r1, d1, r2), (r2, d2) and ranks r1, r2 scaled from the smaller side beside each."""
+    """W = G1 G2 G3 with cores (d0, r1), (r1, d1, r2), (r2, d2). Each rank scales with the smaller adjacent side."""
 
     def _sizes(self) -> list[tuple[int, ...]]:
         (d0, d1, d2), (r1, r2) = self.shape, self.ranks()
@@ -254,7 +254,7 @@ def _train(first: Tensor, middle: Tensor, last: Tensor) -> Tensor:
 
 
 def _multiply(core: Tensor, u0: Tensor, u1: Tensor, u2: Tensor) -> Tensor:
-    """The core (..., a, b, c) multiplied along each of its modes by a matrix (..., d, a), and so on, of as many columns."""
+    """The core (..., a, b, c) multiplied along its modes by the matrices (..., d, a), (..., e, b) and (..., f, c)."""
     for matrix in (u0, u1, u2):  # each product moves its mode to the end, so that three restore the order
         rest = core.movedim(-3, -1)  # (..., b, c, a)
         core = (rest.flatten(-3, -2) @ matrix.mT).unflatten(-2, rest.shape[-3:-1])
@@ -262,7 +262,7 @@ def _multiply(core: Tensor, u0: Tensor, u1: Tensor, u2: Tensor) -> Tensor:
 
 
 class SeparableConv2d(nn.Module):
-    """A convolution as a depthwise k x k and a pointwise layer that may be factorized; no bias.
+    """A convolution as a depthwise k x k layer and a factorized pointwise layer, without bias.
 
     Shapes: as ``nn.Conv2d``. Raises ValueError for groups other than 1.
     """

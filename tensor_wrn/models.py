@@ -14,10 +14,11 @@ from tensor_wrn.shapes import stage_channels
 
 
 class BasicBlock(nn.Module):
-    """Batch normalization and ReLU before each of two 3x3 convolutions; a 1x1 convolution where channels change.
+    """Batch normalization and ReLU before each of two 3x3 convolutions; the shortcut is a 1x1 convolution if channels change.
 
-    There the shortcut starts after the first normalization, else before it; its input is thinned out by slicing, because
-    oneDNN's strided 1x1 convolution corrupts memory below 16 channels (oneDNN issue 6035).
+    A convolutional shortcut starts after the first normalization and ReLU; the identity starts before them. The convolution's
+    input is subsampled by slicing, because oneDNN's strided 1x1 convolution corrupts memory below 16 channels (oneDNN issue
+    6035).
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, form: str, rank_scale: float, rule: str) -> None:
@@ -38,7 +39,7 @@ class BasicBlock(nn.Module):
 
 
 def convolution(in_channels: int, channels: int, stride: int, form: str, rank_scale: float, rule: str) -> nn.Module:
-    """A 3x3 convolution: an ordinary one for "Conv", else the tensor form of that name, in shapes by that rule."""
+    """A 3x3 convolution: an ordinary one for "Conv", otherwise the tensor form of that name, with shapes by ``rule``."""
     if form == "Conv":
         return nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
     return FORMS[form](in_channels, channels, 3, rank_scale, stride=stride, padding=1, rule=rule)
@@ -87,17 +88,17 @@ class WideResNet(nn.Module):
 
 
 def build(architecture: Mapping[str, Any]) -> WideResNet:
-    """The network of depth, width, num_classes, form, rank_scale and tensor_shapes; tensor cores are without values.
+    """The network with this depth, width, num_classes, form, rank_scale and tensor_shapes. Tensor cores have no values yet.
 
-    An architecture from before there were two rules of shapes tells none: it has the nearest. Raises ValueError where tensors
-    have no rank scale.
+    An architecture without tensor_shapes, from before there were two rules, has the rule "nearest". Raises ValueError if a
+    tensor form has no rank scale.
     """
     if architecture["form"] != "Conv" and architecture["rank_scale"] is None:
-        raise ValueError(f"{architecture['form']} needs its rank scale: give --conv {architecture['form']}_R or --rank-scale")
+        raise ValueError(f"{architecture['form']} needs a rank scale: give --conv {architecture['form']}_R or --rank-scale")
     keys = ("depth", "width", "num_classes", "form", "rank_scale")
     return WideResNet(*(architecture[key] for key in keys), architecture.get("tensor_shapes", "nearest"))
 
 
 def is_factorized(module: nn.Module, name: str) -> bool:
-    """Which layers of the "Conv" form are factorized: every convolution but the first, shortcuts included."""
+    """Whether a layer of the "Conv" form is factorized: every convolution except the first, shortcuts included."""
     return name not in ("conv1", "fc")

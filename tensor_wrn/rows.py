@@ -1,4 +1,4 @@
-"""The rows of the tensor table: what each changes of the recipe of train.py, its expected parameters and its cost."""
+"""The rows of the tensor table: how each differs from the recipe of train.py, its number of parameters, and its cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DECAYS = {
     "frobenius": (("--wd2fd",), "Frobenius decay"),
 }
 NO_DECAY = {"none": (("--wd2fd", "--no-frob"), "no decay on the cores")}
-# Forms with the flags of their two budgets and their parameters.
+# For each form, the flags of its two budgets and their numbers of parameters.
 BUDGETS = {
     "Conv": {"0.01667": (("--target-ratio", "0.01667"), 610_282), "0.06667": (("--target-ratio", "0.06667"), 2_435_034)},
     "TensorTrain": {"0.234": (("--conv", "TensorTrain_0.234"), 607_160), "0.705": (("--conv", "TensorTrain_0.705"), 2_434_702)},
@@ -49,7 +49,7 @@ def table2() -> Table:
 
 
 def controls() -> Table:
-    """What tells the schemes from their side effects: norm-matched cores, and the released code's start and lack of decay."""
+    """Controls for the schemes' side effects: norm-matched cores, and the released code's initialization and lack of decay."""
     rows = []
     for form in BUDGETS:
         for index in (0, 1):

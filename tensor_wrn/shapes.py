@@ -1,4 +1,4 @@
-"""Shapes of the 3-way tensors that the weights of 1x1 convolutions are read as; loads without torch."""
+"""Shapes of the 3-way tensors as which the weights of 1x1 convolutions are read; loads without torch."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Shape = tuple[int, int, int]
 
 
 def split(count: int, rule: str = "released") -> Shape:
-    """Shape of the tensor that ``count`` weights are read as: three factors of it, near its cube root.
+    """Shape of the tensor as which ``count`` weights are read: three factors of the count, near its cube root.
 
-    "released":  each of the first two is the smallest divisor of what is left that is not below the rounded cube root, and the
-                 last is the rest: the rule of the released code (its models/decomposed.py, which is that of
+    "released":  each of the first two is the smallest divisor of the remaining count that is at least the rounded cube root;
+                 the last is the rest. This is the rule of the released code (its models/decomposed.py, which is that of
                  github.com/BayesWatch/deficient-efficient, lines 13-46).
-    "nearest":   the first is the divisor nearest to the cube root, and the last the divisor of the rest nearest to the root of
-                 the rest.
+    "nearest":   the first is the divisor nearest to the cube root. The last is the divisor of the rest that is nearest to the
+                 square root of the rest.
     """
     assert rule in RULES, rule
     if rule == "nearest":
@@ -32,7 +32,7 @@ def split(count: int, rule: str = "released") -> Shape:
 
 
 def _divisor_from(count: int, least: int) -> int:
-    """The smallest divisor of ``count`` that is at least ``least``, or ``count`` where that is smaller."""
+    """The smallest divisor of ``count`` that is at least ``least``, or ``count`` if that is smaller."""
     return next(divisor for divisor in range(min(least, count), count + 1) if count % divisor == 0)
 
 

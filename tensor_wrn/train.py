@@ -1,4 +1,4 @@
-"""Train WideResNets with ordinary, low-rank, Tensor-Train or Tucker convolutions, alone or from a teacher.
+"""Train WideResNets with ordinary, low-rank, Tensor-Train or Tucker convolutions, alone or with a teacher.
 
 Prints the path of the run's result.json on stdout; all else goes to stderr.
 """
@@ -41,7 +41,7 @@ class WideResNetExperiment(ImageExperiment[WideResNetConfig]):
 
     def make_architecture(self) -> dict[str, Any]:
         config = self.config
-        scale = config.rank_scale if config.form != "Conv" and config.rank_scale else None  # or make_model solves it
+        scale = config.rank_scale if config.form != "Conv" and config.rank_scale else None  # otherwise make_model computes it
         sizes = {"depth": config.wrn_depth, "width": config.wrn_width, "num_classes": config.num_classes}
         return {**sizes, "form": config.form, "rank_scale": scale, "tensor_shapes": config.tensor_shapes}
 
@@ -88,18 +88,18 @@ class WideResNetExperiment(ImageExperiment[WideResNetConfig]):
         )
 
     def make_loss(self) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]] | None:
-        """A student's loss; None stands for the cross-entropy. Raises ValueError where the teacher knows other classes."""
+        """A student's loss; None means cross-entropy. Raises ValueError if the teacher has another number of classes."""
         if self.teacher is None:
             return None
         config, classes = self.config, self.architecture["num_classes"]
         known = cast(nn.Linear, self.teacher.fc).out_features
         if known != classes:
-            raise ValueError(f"the teacher {config.teacher} tells {known} classes apart, and {config.data} has {classes}")
+            raise ValueError(f"the teacher {config.teacher} distinguishes {known} classes, but {config.data} has {classes}")
         return distillation(config, self.teacher.to(self.processes.device))
 
 
 def distillation(config: WideResNetConfig, teacher: nn.Module) -> Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]:
-    """The loss of a student: labels, the teacher's answers, and its attention after each stage."""
+    """The loss of a student, from the labels, the teacher's outputs, and its attention after each stage."""
     teacher.eval().requires_grad_(False)
 
     def loss(student: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def distillation(config: WideResNetConfig, teacher: nn.Module) -> Callable[[nn.M
 
 
 def learning_rate(config: WideResNetConfig, epoch: int) -> float:
-    """Times --lr-decay-ratio from each epoch of --epoch-step on."""
+    """The learning rate, multiplied by --lr-decay-ratio at each epoch of --epoch-step."""
     return config.lr * config.lr_decay_ratio ** sum(epoch >= step for step in config.epoch_step)
 
 
@@ -124,16 +124,16 @@ def shortcuts_of(model: nn.Module) -> nn.ModuleList:
 
 
 def load_teacher(path: Path) -> nn.Module:
-    """The teacher from its checkpoint alone; raises ValueError where there is none, or it is of another program."""
+    """The teacher, rebuilt from its checkpoint alone. Raises ValueError if it is missing or from another program."""
     state = checkpoints.load(path)
     if "architecture" not in state:
-        raise ValueError(f"{path} does not tell its architecture: give the checkpoint.pt of a run of this program")
+        raise ValueError(f"{path} does not record its architecture: give the checkpoint.pt of a run of this program")
     keys = ("depth", "width", "num_classes", "form", "rank_scale", "tensor_shapes")
     return rebuild(with_shapes(state), path, dict.fromkeys(keys), build)
 
 
 def with_shapes(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The checkpoint; one from before there were two rules of shapes has the nearest."""
+    """The checkpoint. One from before there were two rules of shapes gets the rule "nearest"."""
     if "architecture" not in state:
         return state
     return {**state, "architecture": {"tensor_shapes": "nearest", **state["architecture"]}}

@@ -168,7 +168,7 @@ def test_a_sorted_tiny_imagenet_is_not_written_to(tiny, monkeypatch):
     assert sorted(path.name for path in tiny.iterdir()) == UNPACKED
     (tiny / "val").rename(tiny / "sorted")
     (tiny / "test").rename(tiny / "val")
-    with pytest.raises(ValueError, match=r"val is not sorted by class, and .* cannot be written to: copy it to another"):
+    with pytest.raises(ValueError, match=r"val is not sorted by class, and .* is not writable: copy it to another"):
         load("tiny_imagenet", tiny.parent)
     assert not (tiny / ".lock").exists()
 
@@ -180,12 +180,12 @@ def test_broken_tiny_imagenets_name_what_is_missing(tiny):
     with pytest.raises(ValueError, match=r"not sorted by class and .*val_annotations.txt is missing"):
         load("tiny_imagenet", tiny.parent)
     annotations.write_text(text + "val_99.JPEG\tn01\t0\t0\t1\t1\n")
-    with pytest.raises(ValueError, match=r"val_99.JPEG, which val_annotations.txt lists, is missing"):
+    with pytest.raises(ValueError, match=r"val_99.JPEG is listed in val_annotations.txt but missing"):
         load("tiny_imagenet", tiny.parent)
     assert sorted(path.name for path in tiny.iterdir()) == [".lock", *UNPACKED]  # nothing half-built
     assert (tiny / "val" / "images" / "val_3.JPEG").exists()
     annotations.write_text(text + "\n")
-    with pytest.raises(ValueError, match="names no image and class in line 9"):
+    with pytest.raises(ValueError, match="does not name an image and a class in line 9"):
         load("tiny_imagenet", tiny.parent)
     annotations.write_text("".join(text.splitlines(keepends=True)[1:]))
     with pytest.raises(ValueError, match=r"does not list val_\d.JPEG"):
@@ -199,7 +199,7 @@ def test_broken_tiny_imagenets_name_what_is_missing(tiny):
     with pytest.raises(ValueError, match=r"train/n00 has 6 images, expected 500"):
         tiny_imagenet.prepare(tiny.parent, complete=True)
     (tiny / "wnids.txt").write_text("n00\nn01\nn02\nn03\nn04\n")
-    with pytest.raises(ValueError, match="class n04 is in the list only"):
+    with pytest.raises(ValueError, match="class n04 is only in the list"):
         load("tiny_imagenet", tiny.parent)
 
 
@@ -266,7 +266,7 @@ def test_it_trains_measures_folds_resumes_and_evaluates(train, tmp_path, capsys)
     torch.save({"architecture": {"arch": "resnet20"}, "model": {}}, tmp_path / "other.pt")
     with pytest.raises(SystemExit):
         measure.main([str(tmp_path / "other.pt")])
-    assert "is of another program: its architecture lacks 'network'" in capsys.readouterr().err
+    assert "was written by another program: its architecture lacks 'network'" in capsys.readouterr().err
     measure.main([str(run / "checkpoint.pt"), "--image-size", "16"])
     measured = json.loads(capsys.readouterr().out)
     assert measured["models"]["as trained"]["parameters"] == costs["as trained"]["parameters"]
@@ -312,7 +312,7 @@ def test_multiply_adds_and_memory_are_those_of_a_known_layer():
     [
         ("--network alexnet", "invalid choice: 'alexnet'"),
         ("--network resnet --depth 0", "must be 6n + 2 and at least 8, got 0"),
-        ("--network vgg --data digits --image-size 8", "needs 32 pixels, got 8"),
+        ("--network vgg --data digits --image-size 8", "needs at least 32 pixels, got 8"),
         ("--network resnet --depth 30", "must be 6n + 2 and at least 8, got 30"),
         ("--network vgg --depth 18", "must be 11, 13, 16 or 19, got 18"),
         ("--network vgg --width 32", "--width is for resnet"),

@@ -194,7 +194,7 @@ def test_a_filled_document_stays_as_it_is(tmp_path):
         ("<!-- row t/a -->x <!-- row t/b -->y<!-- / -->", "<!-- row t/a --> is not closed"),
         ("<!-- row t/a -->x", "or has no <!-- / -->"),
         ("x<!-- / -->", "no marker before it"),
-        ("<!-- row t/a x<!-- / -->", "this comment is no marker"),
+        ("<!-- row t/a x<!-- / -->", "this comment is not a marker"),
     ],
 )
 def test_errors_name_document_and_line(tmp_path, marker, message):

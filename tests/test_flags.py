@@ -53,7 +53,7 @@ def fails(capsys, command, message, cwd=None):
         ("--seed 99999999999999999999", "below 2^63"),
         ("--half --amp bf16", "exclude each other"),
         ("--data digits --image-size 4", "must be at least 8 for digits, got 4"),
-        ("--data digits --num-classes 3", "digits has 10, got 3"),
+        ("--data digits --num-classes 3", "digits has 10 classes, got 3"),
         ("--evaluate", "--evaluate needs --resume"),
         ("--save-dir=", "argument --save-dir/--log-dir: must name a file or folder, got an empty string"),
         ("--evaluate --resume=", "argument --resume: must name a file or folder, got an empty string"),
@@ -155,7 +155,7 @@ def test_a_pretrained_checkpoint_must_be_dense_and_fit(capsys, tmp_path):
     main(f"{FACTORIZED} --max-steps 1 --save-dir {tmp_path}/a".split())
     capsys.readouterr()
     command = f"{FACTORIZED} --save-dir {tmp_path}/b --pretrained {tmp_path}/a/checkpoint.pt"
-    fails(capsys, command, "is factorized already")
+    fails(capsys, command, "is already factorized")
     fails(capsys, command.replace("resnet20", "resnet32"), "the checkpoint lacks 'layer1.3.")
     torch.save({"model": {"a": torch.zeros(1)}, "code": print}, tmp_path / "code.pt")
     fails(

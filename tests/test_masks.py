@@ -144,7 +144,7 @@ def test_erk_is_dense_where_its_share_exceeds_a_layer():
 
 
 def test_numbers_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="5 weights do not spread over 2 layers of 4"):
+    with pytest.raises(ValueError, match="5 weights cannot be distributed over 2 layers of 4"):
         largest_remainder({"a": 1.0, "b": 1.0}, 5, {"a": 2, "b": 2})
 
 
@@ -153,10 +153,10 @@ def test_the_global_choice_is_exact_and_empties_no_layer(capsys):
     masks = top_global(scores, 3)
     assert masks["a"].tolist() == [True, True, False, False]
     assert masks["b"].tolist() == [False, True, False]
-    assert "would be emptied, so that their best weight stays: b" in capsys.readouterr().err
+    assert "layers that would be empty keep their best weight: b" in capsys.readouterr().err
     equal = top_global({"a": torch.zeros(5), "b": torch.zeros(5)}, 4)
     assert sum(int(mask.sum()) for mask in equal.values()) == 4
-    with pytest.raises(ValueError, match="scores are not numbers"):
+    with pytest.raises(ValueError, match="scores are NaN"):
         top_global({"a": torch.tensor([float("nan"), 1.0])}, 1)
 
 
@@ -558,8 +558,11 @@ def test_measure_counts_zeros_and_their_indices(run, capsys):
         ("--method snip --target-ratio 0.1 --drop-fraction 0.2", "--drop-fraction is for set, dsr, rigl: snip does not use it"),
         ("--method rigl --target-ratio 0.1 --distribution global", "--distribution global is for magnitude and lottery"),
         ("--method lottery --target-ratio 0.1 --rounds 1", "--rounds must be at least 2 for lottery"),
-        ("--method lottery --target-ratio 0.1 --epochs 2 --rewind 2", "--rewind must be below --epochs 2"),
-        ("--method rigl --target-ratio 0.1 --compile", "--compile does not see the masks change"),
+        (
+            "--method lottery --target-ratio 0.1 --epochs 2 --rewind 2",
+            "--rewind must be an epoch of the first round",
+        ),
+        ("--method rigl --target-ratio 0.1 --compile", "compiled code would not see the masks change"),
     ],
 )
 def test_bad_flags(refuses, tmp_path, flags, message):

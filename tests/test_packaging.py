@@ -130,7 +130,7 @@ def test_tables_are_of_the_clone_that_they_are_in(other, tmp_path):
     done = run("-m", "fnl.tables", "list", cwd=tmp_path)
     error = done.stderr.splitlines()[-1]
     assert done.returncode == 2
-    assert error.endswith(f"whose programs import it as common: run python -m common.tables in {other}")
+    assert error.endswith(f"where this package is called common: run python -m common.tables in {other}")
 
 
 def test_a_clone_runs_its_own_code_whatever_is_installed(other, tmp_path):

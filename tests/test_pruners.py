@@ -221,9 +221,9 @@ def test_the_budget_is_met_by_the_closest_count():
         errors = [abs(count(ranking.kept(removed)) - budget) for removed in range(11)]
         removed = removed_for_budget(ranking, budget, count)
         assert abs(count(ranking.kept(removed)) - budget) == min(errors)
-    with pytest.raises(ValueError, match=r"budget of 5 parameters .* 7 stay"):
+    with pytest.raises(ValueError, match=r"budget of 5 parameters .* 7 remain"):
         removed_for_budget(ranking, 5, count)
-    with pytest.raises(ValueError, match=r"budget of 80 parameters .* has 70 at the most"):
+    with pytest.raises(ValueError, match=r"budget of 80 parameters .* has at most 70"):
         removed_for_budget(ranking, 80, count)
 
 
@@ -397,8 +397,8 @@ def test_ratio_measure_and_fixed_rotations(run):
     [
         ("--target-ratio 0.1", "arguments are required: --method"),
         ("--method obd --target-ratio 0.1", "invalid choice: 'obd'"),
-        ("--method c-obd", "give --target-ratio (parameters to keep) or --ratio"),
-        ("--method c-obd --target-ratio 0.1 --ratio 0.5", "one of them"),
+        ("--method c-obd", "give exactly one of --target-ratio (parameters to keep)"),
+        ("--method c-obd --target-ratio 0.1 --ratio 0.5", "and --ratio (channels to remove)"),
         ("--method c-obd --target-ratio 0", "must be above 0 and at most 1, got 0"),
         ("--method c-obd --ratio 1", "--ratio must be below 1"),
         ("--method c-obd --target-ratio 0.1 --prune-ratio-limit 1", "--prune-ratio-limit must be below 1"),
@@ -406,10 +406,10 @@ def test_ratio_measure_and_fixed_rotations(run):
         ("--method eigendamage-separable --target-ratio 0.1 --rounds 2", "--rounds above 1 is not for eigendamage-separable"),
         ("--method c-obd --target-ratio 0.001", "a budget of 309 parameters cannot be reached"),
         ("--method eigendamage --target-ratio 0.01", "a budget of 3,086 parameters cannot be reached"),
-        ("--method eigendamage-separable --target-ratio 0.5", "this method has 76,590 at the most"),
+        ("--method eigendamage-separable --target-ratio 0.5", "this method has at most 76,590"),
         ("--method c-obd --target-ratio 0.001 --dry-run", "a budget of 309 parameters cannot be reached"),
-        ("--method c-obd --target-ratio 0.1 --width 64", "has width 32, and the flags ask for 64"),
-        ("--method c-obd --target-ratio 0.1 --depth 14", "has depth 8, and the flags ask for 14"),
+        ("--method c-obd --target-ratio 0.1 --width 64", "has width 32, but the flags ask for 64"),
+        ("--method c-obd --target-ratio 0.1 --depth 14", "has depth 8, but the flags ask for 14"),
         ("--method c-obd --target-ratio 0.1 --pretrained nowhere.pt", "there is no checkpoint at nowhere.pt"),
     ],
 )
@@ -422,7 +422,7 @@ def test_what_cannot_be_pruned(refuses, tmp_path, run):
     refuses(prune.main, f"{DIGITS} --method c-obd --target-ratio 0.5", "--pretrained is missing")
     pruned = run("--method c-obd --ratio 0.2 --max-steps 1 --fisher-samples 32")
     command = f"{DIGITS} --method c-obd --ratio 0.2 --pretrained {pruned}/checkpoint.pt --save-dir {tmp_path}/again"
-    refuses(prune.main, command, "is pruned already")
+    refuses(prune.main, command, "is already pruned")
 
 
 def test_what_cannot_be_gone_on_with(refuses, tmp_path, dense, run):

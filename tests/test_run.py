@@ -126,19 +126,19 @@ def test_rows_are_named_by_table_and_pattern():
         ("run quickstart --seeds x", "argument --seeds: invalid natural value: 'x'"),
         ("run quickstart --jobs 0", "must be at least 1"),
         ("run quickstart/full --seeds 1 -- --epochs many", "argument --epochs/--epoch: invalid positive_int value: 'many'"),
-        ("run a/b --command resnet_cifar/train.py", "--command is for one TABLE/ROW, which it names, and needs --seeds"),
-        ("run a/b --seeds 1 --command nothing.py", "a command begins with a program, got 'nothing.py': there are "),
-        ("run a/b --seeds 1 --command ''", "a command begins with a program, got"),
+        ("run a/b --command resnet_cifar/train.py", "--command needs exactly one TABLE/ROW, and --seeds"),
+        ("run a/b --seeds 1 --command nothing.py", "a command must begin with a program, got 'nothing.py': there are "),
+        ("run a/b --seeds 1 --command ''", "a command must begin with a program, got"),
         (
             "run a/../b --seeds 1 --command resnet_cifar/train.py",
-            "--command is for a row such as quickstart/full, got 'a/../b'",
+            "--command needs one row such as quickstart/full, got 'a/../b'",
         ),
         ("run a/b --seeds 1 --command {after}/train.py", "{after} in the first --command stands for nothing"),
-        ("run quickstart/full --launcher nowhere", "starts with 'nowhere', which is no program on PATH: give its path"),
+        ("run quickstart/full --launcher nowhere", "starts with 'nowhere', which is not a program on PATH: give its path"),
         ("run quickstart/full --launcher 'x", "cannot be split into words: No closing quotation"),
         ("run quickstart/full --seeds 1 2 -- --seed 3", "--seed cannot be given to the program: run sets it"),
-        ("run quickstart/full --seeds 1 2 -- --save-dir x", "--save-dir names the directory of one run, and these are 2"),
-        ("list -- --epochs 1", "flags after -- are for run and submit, got --epochs 1"),
+        ("run quickstart/full --seeds 1 2 -- --save-dir x", "--save-dir names the folder of a single run"),
+        ("list -- --epochs 1", "flags after -- are only for run and submit, got --epochs 1"),
     ],
 )
 def test_what_cannot_be_run_is_one_line_before_any_run_starts(refuses, command, message):
@@ -241,7 +241,7 @@ sys.meta_path.insert(0, Interrupt())
 sys.exit(run.run([{task!r}]))
 """
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (REQUEUE, "", "told to stop: run it again to go on\n")
+    assert (done.returncode, done.stdout, done.stderr) == (REQUEUE, "", "told to stop: run it again to resume\n")
     assert not folder.exists()
 
 
@@ -304,7 +304,7 @@ def test_runs_that_a_time_limit_stops_are_taken_up_elsewhere_from_the_archive(tm
         assert not [name for name in packed.getnames() if name.endswith((".lock", "checkpoint-previous.pt"))]
     capsys.readouterr()
     assert allocation(f"machine{number - 1}", f"--from {archive}") == 0  # what is as far there stays as it is
-    assert capsys.readouterr().err.count("and left as it is") == 2
+    assert capsys.readouterr().err.count("is not ahead of it") == 2
     assert allocation("machine0", f"--from {archive}") == 0  # and what is behind gives way: nothing is trained again
     output = capsys.readouterr()
     assert output.err.count("holds a finished run of this configuration and seed: nothing to do") == 2
@@ -332,7 +332,7 @@ def test_an_archive_that_is_missing_damaged_or_hostile_changes_nothing(tmp_path,
     [
         ("--minutes 0", "must be above 0 and below a million, got 0"),
         ("--minutes nan", "must be above 0 and below a million, got nan"),
-        ("--seeds 1 --out x -- --save-dir y", "leave it out, also with --out"),
+        ("--seeds 1 --out x -- --save-dir y", "leave it out for several runs (got 1) and with --out"),
     ],
 )
 def test_limits_that_are_none_are_one_line(refuses, words, message):

@@ -132,7 +132,7 @@ def test_jobs_are_the_rows_with_what_comes_before():
 
 def test_no_slurm_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="there is no Slurm here"):
+    with pytest.raises(ValueError, match="Slurm is unavailable"):
         slurm.submit([], tmp_path)
 
 

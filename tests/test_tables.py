@@ -456,7 +456,7 @@ def test_results_of_an_older_configuration_are_named_and_conflicts_stop_only_the
     write_result(tmp_path, "full", final=96.0)
     write_result(tmp_path, "spectral", seed=2, change={"epochs": 1})
     main(["collect", "--results", str(tmp_path)])
-    assert "is of row quickstart/spectral in another configuration" in capsys.readouterr().err
+    assert "is recorded as row quickstart/spectral but has another configuration" in capsys.readouterr().err
     write_result(tmp_path, "resnet20-cifar10-full", "full")
     write_result(tmp_path, "spectral", seed=2)
     with pytest.raises(SystemExit):
@@ -677,7 +677,7 @@ def test_status_counts_each_seed_once_and_says_why_runs_failed(tmp_path, capsys)
     assert "failed: quickstart/full seed 3: RuntimeError: loss is nan" in printed
     assert "seed 2: no heartbeat" in printed
     rows = len(table_of("quickstart").rows)
-    assert f"{rows} rows ({rows - 2} rows not begun are not shown; --all shows them)" in printed
+    assert f"{rows} rows ({rows - 2} rows have not started and are not shown; --all shows them)" in printed
     main(["status", "--results", str(tmp_path), "--table", "decay-sweep", "--row", "*-5e-6-regular"])
     assert f"{50 / 60 * 2.25:.1f} GPU-hours left" in capsys.readouterr().out
 
@@ -764,7 +764,7 @@ def test_comparing_runs_shows_what_was_measured(tmp_path, capsys):
     assert lines[3][4:6] == ["100", "40"]
     with pytest.raises(SystemExit):
         main(["compare", str(tmp_path / "nothing")])
-    assert "holds no result.json: it is not a finished run" in capsys.readouterr().err
+    assert "has no result.json: it is not a finished run" in capsys.readouterr().err
 
 
 def test_the_evidence_page_names_the_signature_of_its_bleu():

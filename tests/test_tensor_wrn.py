@@ -498,13 +498,13 @@ def test_teachers_that_do_not_fit_and_checkpoints_that_tell_no_architecture(trai
     torch.save({**state, "architecture": {**state["architecture"], "width": 2}}, tmp_path / "wide.pt")
     torch.save(state["model"], tmp_path / "bare.pt")
     for name, message in (
-        ("seven", "tells 7 classes apart, and digits has 10"),
+        ("seven", "distinguishes 7 classes, but digits has 10"),
         ("wide", "has shape (16, 16, 3, 3), expected (32, 16, 3, 3)"),
-        ("bare", "does not tell its architecture"),
+        ("bare", "does not record its architecture"),
     ):
         refuses(main, f"digits student -t {tmp_path}/{name}.pt -s {tmp_path}/x {DIGITS}", message)
     bare = f"--evaluate --resume {tmp_path}/bare.pt {DIGITS}"
-    refuses(main, f"digits teacher --conv Tucker --target-ratio 0.15 {bare}", "Tucker needs its rank scale")
+    refuses(main, f"digits teacher --conv Tucker --target-ratio 0.15 {bare}", "Tucker needs a rank scale")
     refuses(main, f"digits teacher --conv Tucker_0.5 {bare}", "the checkpoint does not fit")
     assert not (tmp_path / "x").exists()
 
@@ -523,7 +523,7 @@ FORMS_LINE = "--conv must be Conv, TensorTrain_R, Tucker_R or TuckerTT_R with R 
         ("digits teacher --conv Tucker_x", f"{FORMS_LINE}, got 'Tucker_x'"),
         ("digits teacher --conv Conv_0.5", f"{FORMS_LINE}, got 'Conv_0.5'"),
         ("digits teacher --conv Tucker", "--conv Tucker needs a rank scale"),
-        ("digits teacher --conv Tucker_0.5 --target-ratio 0.1", "tells the rank scale"),
+        ("digits teacher --conv Tucker_0.5 --target-ratio 0.1", "sets the rank scale"),
         ("digits teacher --conv Tucker --rank-scale 2", "--rank-scale of Tucker must be at most 1, got 2"),
         ("digits teacher --wd2fd", "--wd2fd needs factorized layers"),
         ("digits teacher --conv Tucker_0.5 --wd2fd --nocrswd", "--wd2fd and --nocrswd exclude each other"),
@@ -535,10 +535,10 @@ FORMS_LINE = "--conv must be Conv, TensorTrain_R, Tucker_R or TuckerTT_R with R 
         ("digits teacher --tensor-shapes released", "--tensor-shapes is for tensors, got --conv Conv"),
         ("digits teacher --wrn-depth 12", "must be 6n + 4 and at least 10, got 12"),
         ("digits teacher --wrn-width 0", "--wrn-width must be between 1/16 and 100, got 0"),
-        ("digits teacher --epoch_step [3,2]", "must be a list of rising epochs"),
-        ("digits teacher --epoch_step 60", "must be a list of rising epochs"),
-        ("digits teacher --epoch_step [60,60]", "must be a list of rising epochs"),
-        ("digits teacher --epoch_step [true]", "must be a list of rising epochs"),
+        ("digits teacher --epoch_step [3,2]", "must be a list of increasing epochs"),
+        ("digits teacher --epoch_step 60", "must be a list of increasing epochs"),
+        ("digits teacher --epoch_step [60,60]", "must be a list of increasing epochs"),
+        ("digits teacher --epoch_step [true]", "must be a list of increasing epochs"),
         ("digits teacher --wrn-width 1e300", "--wrn-width must be between 1/16 and 100, got 1e+300"),
         ("digits teacher --alpha 0.5", "--alpha is for the mode student"),
         ("digits student -t x --alpha 2", "--alpha must be in [0, 1]"),

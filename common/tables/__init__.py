@@ -1,1 +1,1 @@
-"""Rows as data, the verb that runs them, scripts and Slurm jobs, and tables and figures of results."""
+"""Rows as data; commands that run them, emit their scripts and submit them to Slurm; tables and figures of results."""

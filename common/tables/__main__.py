@@ -21,18 +21,18 @@ from .summaries import contrast_results, summarize
 
 _COMMANDS = {
     "list": "print the rows",
-    "run": "run rows, the paper's and those of evidence/; prints the paths of their results",
+    "run": "run rows of the paper or of evidence/, and print the paths of their results",
     "emit": "write the script of every row to generated-scripts/",
-    "status": "print where the runs stand and what is left",
+    "status": "print the state of the runs and the remaining GPU-hours",
     "collect": "make tables of the finished results: Markdown, CSV and LaTeX",
-    "compare": "print finished runs beside each other, rows or not, with what measuring found",
+    "compare": "print finished runs side by side, with their measured cost; they need not be rows of a table",
     "plot": "make the figures of tables with finished results: PNG and PDF",
-    "submit": "submit every row and seed to Slurm, as one array",
+    "submit": "submit every row and seed to Slurm as one job array",
 }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Checked flags; what follows a ``--`` is in ``flags``, for the program."""
+    """The checked flags. Words after ``--`` are for the program, and are stored in ``flags``."""
     words = list(sys.argv[1:] if argv is None else argv)
     words, flags = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser = FlagParser(prog="python -m common.tables", description="Rows, scripts, tables and figures.")
@@ -46,46 +46,50 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument(
                 "--evidence",
                 action="store_true",
-                help="the rows of evidence/ in place of the paper's; collect also draws, and fills numbers in documents",
+                help="the rows of evidence/ instead of the paper's; collect then also draws, and fills numbers in documents",
             )
         if name in ("status", "collect", "plot"):
-            command.add_argument("--results", type=Path, help="where runs wrote (default: results/, --evidence: evidence/)")
+            command.add_argument(
+                "--results", type=Path, help="folder of the runs (default: results/; with --evidence, evidence/)"
+            )
         if name in ("collect", "plot"):
-            command.add_argument("--out", type=Path, help="where a folder per table goes (default: the results folder)")
-    made["status"].add_argument("--all", action="store_true", help="also show rows that were not begun")
-    made["collect"].add_argument("--html", action="store_true", help="also make one page of tables and figures, index.html")
-    made["compare"].add_argument("runs", type=Path, nargs="+", metavar="RUN", help="directories of runs")
+            command.add_argument("--out", type=Path, help="where to write a folder per table (default: the results folder)")
+    made["status"].add_argument("--all", action="store_true", help="also show rows that have not started")
+    made["collect"].add_argument(
+        "--html", action="store_true", help="also write index.html, one page with all tables and figures"
+    )
+    made["compare"].add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
     job = made["submit"]
-    job.add_argument("--parallel", type=positive_int, default=32, metavar="N", help="jobs at a time")
-    job.add_argument("--gpus", type=natural, default=1, help="GPUs of a job")
-    job.add_argument("--cpus", type=positive_int, default=4, help="processors of a job")
+    job.add_argument("--parallel", type=positive_int, default=32, metavar="N", help="maximum number of jobs at a time")
+    job.add_argument("--gpus", type=natural, default=1, help="GPUs per job")
+    job.add_argument("--cpus", type=positive_int, default=4, help="processors per job")
     job.add_argument(
-        "--minutes", type=positive_int, default=24 * 60, help="time limit of a job, after which it is queued again"
+        "--minutes", type=positive_int, default=24 * 60, help="time limit of a job, after which it is queued again to resume"
     )
     job.add_argument("--partition")
-    job.add_argument("--logs", type=Path, default=ROOT / "results" / "slurm", help="where logs go")
+    job.add_argument("--logs", type=Path, default=ROOT / "results" / "slurm", help="folder for the logs")
     _add_run_flags(made["run"])
     for name in ("run", "submit"):
-        made[name].epilog = "What follows -- goes to the program."
+        made[name].epilog = "Flags after -- go to the program."
     args = parser.parse_args(words)
     if flags and args.command not in ("run", "submit"):
-        parser.error(f"flags after -- are for run and submit, got {shlex.join(flags)}")
+        parser.error(f"flags after -- are only for run and submit, got {shlex.join(flags)}")
     args.flags = flags
     given = {word.partition("=")[0].replace("_", "-") for word in flags}
     for own in ("--seed", "--row", "--row-config"):
         if own in given:
             parser.error(f"{own} cannot be given to the program: {args.command} sets it (run takes --seeds, before the --)")
     if args.command == "run" and args.commands and (len(args.rows) != 1 or not args.seeds):
-        parser.error("--command is for one TABLE/ROW, which it names, and needs --seeds")
+        parser.error("--command needs exactly one TABLE/ROW, and --seeds")
     if args.command in ("collect", "plot") and args.evidence and args.row and args.out is None:
-        parser.error(f"--row {args.row} would write parts of tables over those of evidence/: give --out too")
+        parser.error(f"--row {args.row} would overwrite complete tables of evidence/ with parts: give --out too")
     if args.command in ("status", "collect", "plot") and args.results is None:
         args.results = ROOT / ("evidence" if args.evidence else "results")
     return args
 
 
 def _words(text: str) -> tuple[str, ...]:
-    """Words as a shell would split them."""
+    """The words of a text, split as a shell does."""
     try:
         return tuple(shlex.split(text))
     except ValueError as error:
@@ -101,25 +105,25 @@ def _minutes(text: str) -> float:
 
 def _add_run_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("rows", nargs="+", metavar="TABLE[/ROW]", help="rows; ROW may be a pattern, such as 'spectral*'")
-    command.add_argument("--seeds", type=natural, nargs="+", metavar="SEED", help="(default: each row's own)")
+    command.add_argument("--seeds", type=natural, nargs="+", metavar="SEED", help="seeds to run (default: each row's own)")
     command.add_argument(
-        "--jobs", type=positive_int, default=1, metavar="N", help=f"runs at a time; above 1, logs go to {run.LOGS}"
+        "--jobs", type=positive_int, default=1, metavar="N", help=f"number of runs at a time; above 1, logs go to {run.LOGS}"
     )
     command.add_argument(
         "--launcher",
         type=_words,
         default=os.environ.get("LAUNCHER", ""),
         metavar="WORDS",
-        help="what to start programs with, such as 'torchrun --nproc-per-node 4' (default: $LAUNCHER)",
+        help="command that starts the programs, such as 'torchrun --nproc-per-node 4' (default: $LAUNCHER)",
     )
     command.add_argument(
-        "--minutes", type=_minutes, metavar="M", help="stop all runs after so long; each saves a checkpoint to resume from"
+        "--minutes", type=_minutes, metavar="M", help="stop all runs after M minutes; each saves a checkpoint to resume from"
     )
     command.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"in the end, put results and checkpoints of these runs in DIR/{archive.NAME}"
+        "--out", type=Path, metavar="DIR", help=f"at the end, put results and checkpoints of these runs in DIR/{archive.NAME}"
     )
     command.add_argument(
-        "--from", dest="archive", type=Path, metavar="ARCHIVE", help="first, take up the runs in an archive that --out wrote"
+        "--from", dest="archive", type=Path, metavar="ARCHIVE", help="first, restore the runs of an archive that --out wrote"
     )
     command.add_argument(
         "--command",
@@ -127,7 +131,8 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
         action="append",
         type=_words,
         metavar="WORDS",
-        help="run this in place of the row's command, as generated scripts do; of several, {after} is the last result's folder",
+        help="run this instead of the row's command, as generated scripts do; if repeated, the commands run in order, and "
+        "{after} stands for the folder of the previous command's result",
     )
 
 
@@ -150,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_rows(chosen)
         elif args.command == "status":
             if not args.results.is_dir():
-                raise ValueError(f"--results {args.results} is not a folder: no run has written there yet")
+                raise ValueError(f"--results {args.results} is not a folder: no run has been written there yet")
             states, problems = status.scan(args.results, kinds(programs()))
             for problem in problems:
                 print(f"not read: {problem}", file=sys.stderr)
@@ -164,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_rows(args: argparse.Namespace) -> None:
-    """Run rows and end with their exit status, where it is not 0."""
+    """Run rows, and raise SystemExit with their exit status if it is not 0."""
     if args.commands:
         tasks = [run.task_of_commands(args.rows[0], args.commands, seed, args.flags) for seed in args.seeds]
     else:
@@ -172,9 +177,11 @@ def run_rows(args: argparse.Namespace) -> None:
     named = {word.partition("=")[0].replace("_", "-") for word in args.flags} & {"--save-dir", "--log-dir"}
     runs = sum(len(task.commands) for task in tasks)
     if named and (runs > 1 or args.out is not None):
-        raise ValueError(f"{named.pop()} names the directory of one run, and these are {runs}: leave it out, also with --out")
+        raise ValueError(
+            f"{named.pop()} names the folder of a single run: leave it out for several runs (got {runs}) and with --out"
+        )
     if args.archive is not None:
-        print(f"{archive.unpack(args.archive)} runs are in {args.archive}", file=sys.stderr)
+        print(f"{archive.unpack(args.archive)} runs found in {args.archive}", file=sys.stderr)
     try:
         ended = run.run(tasks, args.jobs, args.launcher, args.minutes)
     finally:
@@ -198,7 +205,7 @@ def print_rows(chosen: Sequence[Program]) -> None:
 
 
 def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
-    """Tables (collect), figures (plot) or both (collect --evidence or --html) of the tables that have results."""
+    """Write tables (collect), figures (plot) or both (collect --evidence or --html) for all tables that have results."""
     known = kinds(programs())
     found, problems = reading.read(args.results, known)
     for problem in problems:
@@ -212,7 +219,8 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
         for table in program.tables:
             for result in results.outdated(program, table):
                 print(
-                    f"not counted in {table.id}: {result.path} is of row {result.row} in another configuration", file=sys.stderr
+                    f"not counted in {table.id}: {result.path} is recorded as row {result.row} but has another configuration",
+                    file=sys.stderr,
                 )
             summaries = summarize(program, table, results)
             if not any(each.n for each in summaries) and args.table is None:
@@ -235,7 +243,7 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
                 print(*figures, sep="\n")
             begun.append((program, table, figures))
     if not begun and not stopped:
-        others = f"; {len(found)} finished runs there are of no row: common.tables compare shows them" if found else ""
+        others = f"; {len(found)} finished runs there belong to no row: common.tables compare shows them" if found else ""
         raise ValueError(f"no row has a finished result in {args.results}{others}")
     if html:
         from . import page

@@ -1,4 +1,4 @@
-"""Runs in one archive: what an allocation of a machine leaves, and the next one, elsewhere and later, takes up."""
+"""Runs in one archive, with which another machine can resume them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _LEFT_OUT = ("checkpoint-previous.pt", ".lock")
 
 
 def pack(directories: Iterable[Path], path: Path) -> int:
-    """Write the directories of runs, as far as they exist, to an archive; returns how many there are.
+    """Write those directories of runs that exist to an archive, and return their number.
 
-    Files have names relative to the results folder. The archive appears whole or not at all. Previous checkpoints are left
-    out. Raises ValueError for a run elsewhere.
+    File names are relative to the results folder. The archive is written atomically. Previous checkpoints are omitted.
+    Raises ValueError if a run is not below the results folder.
     """
     found = sorted({directory for directory in directories if (directory / "config.json").exists()})
     for directory in found:
         if not directory.is_relative_to(runs.RESULTS):
-            raise ValueError(f"{directory} is not below {runs.RESULTS}: runs of an archive are there")
+            raise ValueError(f"{directory} is not below {runs.RESULTS}: only runs below that folder can be archived")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -42,10 +42,10 @@ def pack(directories: Iterable[Path], path: Path) -> int:
 
 
 def unpack(path: Path) -> int:
-    """Put the runs of an archive in their places below the results folder; returns how many there are.
+    """Move the runs of an archive to their places below the results folder, and return their number.
 
-    Of a run that is there already, the further one stays. Raises ValueError, with nothing changed, where the archive is missing
-    or damaged, or a member would be written elsewhere.
+    If a run exists in both, the more advanced one is kept. Raises ValueError, without changing anything, if the archive is
+    missing or damaged, or if a member would be written elsewhere.
     """
     runs.RESULTS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=runs.RESULTS) as folder:
@@ -53,14 +53,14 @@ def unpack(path: Path) -> int:
             with tarfile.open(path) as archive:
                 archive.extractall(folder, filter="data")
         except FileNotFoundError as error:
-            raise ValueError(f"--from {path} does not exist: run with --out DIR writes DIR/{NAME}") from error
+            raise ValueError(f"--from {path} does not exist: common.tables run --out DIR writes DIR/{NAME}") from error
         except (tarfile.TarError, EOFError) as error:
-            raise ValueError(f"--from {path} is no archive of runs, or a damaged one: {error}") from error
+            raise ValueError(f"--from {path} is not an archive of runs, or is damaged: {error}") from error
         found = sorted(config.parent for config in Path(folder).rglob("config.json"))
         for directory in found:
             place = runs.RESULTS / directory.relative_to(folder)
             if place.exists() and _progress(place) >= _progress(directory):
-                print(f"as far here as in {path}, and left as it is: {place}", file=sys.stderr)
+                print(f"kept {place}: the run in {path} is not ahead of it", file=sys.stderr)
                 continue
             place.parent.mkdir(parents=True, exist_ok=True)
             if place.exists():
@@ -70,7 +70,7 @@ def unpack(path: Path) -> int:
 
 
 def _progress(directory: Path) -> tuple[bool, int]:
-    """Whether a run has finished, and its steps when it last said so. A run that another process makes is ahead of all."""
+    """Whether a run has finished, and its last recorded step. A run that another process works on compares highest."""
     if (directory / ".lock").exists():
         with open(directory / ".lock") as lock:
             try:

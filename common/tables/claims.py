@@ -14,10 +14,10 @@ class Comparison:
     """A difference that decides a claim.
 
     of:      two rows, "TABLE/ROW BASE", that are a contrast of their table.
-    paper:   the sign of the difference ROW - BASE where the claim holds, + or -. Of losses, lower ones are better.
-    label:   names the comparison where a claim has several.
+    paper:   the sign, + or -, that the difference ROW - BASE has if the claim holds. Lower losses are better.
+    label:   names the comparison, if a claim has several.
     note:    a caveat to its numbers.
-    metric:  compares this metric after the last epoch in place of the final value; then any two rows of a table will do.
+    metric:  compares this metric after the last epoch instead of the final value; then any two rows of a table can be given.
     """
 
     of: str
@@ -29,7 +29,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim in one sentence, where the paper makes it, and the setting of the runs here; its page is ``<id>.md``."""
+    """A claim in one sentence, its place in the paper, and the setting of the runs here; its page is ``<id>.md``."""
 
     id: str
     claim: str
@@ -39,7 +39,7 @@ class Claim:
 
 
 def read(path: Path) -> list[Claim]:
-    """The claims in a TOML file, [[claim]] entries with [[claim.comparison]] entries; raises ValueError naming the claim."""
+    """The claims in a TOML file, [[claim]] entries with [[claim.comparison]] entries. Raises ValueError naming the claim."""
     try:
         found = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:

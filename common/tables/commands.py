@@ -1,4 +1,4 @@
-"""The commands of one row and seed, run in order: by ``run``, which generated scripts call, and by jobs on Slurm."""
+"""Runs the commands of one row and seed in order, for ``run`` (which generated scripts call) and for Slurm jobs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Words = tuple[str, ...]
 
 
 class CommandError(Exception):
-    """A command did not finish; ``status`` is its exit status, 75 where it was told to stop and can be resumed."""
+    """A command did not finish. ``status`` is its exit status; 75 means that it was told to stop and can be resumed."""
 
     def __init__(self, status: int, words: Sequence[str]) -> None:
         super().__init__(f"{words[0]} ended with status {status}")
@@ -35,7 +35,7 @@ class CommandError(Exception):
 
 
 def commands_of(program: Program, table: Table, row: Row, seed: int, flags: Sequence[str] = ()) -> tuple[Words, ...]:
-    """The commands of a row and seed: first those of the rows which must have run before, if any."""
+    """The commands of a row and seed: first those of the rows that must run before it, if any."""
     return tuple((*program.command(table, each), "--seed", str(seed), *flags) for each in row.chain())
 
 
@@ -49,25 +49,25 @@ def _program_of(words: Sequence[str]) -> Program:
     program = _programs().get(name)
     if program is None or script not in program.configs:
         known = ", ".join(f"{each.name}/{script}" for each in _programs().values() for script in each.configs)
-        raise ValueError(f"a command begins with a program, got {words[0] if words else 'no word'!r}: there are {known}")
+        raise ValueError(f"a command must begin with a program, got {words[0] if words else 'no word'!r}: there are {known}")
     return program
 
 
 def configuration(words: Sequence[str]) -> Any:
-    """The configuration of a command; flags that are wrong end in one line on stderr and exit status 2."""
+    """The configuration of a command. Wrong flags end the process with one line on stderr and exit status 2."""
     kind: type[Config] = _program_of(words).configs[words[0].partition("/")[2]]
     return kind.parse(words[1:])
 
 
 class RowRun:
-    """The commands of one row and seed. Each prints the path of its result, whose directory is ``{after}`` in the next.
+    """The commands of one row and seed. Each prints the path of its result; ``{after}`` in the next is the result's folder.
 
-    commands:  words, the first of which is a program such as "resnet_cifar/train.py". The last command is the row's own.
-               Those before it may be other rows' as well: who runs one at the same time waits.
-    launcher:  words in place of the interpreter. Without it a program runs in this process, so that runs which follow each
-               other import torch once, unless it needs a process of its own.
+    commands:  each is a list of words, the first of which is a program such as "resnet_cifar/train.py". The last command is
+               the row's own. Earlier ones may belong to other rows, too; processes that need the same one wait for each other.
+    launcher:  words that replace the interpreter. Without them a program runs in this process, so that consecutive runs
+               import torch only once, unless the program needs its own process.
     cwd:       directory of the subprocesses (default: the current one).
-    process:   the subprocess that runs now, if any.
+    process:   the current subprocess, if any.
     """
 
     def __init__(self, commands: Sequence[Sequence[str]], launcher: Sequence[str] = (), cwd: Path | None = None) -> None:
@@ -76,7 +76,7 @@ class RowRun:
         self._told_to_stop = False
 
     def __call__(self) -> str:
-        """Run the commands; returns what the last one printed. Raises CommandError where one fails or is stopped."""
+        """Run the commands, and return what the last one printed. Raises CommandError if one fails or is stopped."""
         after = Path()
         for command in self.commands[:-1]:
             with _alone(command):
@@ -99,7 +99,7 @@ class RowRun:
         return printed
 
     def _start(self, words: Sequence[str]) -> tuple[int, str]:
-        """Status and output of a command in a process of its own, which finds the packages of this clone."""
+        """Exit status and output of a command in its own process, which imports the packages of this clone."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         started = [*(self.launcher or [sys.executable]), str(ROOT / words[0]), *words[1:]]
         with no_interrupts():
@@ -112,12 +112,12 @@ class RowRun:
         finally:
             self.process = None
         if status != 0 and self._told_to_stop:
-            return REQUEUE, printed  # a launcher may have a status of its own for it
+            return REQUEUE, printed  # a launcher may use another status for a stop
         return (status if status >= 0 else 128 - status), printed
 
     @contextlib.contextmanager
     def stopped_by_signals(self) -> Generator[None]:
-        """Within the block SIGTERM, SIGUSR2 and SIGINT tell the program to save a checkpoint and stop.
+        """Within the block, SIGTERM, SIGUSR2 and SIGINT tell the program to save a checkpoint and stop.
 
         A second SIGINT raises KeyboardInterrupt.
         """
@@ -126,16 +126,16 @@ class RowRun:
             if self.process is not None:
                 self._told_to_stop = True
                 self.process.terminate()
-            else:  # while the program loads, or reads its data: there is nothing to save
-                print("told to stop: run it again to go on", file=sys.stderr)
+            else:  # the program is loading, or reading its data: there is nothing to save
+                print("told to stop: run it again to resume", file=sys.stderr)
                 raise SystemExit(REQUEUE)
 
         def interrupt(number: int, frame: Any) -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.kill(os.getpid(), signal.SIGTERM)  # whose handler is the program's own while it trains
+            os.kill(os.getpid(), signal.SIGTERM)  # while a program trains, it handles this itself
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR2)}
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in workers, and in the background of a script
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # workers and a script's background jobs ignore it
             before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
         try:
             yield
@@ -145,7 +145,7 @@ class RowRun:
 
 
 def _call(words: Sequence[str]) -> tuple[int, str]:
-    """Status and output of a command in this process, which is left as it was."""
+    """Exit status and output of a command that runs in this process, whose state is restored."""
     main = import_module(words[0].removesuffix(".py").replace("/", ".")).main
     status = 0
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -163,20 +163,20 @@ def _call(words: Sequence[str]) -> tuple[int, str]:
 
 
 def _clean_up() -> None:
-    """Undo what a program leaves behind, so that the next one starts as in a fresh process. Generators are seeded by each."""
+    """Undo a program's global changes, so that the next one starts as in a new process. Each seeds its own generators."""
     import torch
 
-    gc.collect()  # models and open files of a run that failed
+    gc.collect()  # frees models and open files of a failed run
     torch.set_flush_denormal(False)
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # what is compiled counts against a limit, above which code is not compiled any more
+        torch.compiler.reset()  # compiled code counts towards a limit, beyond which nothing more is compiled
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager
 def no_interrupts() -> Generator[None]:
-    """Let processes that are started within the block ignore Ctrl-C, which reaches them beside who started them."""
+    """Make processes that start within the block ignore Ctrl-C, which the terminal sends to them and to their parent."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -189,7 +189,7 @@ def no_interrupts() -> Generator[None]:
 
 @contextlib.contextmanager
 def _alone(command: Words) -> Generator[None]:
-    """Let one process at a time make the runs of this configuration and seed, from a script, a job or ``run``."""
+    """Let only one process at a time run this configuration and seed, be it a script, a job or ``run``."""
     config = configuration(command)
     path = ROOT / "results" / f".{config.config_hash()}-{config.seed}.lock"
     path.parent.mkdir(exist_ok=True)
@@ -197,6 +197,6 @@ def _alone(command: Words) -> Generator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that runs {config.row or command[0]} seed {config.seed}", file=sys.stderr)
+            print(f"waiting for another process that is running {config.row or command[0]} seed {config.seed}", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

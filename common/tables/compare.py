@@ -1,4 +1,4 @@
-"""Finished runs beside each other, rows of a table or not: accuracy and, where it was measured, cost."""
+"""Finished runs side by side, whether or not they are rows of a table: accuracy and, if it was measured, cost."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _HEADER = ("run", "seed", "final", "best", "parameters", "non-zeros", "M multipl
 
 
 def line(directory: Path, known: Kinds) -> list[str]:
-    """The cells of a run, cost from its measure.json; raises ValueError where its result is missing or garbled."""
+    """The cells of a run, with the cost from its measure.json. Raises ValueError if a file is missing or malformed."""
     if not (directory / NAME).exists():
-        raise ValueError(f"{directory} holds no result.json: it is not a finished run")
+        raise ValueError(f"{directory} has no result.json: it is not a finished run")
     result = RunResult.load(directory / NAME)
     result.check(known)
     cells = [result.row or str(directory), str(result.seed), f"{result.final:.2f}", f"{result.best:.2f}"]
@@ -29,7 +29,7 @@ def line(directory: Path, known: Kinds) -> list[str]:
         times = [f"{at['latency'] * 1e3:.1f}" for at in (one, many)]
         return [*cells, f"{cost['parameters']:,}", f"{cost['nonzero']:,}", f"{one['multiply_adds'] / 1e6:.1f}", *times]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{directory / 'measure.json'} lacks or garbles a field: {error}") from error
+        raise ValueError(f"{directory / 'measure.json'} has a missing or malformed field: {error}") from error
 
 
 def table(directories: Sequence[Path], known: Kinds) -> str:

@@ -1,6 +1,6 @@
 """Numbers in Markdown documents, filled from results.
 
-What stands between ``<!-- NAME ARGUMENT ... -->`` and ``<!-- / -->`` is replaced by what the marker NAME says. Within a line:
+Text between ``<!-- NAME ARGUMENT ... -->`` and ``<!-- / -->`` is replaced by the content of the marker NAME. Within a line:
 
     row TABLE/ROW                  final value and seeds: 76.96 ± 0.85 (n = 3)
     final TABLE/ROW                final value alone: 76.96 ± 0.85
@@ -267,7 +267,7 @@ def documents(root: Path = ROOT) -> list[Path]:
 
 
 def fill(text: str, name: str, evidence: Evidence) -> str:
-    """The text of a document with its markers filled; raises ValueError naming the document and the line."""
+    """The text of a document with its markers filled. Raises ValueError naming the document and the line."""
 
     def filled(found: re.Match[str]) -> str:
         kind, *words = found[1].split()
@@ -282,7 +282,7 @@ def fill(text: str, name: str, evidence: Evidence) -> str:
             except TypeError as error:
                 raise ValueError(f"marker {kind} cannot take {' '.join(words) or 'nothing'!r}: {error}") from error
             if kind in INLINE and _LINE_START.fullmatch(text, text.rfind("\n", 0, found.start()) + 1, found.start()):
-                raise ValueError("a line that begins with a marker is not Markdown any more: put a word before it")
+                raise ValueError("a line that begins with a marker is no longer Markdown: put a word before it")
             content = function(evidence, *words)
         except ValueError as error:
             raise _error(name, text, found.start(), str(error)) from error
@@ -292,7 +292,9 @@ def fill(text: str, name: str, evidence: Evidence) -> str:
     rest = _MARKER.sub(lambda found: "." * len(found[0]), text)
     new = _MARKER.sub(filled, text)
     if "<!--" in rest:
-        raise _error(name, text, rest.index("<!--"), "this comment is no marker, or has no <!-- / --> or no marker before it")
+        raise _error(
+            name, text, rest.index("<!--"), "this comment is not a marker, or has no <!-- / --> or no marker before it"
+        )
     return new
 
 
@@ -301,7 +303,7 @@ def _error(name: str, text: str, position: int, message: str) -> ValueError:
 
 
 def fill_all(evidence: Evidence) -> list[Path]:
-    """Fill every document, and return those that changed. None is written where one has an error."""
+    """Fill every document, and return those that changed. If one has an error, none is written."""
     new = {path: fill(path.read_text(), str(path.relative_to(evidence.root)), evidence) for path in documents(evidence.root)}
     changed = [path for path, text in new.items() if text != path.read_text()]
     for path in changed:

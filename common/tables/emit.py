@@ -26,7 +26,7 @@ _SCRIPT = """\
 #   Seeds default to {seeds}; flags go to the program (not --save-dir: each run has its own directory).
 #   A seed with a finished result of this configuration is skipped.
 #   LAUNCHER replaces the interpreter, for example LAUNCHER="torchrun --nproc-per-node 4".
-#   PYTHON names another Python than that of .venv.
+#   PYTHON names a Python other than that of .venv.
 set -euo pipefail
 {commands}
 
@@ -42,13 +42,13 @@ exec "$python" -P -m common.tables run {row} --seeds "${{seeds[@]}}" {given} -- 
 
 
 def script(program: Program, table: Table, row: Row) -> str:
-    """The shell script of a row. It holds the row's command in full and gives it to ``run``, which adds seed and flags."""
+    """The shell script of a row. It holds the row's full command and passes it to ``run``, which adds seed and flags."""
     commands = [f"command={quote(program.command(table, row))}"]
     given = '--command "$command"'
     for number, before in reversed(list(enumerate(row.chain()[:-1]))):
         name = ("first", "second", "third")[number]
         commands = [
-            f"# Runs {name}, unless it has; {{after}} in the next command is its directory: {before.id}",
+            f"# Runs {name}, unless it has finished; {{after}} in the next command is the folder of its result: {before.id}",
             f"{name}={quote(program.command(table, before))}",
             *commands,
         ]
@@ -56,7 +56,7 @@ def script(program: Program, table: Table, row: Row) -> str:
     published = f"{row.published.value} ({row.published.source})" if row.published else "n/a"
     count = f"{row.parameters:,}" if row.parameters else "n/a"
     hours = sum(each.hours for each in row.chain())
-    first = " with what runs first" if row.after is not None else ""
+    first = " including what runs first" if row.after is not None else ""
     cost = f"about {hours:.3g} GPU-hours a seed{first}" if hours else "minutes on a CPU"
     path = f"{program.name}/{table.id}/{row.id}.sh"
     return _SCRIPT.format(
@@ -75,7 +75,7 @@ def script(program: Program, table: Table, row: Row) -> str:
 
 
 def quote(words: Sequence[str]) -> str:
-    """The words as one word for bash, which ``run`` splits again. Braces, as of ``{after}``, mean nothing to either."""
+    """The words as one bash word, which ``run`` splits again. Braces, as in ``{after}``, have no meaning to either."""
     joined = " ".join(word if _PLAIN.fullmatch(word) else shlex.quote(word) for word in words)
     return "'" + joined.replace("'", "'\\''") + "'"
 
@@ -85,10 +85,10 @@ def _one_line(text: str) -> str:
 
 
 def emit(programs: Sequence[Program], directory: Path = SCRIPTS) -> int:
-    """Write the script of every row, a list of commands per table and an index; returns the number of rows.
+    """Write the script of every row, a list of commands per table and an index. Returns the number of rows.
 
-    Scripts that an earlier version emitted and this one does not are removed; files that a user added, copies of generated
-    scripts included, are left alone. The list of a table leaves out rows that another one runs before its own.
+    Removes scripts that an earlier version emitted and this one does not. Leaves alone files that a user added, including
+    copies of generated scripts. The list of a table omits rows that another of its rows runs first.
     """
     files: dict[Path, str] = {}
     index = io.StringIO()

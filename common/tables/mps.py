@@ -16,19 +16,19 @@ _FOLDERS = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")
 
 @contextmanager
 def shared_gpus() -> Generator[None]:
-    """Within the block, processes that this one starts share its GPUs through the service, if there are GPUs.
+    """Within the block, processes that this one starts share its GPUs, if any, through the service.
 
-    A service that runs already is used and left running; one that is started here is stopped in the end. Where the service is
-    missing or does not start, one line on stderr says so, and runs take turns.
+    A service that is already running is used and left running; one that is started here is stopped at the end. If the service
+    is missing or does not start, one line on stderr says so, and runs take turns.
     """
     if not _has_gpu() or any(name in os.environ for name in _FOLDERS):
         yield
         return
     if shutil.which(CONTROL) is None:
-        print(f"runs take turns on the GPU: {CONTROL} is not on PATH, by which they would share it", file=sys.stderr)
+        print(f"runs take turns on the GPU: {CONTROL} is not on PATH, so they cannot share it", file=sys.stderr)
         yield
         return
-    if _call("get_server_list\n").returncode == 0:  # somebody has started it for this user
+    if _call("get_server_list\n").returncode == 0:  # it is already running for this user
         yield
         return
     with tempfile.TemporaryDirectory(prefix="mps-") as folder:
@@ -55,7 +55,7 @@ def _forget() -> None:
 
 
 def _call(order: str | None, *words: str) -> subprocess.CompletedProcess[str]:
-    """Call the service's program; one that does not answer counts as one that failed."""
+    """Call the service's control program. No answer within a minute counts as a failure."""
     command = [CONTROL, *words]
     try:
         return subprocess.run(command, input=order, capture_output=True, text=True, timeout=60)
@@ -64,7 +64,7 @@ def _call(order: str | None, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def _has_gpu() -> bool:
-    """Whether there is a GPU of NVIDIA's that processes may see. Asked of its driver: torch takes seconds to load."""
+    """Whether processes can see an NVIDIA GPU. Asks the driver, because torch takes seconds to load."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or shutil.which("nvidia-smi") is None:
         return False
     return "GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout

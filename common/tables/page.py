@@ -1,4 +1,4 @@
-"""One self-contained page of results: tables, figures, and what is behind each row. It asks nothing of the network."""
+"""One self-contained page of results: tables, figures, and the details of each row. It loads nothing from the network."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _link(target: Path, page: Path, text: str) -> str:
 
 
 def _behind(program: Program, table: Table, row: Row, results: Sequence[RunResult], page: Path) -> str:
-    """What is behind a row: its script and command, its configuration, and its results, seed by seed."""
+    """The details of a row: script, command, configuration, and the result of each seed."""
     script = SCRIPTS / program.name / table.id / f"{row.id}.sh"
     digits = f".{table.decimals}f"
     runs = "".join(
@@ -106,7 +106,7 @@ def render(
     problems: Sequence[str],
     page: Path,
 ) -> str:
-    """The page, to be written at ``page``; ``tables`` come with the PNG files of their figures."""
+    """The HTML of the page, to be written to ``page``. ``tables`` include the PNG files of their figures."""
     sections = "".join(_section(program, table, results, figures, page) for program, table, figures in tables)
     contents = "".join(f'<li><a href="#{html.escape(t.id)}">{html.escape(t.title)}</a></li>' for _, t, _ in tables)
     skipped = "".join(f"<li>{html.escape(problem)}</li>" for problem in problems)

@@ -18,7 +18,7 @@ from .reading import Results, epochs_of
 from .rows import ContrastFigure, CurveFigure, Program, SweepFigure, Table
 from .summaries import contrast_results
 
-# Okabe and Ito's palette, told apart by color-blind readers; line styles and markers tell lines apart in gray print.
+# Okabe and Ito's palette, which color-blind readers can distinguish. Line styles and markers distinguish lines in gray print.
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#8C8C8C")
 STYLES = (
     "-",
@@ -29,7 +29,7 @@ STYLES = (
     (0, (3, 1, 1, 1, 1, 1)),
     (0, (2, 1)),
     (0, (8, 2, 2, 2)),
-)  # dots are bounds
+)  # dotted lines are bounds
 MARKERS = "osD^vPX*"
 LABELS = {
     "test_accuracy": "test accuracy (%)",
@@ -69,12 +69,12 @@ def _mean_curve(runs: Sequence[list[dict[str, Any]]], metric: str) -> tuple[list
 
 
 def curves(figure: CurveFigure, program: Program, table: Table, results: Results) -> Figure | None:
-    """Metrics against the epoch: a panel each, a line per row, a band of one standard deviation over its seeds."""
+    """Metrics by epoch: a panel per metric, a line per row, and a band of one standard deviation over its seeds."""
     runs = {row.id: [epochs_of(result) for result in results.of(program, row)] for row in table.rows}
     runs = {id: records for id, records in runs.items() if any(records)}  # results may be kept without their metrics
     if not runs:
         return None
-    # What all names begin with is left out of the legend. By character is meant: names are no paths.
+    # The legend omits the common prefix of the names. They are compared by character, because they are not paths.
     shared = os.path.commonprefix(list(runs)).rfind("-") + 1 if len(runs) > 1 else 0  # noqa: RUF071
     drawn = Figure(figsize=(4.2 * len(figure.metrics), 3.4 + 0.17 * math.ceil(len(runs) / 3)), layout="constrained")
     for axes, entry in zip(drawn.subplots(1, len(figure.metrics), squeeze=False)[0], figure.metrics, strict=True):
@@ -134,7 +134,7 @@ def sweep(figure: SweepFigure, program: Program, table: Table, results: Results)
     for axes in grid[len(panels) :]:
         axes.remove()
     handles = {name: handle for axes in drawn.axes for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    inches = 0.6 + 0.075 * max(len(name) for name in names)  # of a name and its line
+    inches = 0.6 + 0.075 * max(len(name) for name in names)  # width of a name and its line
     fit = max(1, int(drawn.get_figwidth() / inches))
     drawn.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, fit, len(handles)))
     drawn.suptitle(textwrap.fill(table.title, int(13 * drawn.get_figwidth())), fontsize=10)
@@ -142,9 +142,9 @@ def sweep(figure: SweepFigure, program: Program, table: Table, results: Results)
 
 
 def contrasts(program: Program, table: Table, results: Results) -> Figure | None:
-    """The table's contrasts, one below the other: a ring per seed, their mean, and its 95 % interval where there is one.
+    """The table's contrasts, one below the other: a ring per seed, their mean, and its 95 % interval if there is one.
 
-    The axis is as wide as four times the largest difference of a seed; longer intervals are cut there.
+    The axis reaches at most four times the largest difference of any seed; longer intervals are cut off there.
     """
     found = [(result, each) for result, each in contrast_results(program, table, results) if each]
     if not found:
@@ -170,7 +170,7 @@ def contrasts(program: Program, table: Table, results: Results) -> Figure | None
 
 
 def write(program: Program, table: Table, results: Results, directory: Path) -> list[Path]:
-    """Write the figures of a table that have results, as PNG and PDF; returns the paths of the PNG files."""
+    """Write the figures of a table that have results, as PNG and PDF. Returns the paths of the PNG files."""
     paths = []
     with mpl.rc_context(_RC):
         for figure in table.figures:

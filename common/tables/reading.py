@@ -1,4 +1,4 @@
-"""Finished results, read and found by the identity of the configuration that they store."""
+"""Reads finished results, and finds them by the identity of the configuration that they store."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .rows import Key, Kinds, Program, Row, Table, keys
 
 
 def read(directory: Path, known: Kinds) -> tuple[list[RunResult], list[str]]:
-    """Every result.json below a directory that can be counted, and what is wrong with the others."""
+    """The valid results below a directory, and a message for each invalid one."""
     results, problems = [], []
     for path in sorted(directory.rglob(NAME)):
         try:
@@ -26,16 +26,16 @@ def read(directory: Path, known: Kinds) -> tuple[list[RunResult], list[str]]:
     return results, problems
 
 
-_DATA = {"train", "valid", "val", "dev", "test", "data"}  # names of inputs that are data, alone or before a slash
+_DATA = {"train", "valid", "val", "dev", "test", "data"}  # inputs that are data: the whole name, or its part before a slash
 
 
 def _data(run: RunResult) -> dict[str, str]:
-    """Digests of the data of a run: all its inputs but the checkpoints that it starts from."""
+    """Digests of the data of a run: all its inputs except the checkpoints that it starts from."""
     return {name: digest for name, digest in run.inputs.items() if name.partition("/")[0] in _DATA}
 
 
 def epochs_of(result: RunResult) -> list[dict[str, Any]]:
-    """The lines of the run's metrics.jsonl that are of whole epochs."""
+    """The records of whole epochs in the run's metrics.jsonl."""
     path = result.path.with_name("metrics.jsonl")
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -45,9 +45,9 @@ def epochs_of(result: RunResult) -> list[dict[str, Any]]:
 
 
 class Results:
-    """Finished runs of some programs, to be found by row.
+    """Finished runs of some programs, indexed by row.
 
-    Two runs of one configuration and seed count once. Raises ValueError where they were made from different files.
+    Two runs of one configuration and seed count once. Raises ValueError if they were made from different files.
     """
 
     def __init__(self, runs: Iterable[RunResult], known: Kinds) -> None:
@@ -63,20 +63,20 @@ class Results:
                     )
 
     def of(self, program: Program, row: Row) -> list[RunResult]:
-        """The results of exactly a row's configuration that count for it, by seed."""
+        """The results that count for a row, ordered by seed. Their configuration is exactly the row's."""
         found = self._found.get(program.key(row), {})
         return [found[seed] for seed in sorted(found) if seed in row.seeds or not program.own_seeds]
 
     def outdated(self, program: Program, table: Table) -> list[RunResult]:
-        """The results that claim a row of the table and are not of its configuration."""
+        """The results that name a row of the table but have another configuration."""
         wanted = {f"{table.id}/{row.id}": program.key(row) for row in table.rows}
         return [run for run, found in self.runs if run.row in wanted and wanted[run.row] not in found]
 
     def check(self, program: Program, table: Table) -> None:
-        """Raise ValueError where two results claim one row and seed of the table and have different configurations.
+        """Raise ValueError if two results name the same row and seed of the table but have different configurations.
 
-        Also where the table would compare runs on different files: images of ``--data imagefolder``, or prepared
-        translations, for other data sets are part of the configuration.
+        Also raise it if the table would compare runs on different files. This matters for ``--data imagefolder`` and for
+        prepared text; other data sets are part of the configuration.
         """
         wanted = {program.key(row) for row in table.rows}
         first: RunResult | None = None

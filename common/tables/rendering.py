@@ -16,7 +16,7 @@ from .summaries import ContrastResult, RowSummary
 
 
 def spread(mean: float | None, std: float | None, decimals: int) -> str:
-    """Mean ± sample standard deviation, as far as there are such."""
+    """Mean ± sample standard deviation; "-" without a mean, and only the mean without a deviation."""
     if mean is None:
         return "-"
     return f"{mean:.{decimals}f}" if std is None else f"{mean:.{decimals}f} ± {std:.{decimals}f}"
@@ -45,7 +45,10 @@ def cells(summaries: Sequence[RowSummary], decimals: int = 2) -> tuple[list[str]
 
 
 def arranged_as_published(table: Table, summaries: Sequence[RowSummary]) -> str:
-    """The table with a line per scheme and a column per setting, ours beside published; empty where rows have no place."""
+    """The table in the paper's layout, with a line per scheme and a column per setting: our number beside the published one.
+
+    Empty if the rows have no place in it.
+    """
     cells_of: dict[str, dict[str, str]] = {}
     columns: dict[str, None] = {}
     for row, each in zip(table.rows, summaries, strict=True):
@@ -74,7 +77,7 @@ CONTRASTS_NOTE = (
 
 
 def interval(found: ContrastResult, decimals: int) -> str:
-    """The 95 % interval, [low, high]; empty where there is none."""
+    """The 95 % interval, [low, high]; empty if there is none."""
     if found.low is None:
         return ""
     return f"[{found.low:+.{decimals}f}, {found.high:+.{decimals}f}]"
@@ -137,7 +140,7 @@ def to_csv(records: Sequence[RowSummary] | Sequence[ContrastResult], kind: type[
 
 
 def write(table: Table, summaries: Sequence[RowSummary], directory: Path, found: Sequence[ContrastResult] = ()) -> None:
-    """Write table.md (with the figures that are there), table.csv and table.tex, and contrasts.csv of a table that has some."""
+    """Write table.md (with the existing figures), table.csv, table.tex and, if the table has contrasts, contrasts.csv."""
     drawn = [figure.id for figure in table.figures if (directory / f"{figure.id}.png").exists()]
     figures = "".join(f"\n![{id}]({id}.png)\n" for id in drawn)
     write_atomic(directory / "table.md", to_markdown(table, summaries, found) + figures)

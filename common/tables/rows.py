@@ -1,4 +1,4 @@
-"""Rows of tables as data: what differs from a recipe, what it should give, and what it costs."""
+"""Rows of tables as data: how each differs from the defaults, what it should give, and what it costs."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+=_-]*")
 
 @dataclass(frozen=True)
 class Published:
-    """A number from elsewhere that a row is compared with."""
+    """A published number to compare a row with."""
 
     value: float
-    source: str  # where it was read, and whether it is the paper's own
+    source: str  # where it was found, and whether it is the paper's own
 
 
 @dataclass(frozen=True)
 class Row:
     """One configuration of a program, one line of a table.
 
-    flags:       what differs from the program's defaults, as words of a command line.
+    flags:       flags that differ from the program's defaults, as words of a command line.
     label:       the row in words.
     hours:       rough GPU-hours of one seed, as the authors of the released code estimate them.
-    parameters:  expected parameter count.
+    parameters:  expected number of parameters.
     published:   number to compare with; None prints as n/a.
     script:      the program's file that runs the row.
-    after:       a row that must have run before, which the script makes sure of; ``{after}`` in the flags is its directory.
-    table:       id of the row's table, where it is the ``after`` of a row of another one.
-    place:       line and column of the row in the paper's shape of the table, if it has one.
+    after:       a row that must run first, which the script ensures; ``{after}`` in the flags is the folder of its result.
+    table:       id of the row's own table, if the row is the ``after`` of a row of another table.
+    place:       line and column of the row in the paper's layout of the table, if it has one.
     """
 
     id: str
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass(frozen=True)
 class CurveFigure:
-    """A figure of metrics against the epoch, a panel each and a line per row; ``metric/bound`` adds a dotted bound."""
+    """A figure of metrics by epoch: a panel per metric, a line per row. ``metric/bound`` adds a dotted bound."""
 
     id: str
     metrics: tuple[str, ...] = ("test_accuracy", "frobenius_norm")
@@ -72,9 +72,9 @@ class CurveFigure:
 
 @dataclass(frozen=True)
 class SweepFigure:
-    """A figure of the final score against a number of the configuration, on a log scale.
+    """A figure of the final score against ``x``, a number of the configuration, on a log scale.
 
-    ``series`` names the line a configuration belongs to and ``panel`` the panel.
+    ``series`` names the line that a configuration belongs to, and ``panel`` its panel.
     """
 
     id: str
@@ -101,9 +101,10 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that are read together.
+    """Rows that answer one question together.
 
-    ``id`` names its folder, ``title`` says what of the paper it is, ``score`` what counts, shown with so many ``decimals``.
+    ``id`` names the folder. ``title`` says what the table shows, and ``score`` what its numbers are. They are shown with
+    ``decimals`` decimal places.
     """
 
     id: str
@@ -127,7 +128,7 @@ class Table:
                     raise ValueError(f"a contrast of table {self.id!r} names row {id!r}, which it does not have")
 
     def own_runs(self) -> list[Row]:
-        """The rows to start: all but those that another one runs before its own."""
+        """The rows to start: all except those that another row runs first."""
         before = {each.id for row in self.rows for each in row.chain()[:-1] if each.table in ("", self.id)}
         return [row for row in self.rows if row.id not in before]
 
@@ -136,8 +137,8 @@ class Table:
 class Program:
     """A subproject: the configurations of its scripts, by file name, and its tables.
 
-    own_seeds:    tables count no other seeds than those that a row names.
-    own_process:  a row needs a process of its own, because the program leaves the one it ran in changed.
+    own_seeds:    tables count only the seeds that a row names.
+    own_process:  each run needs its own process, because the program changes the state of the process that it runs in.
     """
 
     name: str
@@ -155,15 +156,15 @@ class Program:
         return self.config(row).record()
 
     def config_hash(self, row: Row) -> str:
-        """The identity of a row's runs."""
+        """The hash of a row's configuration, which identifies its runs."""
         return self.config(row).config_hash()
 
     def key(self, row: Row) -> Key:
-        """What finds the runs of a row among all runs."""
+        """The key by which the runs of a row are found among all runs."""
         return self.name, row.script, self.config_hash(row)
 
     def command(self, table: Table, row: Row) -> list[str]:
-        """Words of the row's command after the interpreter, without seed."""
+        """Words of the row's command after the interpreter, without the seed."""
         return [
             f"{self.name}/{row.script}",
             *row.flags,
@@ -191,10 +192,10 @@ def kinds(found: Sequence[Program]) -> Kinds:
 
 
 def keys(record: Mapping[str, Any], known: Kinds, script: str = "") -> list[Key]:
-    """What a stored configuration is found by; its stored hash does not matter.
+    """The keys by which a stored configuration is found. The hash stored with it does not matter.
 
-    Where it is not known which script of its program it is of, as with results of format 1, there is a key for each. That is
-    safe: the scripts of a program have fields that must be given, so that no configuration of one equals one of another.
+    If the script is unknown, as in results of format 1, there is one key for each script of the program. That is safe: because
+    of the fields that scripts require, no configuration of one script equals one of another.
     """
     return [
         (program, name, config_hash(identity(kind, record)))
@@ -204,21 +205,23 @@ def keys(record: Mapping[str, Any], known: Kinds, script: str = "") -> list[Key]
 
 
 def programs(module: str = "rows") -> list[Program]:
-    """The program of every subproject that has the module, ``rows`` of the paper or ``evidence``: PROGRAM there.
+    """PROGRAM of every subproject that has the module: ``rows``, with the paper's tables, or ``evidence``.
 
-    They are those of the clone that this file is in, whatever else of their names is on the path.
+    Subprojects are those of the clone that contains this file, even if other packages of their names are on the path.
     """
     if __name__.partition(".")[0] != "common":
-        raise ValueError(f"tables are of a clone, whose programs import it as common: run python -m common.tables in {ROOT}")
+        raise ValueError(
+            f"tables need a clone of the project, where this package is called common: run python -m common.tables in {ROOT}"
+        )
     if sys.path[0] != str(ROOT):
         sys.path.insert(0, str(ROOT))
     found = [import_module(f"{path.parent.name}.{module}").PROGRAM for path in sorted(ROOT.glob(f"*/{module}.py"))]
     if not found:
-        raise ValueError(f"there are no programs in {ROOT}: tables need a clone of the project, python -m common.tables in it")
+        raise ValueError(f"there are no programs in {ROOT}: run python -m common.tables in a clone of the project")
     tables = [table.id for program in found for table in program.tables]
     twice = next((id for id in tables if tables.count(id) > 1), None)
     if twice is not None:
-        raise ValueError(f"two programs have a table {twice!r}: tables need ids of their own")
+        raise ValueError(f"two programs have a table {twice!r}: give each table its own id")
     return found
 
 
@@ -227,7 +230,7 @@ def select(
 ) -> list[Program]:
     """The programs reduced to one program, one table, or the rows whose id matches a shell pattern.
 
-    Raises ValueError, listing what there is, where nothing matches.
+    Raises ValueError, listing the alternatives, if nothing matches.
     """
     if program is not None and program not in [p.name for p in found]:
         raise ValueError(f"there is no program {program!r}: there are {', '.join(p.name for p in found)}")
@@ -244,11 +247,11 @@ def select(
         tables = [_reduce(t, [r for r in t.rows if matches(t, r)]) for t in p.tables]
         chosen.append(replace(p, tables=tuple(t for t in tables if t.rows and table in (None, t.id))))
     if not any(p.tables for p in chosen):
-        raise ValueError(f"no row matches {row!r}: python -m common.tables list shows them")
+        raise ValueError(f"no row matches {row!r}: python -m common.tables list shows all rows")
     return [p for p in chosen if p.tables]
 
 
 def _reduce(table: Table, rows: Sequence[Row]) -> Table:
-    """The table with these rows alone, and the contrasts between them."""
+    """The table with only these rows, and the contrasts between them."""
     ids = {row.id for row in rows}
     return replace(table, rows=tuple(rows), contrasts=tuple(c for c in table.contrasts if {c.row, c.base} <= ids))

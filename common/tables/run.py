@@ -1,4 +1,4 @@
-"""Run rows: one after the other in this process, or several at a time, each worker importing torch once."""
+"""Runs rows one after another in this process, or several at a time in workers that each import torch once."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def log_of(task: Task) -> Path:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: exit status, what it printed on standard output, seconds it took."""
+    """How a run ended: its exit status, its standard output, and the seconds it took."""
 
     status: int
     printed: str = ""
@@ -66,10 +66,10 @@ class Outcome:
 
 
 def tasks_of(programs: Sequence[Program], rows: Sequence[str], seeds: Sequence[int] | None, flags: Sequence[str]) -> list[Task]:
-    """The runs of rows, given as TABLE or TABLE/PATTERN; seeds default to each row's own.
+    """The runs of rows, given as TABLE or TABLE/PATTERN. Seeds default to each row's own.
 
-    Of a table, rows that another one runs before its own are left out, as in lists of scripts. Raises ValueError where there
-    is no such table or row.
+    Rows that another row of their table runs first are omitted, as in lists of scripts. Raises ValueError if there is no such
+    table or row.
     """
     found: dict[tuple[str, int], Task] = {}
     for word in rows:
@@ -84,23 +84,23 @@ def tasks_of(programs: Sequence[Program], rows: Sequence[str], seeds: Sequence[i
 
 
 def task_of_commands(row: str, commands: Sequence[Words], seed: int, flags: Sequence[str]) -> Task:
-    """The run of exactly these commands, as a generated script gives them, for a seed."""
+    """The run of exactly these commands for a seed, as a generated script passes them."""
     if not all(SAFE.fullmatch(part) for part in row.split("/")) or row.count("/") != 1:
-        raise ValueError(f"--command is for a row such as quickstart/full, got {row!r}")
+        raise ValueError(f"--command needs one row such as quickstart/full, got {row!r}")
     if any("{after}" in word for word in commands[0]):
-        raise ValueError("{after} in the first --command stands for nothing: it is the folder of the result of the one before")
+        raise ValueError("{after} in the first --command stands for nothing: it is the folder of the previous command's result")
     return Task(row, seed, tuple((*words, "--seed", str(seed), *flags) for words in commands))
 
 
 def run(tasks: Sequence[Task], jobs: int = 1, launcher: Sequence[str] = (), minutes: float | None = None) -> int:
-    """Run the tasks, ``jobs`` at a time, and print the paths of their results; returns the exit status.
+    """Run the tasks, ``jobs`` at a time, and print the paths of their results. Returns the exit status.
 
-    After ``minutes`` all runs are told to save a checkpoint and stop. A run that fails does not keep the others from running.
-    The status is then its own, or 1 where others failed differently; it is 75 where runs were stopped. Flags are checked before
-    any run starts: wrong ones end the process.
+    After ``minutes``, all runs are told to save a checkpoint and stop. A run that fails does not keep the others from running.
+    The status is 75 if runs were stopped. Otherwise it is that of the failed runs, or 1 if they failed differently. Flags are
+    checked before any run starts; wrong ones end the process.
     """
     if launcher and shutil.which(launcher[0]) is None:
-        raise ValueError(f"LAUNCHER, or --launcher, starts with {launcher[0]!r}, which is no program on PATH: give its path")
+        raise ValueError(f"LAUNCHER, or --launcher, starts with {launcher[0]!r}, which is not a program on PATH: give its path")
     configs = [configuration(command) for task in tasks for command in task.commands]
     jobs = min(jobs, len(tasks))
     failed: list[tuple[Task, Outcome]] = []
@@ -142,14 +142,14 @@ def _execute(task: Task, launcher: Sequence[str]) -> Outcome:
         status, printed = error.status, ""
     except SystemExit as end:
         status, printed = end.code if isinstance(end.code, int) else 1, ""
-    except Exception:  # of the run or of the disk that its lock is on
+    except Exception:  # from the run, or from the disk that holds its lock
         traceback.print_exc()
         status, printed = 1, ""
     return Outcome(status, printed, time.monotonic() - started)
 
 
 def _here(tasks: Sequence[Task], launcher: Sequence[str]) -> Generator[tuple[Task, Outcome]]:
-    with _stop_requests(lambda: None) as stop:  # between two runs; within one it is the program that is told
+    with _stop_requests(lambda: None) as stop:  # between two runs; during one, the program itself is told
         for task in tasks:
             if stop.is_set():
                 return
@@ -161,7 +161,7 @@ def _here(tasks: Sequence[Task], launcher: Sequence[str]) -> Generator[tuple[Tas
 
 @contextmanager
 def _time_limit(minutes: float | None) -> Generator[None]:
-    """Send this process SIGTERM, which stops its runs, once the minutes are over."""
+    """Send this process SIGTERM, which stops its runs, after the given minutes."""
     if minutes is None:
         yield
         return
@@ -175,7 +175,7 @@ def _time_limit(minutes: float | None) -> Generator[None]:
 
 
 class _Worker:
-    """A process that runs one task after another: a pool of its own, so that one that dies takes no other along."""
+    """A process that runs one task after another. It has its own pool, so that its death does not affect the others."""
 
     def __init__(self, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -187,7 +187,7 @@ class _Worker:
         return self.pool.submit(_execute_in_worker, task, launcher, log_of(task))
 
     def stop_task(self) -> None:
-        """Tell the program that runs to save a checkpoint and end."""
+        """Tell the running program to save a checkpoint and stop."""
         with suppress(ProcessLookupError):
             os.kill(self.process, signal.SIGTERM)
 
@@ -209,7 +209,7 @@ def _in_workers(tasks: Sequence[Task], jobs: int, launcher: Sequence[str]) -> Ge
                     worker = idle.pop() if idle else _Worker(threads)
                     task = waiting.popleft()
                     running[worker.start(task, launcher)] = task, worker
-                    if stop.is_set():  # which came while the worker started, and did not reach it
+                    if stop.is_set():  # the request came while the worker started, and did not reach it
                         worker.stop_task()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     task, worker = running.pop(future)
@@ -218,7 +218,7 @@ def _in_workers(tasks: Sequence[Task], jobs: int, launcher: Sequence[str]) -> Ge
                         worker.pool.shutdown()
                     else:
                         idle.append(worker)
-                    if outcome.status == REQUEUE and not stop.is_set():  # somebody stopped one of them: all are to stop
+                    if outcome.status == REQUEUE and not stop.is_set():  # one run was stopped from outside: stop all
                         stop.set()
                         stop_all()
                     yield task, outcome
@@ -239,7 +239,7 @@ def _outcome(future: Future[Outcome], task: Task, *, stopped: bool) -> Outcome:
 
 @contextmanager
 def _stop_requests(stop_all: Callable[[], None]) -> Generator[threading.Event]:
-    """An event that SIGTERM, SIGUSR2 and SIGINT set, after ``stop_all``. A second SIGINT raises KeyboardInterrupt."""
+    """An event that SIGTERM, SIGUSR2 and SIGINT set before ``stop_all``. A second SIGINT raises KeyboardInterrupt."""
     requested = threading.Event()
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -281,10 +281,10 @@ def _follow_parent() -> None:
 def _execute_in_worker(task: Task, launcher: Sequence[str], path: Path) -> Outcome:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as log:
-        os.dup2(log.fileno(), 1)  # of libraries: what programs print is captured
+        os.dup2(log.fileno(), 1)  # for libraries: what programs print is captured
         os.dup2(log.fileno(), 2)
     outcome = _execute(task, launcher)
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
-        os._exit(outcome.status)  # the pool would wait for its next task for ever
+        os._exit(outcome.status)  # otherwise the pool would wait for its next task forever
     return outcome

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class RowJob:
-    """The commands of one row and seed as a job, see :class:`RowRun`; each runs in a process of its own.
+    """The commands of one row and seed as a job (see :class:`RowRun`). Each runs in its own process.
 
-    Slurm announces preemption and time limits by SIGUSR2 to the processes of the job. The program then saves a checkpoint and
-    exits with status 75; submitit calls :meth:`checkpoint`, which waits for that, and queues the job again. Commands
-    resume by themselves.
+    Slurm announces preemption and time limits by sending SIGUSR2 to the processes of the job. The program then saves a
+    checkpoint and exits with status 75. submitit calls :meth:`checkpoint`, which waits for that, and queues the job again.
+    Commands resume by themselves.
     """
 
     def __init__(self, commands: Sequence[Sequence[str]], launcher: Sequence[str] = (sys.executable,)) -> None:
@@ -39,7 +39,7 @@ class RowJob:
             try:
                 return self._run().strip()
             except CommandError as error:
-                if error.status != REQUEUE:  # else it was told to stop although the job was not: resume at once
+                if error.status != REQUEUE:  # 75: it was told to stop although the job was not, so resume at once
                     raise
 
     def checkpoint(self) -> DelayedSubmission:
@@ -50,7 +50,7 @@ class RowJob:
         if process is not None:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 process.send_signal(signal.SIGUSR2)
-                # Not Popen.wait: the handler may have interrupted one, which holds its lock.
+                # Not Popen.wait: the handler may have interrupted such a call, which holds its lock.
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(RowJob(self.commands, self.launcher))
 
@@ -71,9 +71,9 @@ def submit(
     flags: Sequence[str] = (),
     partition: str | None = None,
 ) -> list[Job[str]]:
-    """Submit every row and seed as one array with at most ``parallel`` jobs at a time; returns submitit's jobs.
+    """Submit every row and seed as one array with at most ``parallel`` jobs at a time. Returns submitit's jobs.
 
-    Logs and the array's script go to ``folder``. Raises ValueError where submitit or Slurm is missing.
+    Logs and the array's script go to ``folder``. Raises ValueError if submitit or Slurm is missing, or sbatch fails.
     """
     try:
         from submitit import SlurmExecutor
@@ -83,10 +83,10 @@ def submit(
             "submitting to Slurm needs submitit: .venv/bin/pip install -c constraints.txt -e '.[slurm]'"
         ) from error
     if SlurmExecutor.affinity() < 0:
-        raise ValueError("there is no Slurm here: srun is not on PATH")
+        raise ValueError("Slurm is unavailable: srun is not on PATH")
     executor = SlurmExecutor(folder, max_num_timeout=1000)
     options: dict[str, Any] = {"gpus_per_node": gpus} if gpus else {}
-    # The job finds the packages of this clone, and no folder of their names in the current one.
+    # The job imports the packages of this clone, not folders of the same names in the current directory.
     path = f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}"
     options["setup"] = [path, "export PYTHONSAFEPATH=1"]
     if partition:
@@ -94,7 +94,7 @@ def submit(
     executor.update_parameters(time=minutes, array_parallelism=parallel, cpus_per_task=cpus, **options)
     jobs = [job(p, t, row, seed, flags) for p in programs for t in p.tables for row in t.own_runs() for seed in row.seeds]
     for command in (command for each in jobs for command in each.commands):
-        configuration(command)  # wrong flags are refused now, and not by every job
+        configuration(command)  # refuses wrong flags now, instead of in every job
     try:
         return executor.submit_array(jobs)
     except FailedJobError as error:

@@ -1,4 +1,4 @@
-"""Where the runs of rows stand: finished, running, stopped, failed or missing, and the GPU-hours that are left."""
+"""The states of rows' runs (finished, running, stopped, failed or missing), and the remaining GPU-hours."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ def _state(directory: Path, found: Sequence[Key], seed: int, known: Kinds, now: 
 
 
 def scan(directory: Path, known: Kinds) -> tuple[dict[tuple[Key, int], RunState], list[str]]:
-    """State of every run below a directory, by key and seed (of several, the furthest), and unreadable files.
+    """The state of every run below a directory, by key and seed, and messages for unreadable files.
 
-    A run whose result alone was kept, as in evidence/, is finished.
+    If several runs share a key and seed, the furthest one counts. A run of which only the result was kept, as in evidence/, is
+    finished.
     """
     found = {
         (key, run.seed): RunState("finished", 1.0)
@@ -69,7 +70,7 @@ def scan(directory: Path, known: Kinds) -> tuple[dict[tuple[Key, int], RunState]
             problems.append(str(error))
             continue
         except (KeyError, TypeError, AttributeError):
-            continue  # not a run's
+            continue  # not the configuration of a run
         for key in of_run:
             best = found.setdefault((key, seed), state)
             if (_STATES.index(state.state), -state.done) < (_STATES.index(best.state), -best.done):
@@ -82,7 +83,7 @@ def hours_left(row: Row, states: Sequence[RunState]) -> float:
 
 
 def render(programs: Sequence[Program], found: Mapping[tuple[Key, int], RunState], *, all_rows: bool) -> str:
-    """A line per row that was begun (or every row), last errors, and totals."""
+    """A line per row that has started (or per row, with ``all_rows``), the last errors, and totals."""
     lines, errors = [], []
     totals = dict.fromkeys((*_STATES, "missing"), 0)
     hours, rows = 0.0, 0
@@ -102,7 +103,7 @@ def render(programs: Sequence[Program], found: Mapping[tuple[Key, int], RunState
                 ]
     text = tabulate(lines, ["row", *totals, "GPU-hours left"], tablefmt="simple", disable_numparse=True)
     summary = ", ".join(f"{count} {name}" for name, count in totals.items() if count)
-    hidden = f" ({rows - len(lines)} rows not begun are not shown; --all shows them)" if len(lines) < rows else ""
+    hidden = f" ({rows - len(lines)} rows have not started and are not shown; --all shows them)" if len(lines) < rows else ""
     return "\n".join(
         [text, *(f"failed: {error}" for error in errors), f"{rows} rows{hidden}: {summary}; {hours:.1f} GPU-hours left"]
     )

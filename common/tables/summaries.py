@@ -1,4 +1,4 @@
-"""Numbers of tables: rows summarized over their seeds, and contrasts of rows tested over the seeds that both have."""
+"""The numbers of tables: rows summarized over their seeds, and contrasts of rows tested over the seeds they share."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .rows import Contrast, Program, Row, Table
 
 @dataclass(frozen=True)
 class RowSummary:
-    """A row of a table: n seeds, mean and sample standard deviation of final and best value, and what is published.
+    """A row of a table: n seeds, mean and sample standard deviation of final and best value, and the published number.
 
-    ``seconds`` are the mean of one run's.
+    ``seconds`` is the mean time of one run.
     """
 
     row: str
@@ -36,8 +36,8 @@ class RowSummary:
 class ContrastResult:
     """What a contrast shows: the mean difference of the final values over n shared seeds, and Student's paired t-test.
 
-    ``low`` and ``high`` are the 95 % confidence interval; they and ``p`` are None below two seeds, or where all differences
-    are the same.
+    ``low`` and ``high`` are the 95 % confidence interval; they and ``p`` are None with fewer than two seeds, or if all
+    differences are equal.
     """
 
     question: str
@@ -76,7 +76,7 @@ def summarize(program: Program, table: Table, results: Results) -> list[RowSumma
 
 
 def contrast_results(program: Program, table: Table, results: Results) -> list[tuple[ContrastResult, list[float]]]:
-    """The contrasts of a table over the seeds that both rows have finished, each with its difference seed by seed."""
+    """The contrasts of a table over the seeds that both rows have finished, each with its differences seed by seed."""
     finals = {row.id: {result.seed: result.final for result in results.of(program, row)} for row in table.rows}
     found = []
     for contrast in table.contrasts:
@@ -93,7 +93,7 @@ def paired(contrast: Contrast, each: Sequence[float]) -> ContrastResult:
     if each:
         mean = statistics.mean(each)
     if len(set(each)) > 1:
-        from scipy.stats import ttest_1samp  # takes a second to load, which emitting scripts does not need
+        from scipy.stats import ttest_1samp  # takes a second to load; emitting scripts does not need it
 
         test = ttest_1samp(each, 0.0)
         interval = test.confidence_interval(0.95)

@@ -1,1 +1,1 @@
-"""Machinery of the image programs: their configurations, data, training loop, and the skeleton that each fills in."""
+"""Code shared by the image programs: configurations, data, training loop, and the experiment class that each completes."""

@@ -15,7 +15,7 @@ DATASETS: dict[str, tuple[int | None, int | None]] = {  # name: (classes, image 
     "cifar10": (10, 32),
     "cifar100": (100, 32),
     "fashion_mnist": (10, 32),
-    "tiny_imagenet": (None, 64),  # 200 classes, counted
+    "tiny_imagenet": (None, 64),  # normally 200 classes; counted on disk
     "imagefolder": (None, None),
 }
 
@@ -37,13 +37,16 @@ class DataConfig(Config):
         ROOT / "data",
         type=Path,
         changes_result=False,
-        help="where data sets are, or are downloaded to; for imagefolder the folder with train/ and test/ or val/",
+        help="folder of the data sets, also for downloads; for imagefolder, the folder with train/ and test/ (or val/)",
     )
     image_size: int | None = flag(
-        None, type=positive_int, help="pixels; smaller images are padded with zeros, image folders resized"
+        None, type=positive_int, help="side in pixels; smaller images are padded with zeros, those of image folders are resized"
     )
     num_classes: int | None = flag(
-        None, type=positive_int, changes_result=False, help="classes of an image folder (default: counted in its train/)"
+        None,
+        type=positive_int,
+        changes_result=False,
+        help="number of classes of an image folder (default: counted in its train/)",
     )
     workers: int = flag(
         4, "-j", "--workers", type=positive_int, metavar="N", changes_result=False, help="threads that decode image folders"
@@ -53,7 +56,7 @@ class DataConfig(Config):
         super().resolve()
         classes, size = DATASETS[self.data]
         if classes is not None and self.num_classes not in (None, classes):
-            raise ValueError(f"--num-classes is for imagefolder: {self.data} has {classes}, got {self.num_classes}")
+            raise ValueError(f"--num-classes is for imagefolder: {self.data} has {classes} classes, got {self.num_classes}")
         self.num_classes = classes or self.num_classes
         if size is not None and self.image_size is not None and self.image_size < size:
             raise ValueError(f"--image-size must be at least {size} for {self.data}, got {self.image_size}")
@@ -71,7 +74,7 @@ class ImageRunConfig(RunConfig, DataConfig):
     group: ClassVar[str | None] = "training"
 
     epochs: int = flag(200, "--epochs", "--epoch", type=positive_int, metavar="N", help="passes over the training images")
-    momentum: float = flag(0.9, type=non_negative, help="of SGD, in [0, 1)")
+    momentum: float = flag(0.9, type=non_negative, help="momentum of SGD, in [0, 1)")
 
     def resolve(self) -> None:
         super().resolve()
@@ -88,14 +91,16 @@ class ImageRunConfig(RunConfig, DataConfig):
 
 @dataclass(kw_only=True)
 class FactorizationConfig(ImageRunConfig):
-    """Which layers are factorized, and how; ``layers`` says in words which ones a program factorizes."""
+    """Which layers are factorized, and how. ``layers`` describes the layers that a program factorizes."""
 
     group: ClassVar[str | None] = "factorization ({cls.layers})"
     layers: ClassVar[str] = ""
     needing: ClassVar[tuple[str, ...]] = ("spectral", "init", "wd2fd")  # fields that need factorized layers
 
-    rank_scale: float = flag(0.0, type=non_negative, help="rank as a share of out_channels * kernel; 0 is dense")
-    target_ratio: float = flag(0.0, type=non_negative, help="instead of --rank-scale: parameters to keep")
+    rank_scale: float = flag(
+        0.0, type=non_negative, help="rank as a multiple of out_channels * kernel; 0 leaves the network dense"
+    )
+    target_ratio: float = flag(0.0, type=non_negative, help="instead of --rank-scale: share of the parameters to keep")
     spectral: bool = flag(False, changes_result=False, help="spectral initialization, short for --init spectral")
     init: Literal["regular", "spectral", "norm-matched"] = flag(
         None, choices=("regular", "spectral", "norm-matched"), help="initialization (default: regular)"
@@ -128,7 +133,7 @@ class FactorizationConfig(ImageRunConfig):
 
 @dataclass(kw_only=True)
 class LowRankTrainingConfig(FactorizationConfig):
-    """Factorization of a dense network, which may be trained already, and folding it back.
+    """Factorization of a dense network, which may already be trained, and folding of the trained factors.
 
     A program with these flags derives from :class:`common.vision.experiment.LowRankExperiment`.
     """
@@ -137,5 +142,7 @@ class LowRankTrainingConfig(FactorizationConfig):
     pretrained: Path | None = flag(
         None, type=Path, metavar="FILE", input_file=True, help="dense checkpoint to load before factorizing"
     )
-    densify: bool = flag(False, changes_result=False, help="also fold the trained factors, and evaluate and write that model")
+    densify: bool = flag(
+        False, changes_result=False, help="also fold the trained factors, and evaluate and save the folded model"
+    )
     needing: ClassVar[tuple[str, ...]] = (*FactorizationConfig.needing, "densify")

@@ -1,6 +1,6 @@
 """Image data sets as uint8 tensors, and batches of them that are pure functions of seed, epoch, step and sample.
 
-torchvision is imported where it is used: it takes as long to load as torch, and the embedded digits do without it.
+torchvision is imported only where it is used: it takes as long to load as torch, and the embedded digits do not need it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..experiments.files import IMAGES, images_in
 from . import tiny_imagenet
 from .config import DATASETS
 
-# Mean and standard deviation of a channel, on [0, 1], as the released code has them.
+# Mean and standard deviation of each channel, for pixels in [0, 1], as in the released code.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
@@ -46,10 +46,10 @@ class Batch:
 class Data:
     """A training and a test split on one device.
 
-    Training images get a random crop after zero padding (by an eighth of their size unless ``padding`` tells), a random
-    horizontal flip where ``flip``, and normalization: the distribution of torchvision's RandomCrop, RandomHorizontalFlip,
-    ToTensor and Normalize, drawn for each image. Cutout (DeVries & Taylor 2017) then sets a square of ``cutout`` pixels
-    (None: half the image) around a random pixel to zero, as far as it lies within the image.
+    Each training image gets a random crop after zero padding (by ``padding`` pixels; None: an eighth of the image size), a
+    random horizontal flip if ``flip``, and normalization. The distribution is that of torchvision's RandomCrop,
+    RandomHorizontalFlip, ToTensor and Normalize. Cutout (DeVries & Taylor 2017) then sets a square around a random pixel to
+    zero. Its side is ``cutout`` pixels (None: half the image size); parts outside the image are cut off.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class Data:
         return len(self.train_labels)
 
     def steps_per_epoch(self, batch_size: int, world_size: int = 1) -> int:
-        """Batches in an epoch; the last is partial and, in parallel, loses the samples that do not fill every process."""
+        """Batches in an epoch. The last may be smaller; in parallel it drops the samples that do not divide among processes."""
         full, rest = divmod(len(self), batch_size)
         return full + (rest >= world_size)
 
     def _plan(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """Order of the samples (N), and per sample (N, 5) row and column of the crop, flip, row and column of the cutout."""
+        """Order of the samples (N), and for each (N, 5): row and column of the crop, flip, row and column of the cutout."""
         if self._epoch is None or self._epoch[0] != (seed, epoch):
             mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1))
             generator = torch.Generator().manual_seed(mixed)
@@ -106,7 +106,7 @@ class Data:
         return self.batch(index[rank * share : (rank + 1) * share], augmentation)
 
     def batch(self, index: Tensor, augmentation: Tensor) -> Batch:
-        """The training samples of an index (B), augmented as their rows of ``augmentation`` (N, 5) say."""
+        """The training samples at the indices (B), augmented as their rows of ``augmentation`` (N, 5) specify."""
         top, left, flip, *hole = augmentation[index].unbind(1)
         rows = top[:, None] + self._pixels
         columns = left[:, None] + torch.where(flip[:, None] == 1, self._pixels.flip(0), self._pixels)
@@ -118,11 +118,11 @@ class Data:
         return Batch(images, self.train_labels[index])
 
     def feed(self, seed: int, batch_size: int) -> Feed:
-        """Batches from tensors that stay where they are."""
+        """Batches for a CUDA graph: their order and augmentation are tensors at fixed addresses."""
         return Feed(self, seed, batch_size)
 
     def _outside(self, center: Tensor) -> Tensor:
-        """Which pixels (B, size) along one side are outside of each image's cutout."""
+        """Which pixels (B, size) along one side are outside each image's cutout."""
         start = center[:, None] - self.cutout // 2
         return (self._pixels < start) | (self._pixels >= start + self.cutout)
 
@@ -138,20 +138,20 @@ class Data:
 
 
 class Feed:
-    """Whole batches of one epoch after another, whose order, augmentation and place are tensors that stay where they are.
+    """Full batches of one epoch after another. Order, augmentation and position are tensors at fixed addresses.
 
-    :meth:`next` gives the batches of :meth:`Data.train_batch`, and can be part of a CUDA graph.
+    :meth:`next` returns the batches of :meth:`Data.train_batch`, and can be part of a CUDA graph.
     """
 
     def __init__(self, data: Data, seed: int, batch_size: int) -> None:
         self.data, self.seed, self.batch_size = data, seed, batch_size
         self.order = torch.empty(len(data), dtype=torch.int64, device=data.device)
         self.augmentation = torch.empty(len(data), 5, dtype=torch.int64, device=data.device)
-        self.place = torch.zeros((), dtype=torch.int64, device=data.device)  # of the next batch's first sample in the order
+        self.place = torch.zeros((), dtype=torch.int64, device=data.device)  # where the next batch begins in the order
         self._within = torch.arange(batch_size, device=data.device)
 
     def start(self, step: int) -> None:
-        """Go to a step of the run, and to the order of its epoch."""
+        """Move to a step of the run, and load the order and augmentation of its epoch."""
         epoch, step = divmod(step, self.data.steps_per_epoch(self.batch_size))
         order, augmentation = self.data._plan(self.seed, epoch)
         self.order.copy_(order)
@@ -175,9 +175,9 @@ def load(
     normalization: Normalization = IMAGENET,
     device: torch.device | str = "cpu",
 ) -> Data:
-    """Load a data set of :data:`DATASETS`, downloading CIFAR and Fashion-MNIST where they are missing.
+    """Load a data set of :data:`DATASETS`. Downloads CIFAR, Fashion-MNIST and TinyImageNet if they are missing.
 
-    Raises ValueError or OSError, saying what is missing or damaged and how to get it.
+    Raises ValueError or OSError if data are missing or damaged; the message names them and says how to get them.
     """
     if name == "imagefolder":
         train, test, classes = _image_folder(data_dir, ("test", "val"), image_size, workers)
@@ -198,7 +198,7 @@ def _zero_pad(split: Split, size: int | None) -> Split:
     images, labels = split
     missing = (size or images.shape[-1]) - images.shape[-1]
     if missing < 0:
-        raise ValueError(f"image size {size} is below the {images.shape[-1]} pixels of the images")
+        raise ValueError(f"image size {size} is less than the {images.shape[-1]} pixels of the images")
     return F.pad(images, (missing // 2, missing - missing // 2) * 2), labels
 
 
@@ -223,7 +223,7 @@ def _cifar(name: str, data_dir: Path) -> tuple[Split, Split]:
     for file, md5 in kind.train_list + kind.test_list + [[kind.meta["filename"], kind.meta["md5"]]]:
         if not torchvision.datasets.utils.check_integrity(str(folder / file), md5):
             state = "is truncated or damaged" if (folder / file).exists() else "is missing"
-            raise ValueError(f"{folder / file} {state}: delete {folder} and run again to download {name} afresh")
+            raise ValueError(f"{folder / file} {state}: delete {folder} and run again to download {name}")
     train, test = (kind(str(data_dir), train=train) for train in (True, False))
     return _from_arrays(train), _from_arrays(test)
 
@@ -244,7 +244,9 @@ def _fashion_mnist(data_dir: Path) -> tuple[Split, Split]:
                 shutil.copyfileobj(packed, unpacked)
             (raw / f".{name}").rename(raw / name)
     elif missing:
-        where = f"install Debian's dataset-fashion-mnist, or unpack {', '.join(missing)} of {FashionMNIST.mirrors[-1]} in {raw}"
+        where = (
+            f"install Debian's dataset-fashion-mnist, or unpack {', '.join(missing)} from {FashionMNIST.mirrors[-1]} in {raw}"
+        )
         with downloading("fashion_mnist", where):
             FashionMNIST(str(data_dir), download=True)
     splits = []
@@ -252,28 +254,28 @@ def _fashion_mnist(data_dir: Path) -> tuple[Split, Split]:
         try:
             split = FashionMNIST(str(data_dir), train=train)
         except (ValueError, RuntimeError, AssertionError) as error:
-            raise ValueError(f"the Fashion-MNIST files in {raw} are damaged: delete it and run again") from error
+            raise ValueError(f"the Fashion-MNIST files in {raw} are damaged: delete that folder and run again") from error
         if len(split.data) != count or len(split.targets) != count:
             raise ValueError(
-                f"the Fashion-MNIST files in {raw} hold {len(split.data)} images, expected {count}: delete it and run again"
+                f"the Fashion-MNIST files in {raw} hold {len(split.data)} images, expected {count}: delete them and run again"
             )
         splits.append(_zero_pad((split.data[:, None].repeat(1, 3, 1, 1), split.targets), 32))
     return splits[0], splits[1]
 
 
 def _image_folder(root: Path, test_names: Sequence[str], image_size: int | None, workers: int) -> tuple[Split, Split, int]:
-    """Decode root/train/<class>/* and the same of the first test folder that is there, resized where a size is given."""
+    """Decode the images of root/train/<class>/ and of the first existing test folder; resize them if a size is given."""
     test_root = next((root / name for name in test_names if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test_root is None:
-        raise ValueError(f"--data-dir {root} must hold the folders train/ and test/ (or val/), with one folder a class in each")
+        raise ValueError(f"--data-dir {root} must hold the folders train/ and test/ (or val/), each with one folder per class")
     train, test = _find_images(root / "train"), _find_images(test_root)
     for odd in sorted(set(train) ^ set(test)):
-        raise ValueError(f"{root / 'train'} and {test_root} differ in their classes: {odd!r} is in one of them only")
+        raise ValueError(f"{root / 'train'} and {test_root} differ in their classes: {odd!r} is in only one of them")
     if image_size is None:
         first = train[min(train)][0]
         width, height = _read(first).size
         if width != height:
-            raise ValueError(f"{first} is {width}x{height} pixels, not square: --image-size N resizes every image")
+            raise ValueError(f"{first} is {width}x{height} pixels, not square: give --image-size N to resize every image")
     decode = partial(_decode, size=image_size or width, resize=image_size is not None)
     splits = []
     for found in (train, test):
@@ -287,44 +289,46 @@ def _image_folder(root: Path, test_names: Sequence[str], image_size: int | None,
 
 
 def _find_images(split: Path) -> dict[str, list[Path]]:
-    """The images of each class, which is a folder of ``split``; hidden files and folders are left out.
+    """The images of each class. A class is a folder of ``split``; hidden files and folders are ignored.
 
-    Raises ValueError where there is no class, or a class has no image.
+    Raises ValueError if there is no class, or a class has no image.
     """
     found = {}
     for folder in sorted(path for path in split.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        # Folder by folder, as torchvision orders them: with another order, a seed would give other batches.
+        # Folder by folder, in torchvision's order: in any other order, a seed would give other batches.
         images = sorted(images_in(folder), key=lambda path: (str(folder / path.parent), path.name))
         if not images:
-            raise ValueError(f"{folder} has no image: each folder of {split} is a class and needs one ({', '.join(IMAGES)})")
+            raise ValueError(
+                f"{folder} has no image: each folder of {split} is a class and needs at least one ({', '.join(IMAGES)})"
+            )
         found[folder.name] = [folder / path for path in images]
     if not found:
-        raise ValueError(f"{split} has no folder: it must have one folder a class, with that class's images")
+        raise ValueError(f"{split} has no folder: it must have one folder per class, with that class's images")
     return found
 
 
 def _read(path: Path) -> Image.Image:
-    """An image file's pixels in the form they have there; raises ValueError naming the file where Pillow cannot read it."""
+    """An image file, decoded in its own pixel format. Raises ValueError, naming the file, if Pillow cannot read it."""
     try:
         with Image.open(path) as image:
             image.load()
             return image
-    except Exception as error:  # of many kinds, by format and damage
-        raise ValueError(f"{path} is not an image that decodes: {error}") from error
+    except Exception as error:  # its type depends on the format and the damage
+        raise ValueError(f"{path} cannot be decoded as an image: {error}") from error
 
 
 def _to_rgb(path: Path) -> Image.Image:
-    """An image file in RGB of 8 bits. Grays of 16 bits are scaled to that range: Pillow itself would clip them at 255.
+    """An image file in 8-bit RGB. 16-bit gray levels are scaled to 8 bits, because Pillow would clip them at 255.
 
-    Raises ValueError where the pixels are numbers of no known range.
+    Raises ValueError if the range of the pixel values is unknown.
     """
     image = _read(path)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # of 16 bits there
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 16 bits in these formats
         gray = np.asarray(image).astype(np.int64)
         return Image.fromarray(((gray + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        kind = "floating-point numbers" if image.mode == "F" else "integers of 32 bits"
-        raise ValueError(f"{path} holds {kind}, whose range is not known: convert it to 8 or 16 bits a channel")
+        kind = "floating-point numbers" if image.mode == "F" else "32-bit integers"
+        raise ValueError(f"{path} holds {kind}, whose range is unknown: convert it to 8 or 16 bits per channel")
     return image.convert("RGB")
 
 
@@ -333,8 +337,6 @@ def _decode(path: Path, *, size: int, resize: bool) -> np.ndarray:
     rgb = _to_rgb(path)
     if rgb.size != (size, size):
         if not resize:
-            raise ValueError(
-                f"{path} is {rgb.size[0]}x{rgb.size[1]} pixels where others are {size}x{size}: give --image-size N"
-            )
+            raise ValueError(f"{path} is {rgb.size[0]}x{rgb.size[1]} pixels, but others are {size}x{size}: give --image-size N")
         rgb = rgb.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(rgb)

@@ -1,4 +1,4 @@
-"""The skeleton of the image programs: :class:`common.experiments.experiment.Experiment` with images and a dense network."""
+"""Base classes of the image programs: :class:`common.experiments.experiment.Experiment` with images and a dense network."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ L = TypeVar("L", bound=LowRankTrainingConfig)
 class ImageExperiment(Experiment[C, Trainer]):
     """One run of an image program.
 
-    architecture:  what rebuilds the dense network; kept in every checkpoint beside the weights.
-    data:          set before :meth:`make_trainer` is called.
-    trainer:       the latest that :meth:`new_trainer` made.
+    architecture:  the argument from which :meth:`build` makes the dense network; every checkpoint stores it with the weights.
+    data:          the data set, loaded before :meth:`make_trainer` is called.
+    trainer:       the trainer that :meth:`new_trainer` made last.
     """
 
     data: Data
@@ -43,7 +43,7 @@ class ImageExperiment(Experiment[C, Trainer]):
     # Methods that a program overrides.
 
     def make_architecture(self) -> dict[str, Any]:
-        """What rebuilds the dense network; its ``num_classes`` is set once the data is loaded."""
+        """The argument of :meth:`build`; its ``num_classes`` is set after the data are loaded."""
         raise NotImplementedError
 
     def build(self, architecture: Mapping[str, Any]) -> nn.Module:
@@ -51,7 +51,7 @@ class ImageExperiment(Experiment[C, Trainer]):
         raise NotImplementedError
 
     def data_options(self) -> dict[str, Any]:
-        """Options of :func:`common.vision.data.load` that are this program's own."""
+        """Options of :func:`common.vision.data.load` that are specific to this program."""
         return {}
 
     # What all image programs share.
@@ -61,7 +61,7 @@ class ImageExperiment(Experiment[C, Trainer]):
         self.architecture["num_classes"] = self.data.classes
 
     def load_data(self) -> Data:
-        """The data set of the flags; raises ValueError or OSError where it is missing or has another number of classes."""
+        """The data set that the flags name. Raises ValueError or OSError if it is missing or has another number of classes."""
         config = self.config
         with self.processes.main_first():
             data = load(
@@ -79,20 +79,20 @@ class ImageExperiment(Experiment[C, Trainer]):
     def new_trainer(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, schedule: Callable[[int], float], **options: Any
     ) -> Trainer:
-        """A :class:`Trainer` of this run; ``schedule`` gives the learning rate of an epoch, ``options`` are its others."""
+        """A :class:`Trainer` for this run. ``schedule`` maps an epoch to its learning rate; ``options`` go to the trainer."""
         options = {"config": self.config, "architecture": self.architecture, "schedule": schedule, **options}
         self.trainer = Trainer(model, self.data, self.run, processes=self.processes, optimizer=optimizer, **options)
         return self.trainer
 
     def rebuild(self, state: Mapping[str, Any], path: Path) -> nn.Module:
-        """The model of a checkpoint. A checkpoint that records no architecture, as of other code, has this experiment's."""
+        """The model of a checkpoint. If other code wrote it without an architecture, this experiment's is used."""
         return rebuild(state, path, self.architecture, self.build)
 
     def evaluate_checkpoint(self) -> None:
         """Print accuracy and loss of the model that --resume names, as JSON."""
         config = self.config
         if config.resume == "auto" and config.save_dir is None:
-            raise ValueError("--evaluate --resume auto needs --save-dir: the run to evaluate")
+            raise ValueError("--evaluate --resume auto needs --save-dir, the folder of the run to evaluate")
         path = Path(cast(Path, config.save_dir) if config.resume == "auto" else cast(str, config.resume))
         state = find_checkpoint(config.resume, path)
         if state is None:
@@ -101,7 +101,7 @@ class ImageExperiment(Experiment[C, Trainer]):
         self.architecture["num_classes"] = data.classes
         classes = state.get("architecture", self.architecture)["num_classes"]
         if classes != data.classes:
-            raise ValueError(f"{path} tells {classes} classes apart, and {config.data} has {data.classes}")
+            raise ValueError(f"{path} distinguishes {classes} classes, but {config.data} has {data.classes}")
         measured = evaluate(self.rebuild(state, path).to(self.processes.device), data, self.processes)
         if self.processes.main:
             print(json.dumps(measured))
@@ -109,11 +109,11 @@ class ImageExperiment(Experiment[C, Trainer]):
 
 
 class LowRankExperiment(ImageExperiment[L]):
-    """An experiment whose network may start from trained dense weights (--pretrained) and be folded again (--densify)."""
+    """An experiment that can start from trained dense weights (--pretrained) and fold the trained factors (--densify)."""
 
     @cached_property
     def pretrained(self) -> dict[str, Tensor] | None:
-        """Weights of --pretrained."""
+        """The weights of --pretrained, or None if it is not given."""
         path = self.config.pretrained
         return None if path is None else checkpoints.model_state(checkpoints.load(path), path)
 
@@ -124,15 +124,15 @@ class LowRankExperiment(ImageExperiment[L]):
         return [FOLDED] * self.config.densify
 
     def build_fresh(self) -> nn.Module:
-        """The dense network as it starts without --pretrained."""
+        """The dense network with its own initialization, without --pretrained."""
         return self.build(self.architecture)
 
     def build_dense(self) -> nn.Module:
-        """The dense network, with the weights of --pretrained where they are given; raises ValueError where they do not fit."""
+        """The dense network, with the weights of --pretrained if given. Raises ValueError if they do not fit."""
         model = self.build_fresh()
         if self.pretrained is not None and load_factorized_(model, self.pretrained).layers:
             path = self.config.pretrained
-            raise ValueError(f"--pretrained {path} is factorized already: give a dense checkpoint, or --resume this one")
+            raise ValueError(f"--pretrained {path} is already factorized: give a dense checkpoint, or --resume this one")
         return model
 
     def train(self) -> dict[str, float]:
@@ -152,15 +152,15 @@ class LowRankExperiment(ImageExperiment[L]):
 
 
 def rebuild(state: Mapping[str, Any], path: Path, architecture: Mapping[str, Any], build: Any) -> nn.Module:
-    """The model of a checkpoint. ``architecture`` is used where the checkpoint, being of other code, records none.
+    """The model of a checkpoint. ``architecture`` is used if other code wrote the checkpoint without one.
 
-    ``build`` makes the dense network of an architecture. Raises ValueError where the checkpoint is of another program.
+    ``build`` makes the dense network of an architecture. Raises ValueError if another program wrote the checkpoint.
     """
     held = state.get("architecture", architecture)
     for key in (*architecture, *held):
         if key not in held or key not in architecture:
             side = "lacks" if key not in held else "has"
-            raise ValueError(f"{path} is of another program: its architecture {side} {key!r}")
+            raise ValueError(f"{path} was written by another program: its architecture {side} {key!r}")
     model = build(held)
     load_factorized_(model, checkpoints.model_state(state, path))
     return model

@@ -1,8 +1,8 @@
 """TinyImageNet: download, sort the validation images by class, check: python -m common.vision.tiny_imagenet [--data-dir DIR].
 
-The archive keeps all validation images in one folder with their classes in val_annotations.txt. A loader that takes that folder
-as it is trains to chance; here it is rebuilt as val/<class>/images/, and put in place when it is whole. The archive's test/
-has no labels and is not read.
+The archive has all validation images in one folder, and their classes in val_annotations.txt. A loader that used this folder
+unchanged would measure an accuracy at chance level. This module therefore copies the images to val/<class>/images/ and replaces
+the original folder when the copy is complete. The archive's test/ has no labels and is not read.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from ..experiments.runs import clean_errors
 
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
-CLASSES, TRAIN, VAL = 200, 500, 50  # classes, and images of each in the two splits
+CLASSES, TRAIN, VAL = 200, 500, 50  # number of classes, and of images per class in each split
 FOLDER = "tiny-imagenet-200"
 
 
 def find(data_dir: Path) -> Path | None:
-    """The data set's folder, under the archive's name or the released code's."""
+    """The folder of the data set, under the archive's name or the released code's; None if there is none."""
     return next((data_dir / name for name in (FOLDER, "tiny_imagenet") if (data_dir / name / "train").is_dir()), None)
 
 
 def sort_val(root: Path) -> None:
-    """Rebuild val/ by class from val_annotations.txt, unless that is done; raises ValueError naming what is missing.
+    """Sort val/ by class according to val_annotations.txt, unless it is sorted. Raises ValueError, naming what is missing.
 
-    The sorted folder is complete before it takes the place of the other; what an interruption between the two renames
-    left behind is put back first. Processes that start at once wait for each other. A sorted folder is not written to.
+    The sorted folder is complete before it replaces the original. If an earlier call was interrupted between the two
+    renames, the original is restored first. Concurrent processes wait for each other. A sorted folder is never written to.
     """
     val, unsorted, partial = root / "val", root / ".val.unsorted", root / ".val.partial"
     if val.is_dir() and not (val / "images").is_dir():
         return
     if not os.access(root, os.W_OK):
-        raise ValueError(f"{val} is not sorted by class, and {root} cannot be written to: copy it to another --data-dir")
+        raise ValueError(f"{val} is not sorted by class, and {root} is not writable: copy it to another --data-dir")
     with open(root / ".lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if unsorted.is_dir() and not val.is_dir():
@@ -57,10 +57,10 @@ def sort_val(root: Path) -> None:
                 name, _, rest = line.partition("\t")
                 label = rest.partition("\t")[0]
                 if not (name and label):
-                    raise ValueError(f"{annotations} names no image and class in line {number}: unpack {URL} again")
+                    raise ValueError(f"{annotations} does not name an image and a class in line {number}: unpack {URL} again")
                 source, target = val / "images" / name, partial / label / "images" / name
                 if not source.exists():
-                    raise ValueError(f"{source}, which {annotations.name} lists, is missing: unpack {URL} again")
+                    raise ValueError(f"{source} is listed in {annotations.name} but missing: unpack {URL} again")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target)
                 missing.discard(name)
@@ -75,7 +75,7 @@ def sort_val(root: Path) -> None:
 
 
 def _counts(split: Path) -> Counter[str]:
-    """Images of each class of a split."""
+    """Number of images of each class of a split."""
     return Counter(
         {
             folder.name: len(images_in(folder))
@@ -86,17 +86,20 @@ def _counts(split: Path) -> Counter[str]:
 
 
 def check(root: Path, *, complete: bool) -> None:
-    """Check that classes agree, that each has as many images as the others and, if ``complete``, 200 x 500 and 200 x 50."""
+    """Raise ValueError unless both splits have the same classes, and all classes of a split equally many images.
+
+    With ``complete``, also require 200 classes of 500 training and 50 validation images; otherwise only warn on stderr.
+    """
     listed = set((root / "wnids.txt").read_text().split()) if (root / "wnids.txt").exists() else None
     for split, expected in (("train", TRAIN), ("val", VAL)):
         counts = _counts(root / split)
         if not counts:
-            raise ValueError(f"{root / split} has no folder of a class: unpack {URL} again")
+            raise ValueError(f"{root / split} has no class folder: unpack {URL} again")
         if not complete and (len(counts), max(counts.values())) != (CLASSES, expected):
             sizes = f"{len(counts)} classes of {max(counts.values())}, not {CLASSES} of {expected}"
-            print(f"warning: {root / split} has {sizes}: it is not the whole of TinyImageNet", file=sys.stderr)
+            print(f"warning: {root / split} has {sizes}: it is not the complete TinyImageNet", file=sys.stderr)
         for name in sorted((listed or set(_counts(root / "train"))) ^ set(counts)):
-            raise ValueError(f"class {name} is in {'the list' if name not in counts else split} only: unpack {URL} again")
+            raise ValueError(f"class {name} is only in {'the list' if name not in counts else split}: unpack {URL} again")
         most = expected if complete else max(counts.values())
         for name, count in sorted(counts.items()):
             if count != most:
@@ -106,7 +109,7 @@ def check(root: Path, *, complete: bool) -> None:
 
 
 def prepare(data_dir: Path, *, complete: bool = False) -> Path:
-    """The folder of a data set that is there, sorted and checked; downloads it where it is missing."""
+    """The folder of the data set, sorted and checked as in :func:`check`. Downloads the data set if it is missing."""
     root = find(data_dir)
     if root is None:
         from torchvision.datasets.utils import download_url, extract_archive
@@ -124,7 +127,7 @@ def prepare(data_dir: Path, *, complete: bool = False) -> Path:
         root, complete = data_dir / FOLDER, True
     sort_val(root)
     if not (root / "val").is_dir():
-        raise ValueError(f"{root} has no val/ beside its train/: unpack {URL} again")
+        raise ValueError(f"{root} has train/ but no val/: unpack {URL} again")
     check(root, complete=complete)
     return root
 

@@ -25,7 +25,7 @@ def evaluate(model: nn.Module, data: Data, processes: Processes) -> dict[str, fl
     """Accuracy in percent and mean cross-entropy on the test split."""
     model.eval()
     processes.share_buffers(model)
-    sums = [torch.zeros(2, device=processes.device)]  # of each batch, left on the device until the last
+    sums = [torch.zeros(2, device=processes.device)]  # one per batch, left on the device until the end
     for batch in data.test_batches(_EVALUATION_BATCH, rank=processes.rank, world_size=processes.world_size):
         logits = model(batch.images).float()
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
@@ -44,21 +44,21 @@ def _cross_entropy(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def sgd(groups: Sequence[dict[str, Any]], config: ImageRunConfig, device: torch.device) -> torch.optim.SGD:
-    """SGD with momentum. On a GPU it is fused and its learning rate a tensor there, as a recorded step needs it."""
+    """SGD with momentum. On a GPU it is fused, and its learning rate is a tensor there, as a recorded step requires."""
     if device.type != "cuda":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     return torch.optim.SGD(groups, lr=torch.tensor(config.lr, device=device), momentum=config.momentum, fused=True)
 
 
 class Trainer(TrainingLoop):
-    """Trains a model on images for ``config.epochs`` epochs, as :class:`TrainingLoop` says, whose options these are besides.
+    """Trains a model on images for ``config.epochs`` epochs. Takes the options of :class:`TrainingLoop` and these:
 
-    config:    the flags of the run; a copy with other epochs or another seed may be given.
-    schedule:  learning rate of an epoch, counted from 0.
-    loss:      from the network and a batch, the loss to minimize and the logits (default: their cross-entropy).
+    config:    the flags of the run, or a copy of them with other epochs or another seed.
+    schedule:  maps an epoch, counted from 0, to its learning rate.
+    loss:      maps the network and a batch to the loss to minimize and the logits (default: cross-entropy).
 
-    On one GPU the faster contraction of each factorized layer is measured before the first step. The last batch of an epoch,
-    which is smaller, is not recorded.
+    On one GPU, the faster contraction of each factorized layer is measured before the first step. If the last batch of an
+    epoch is smaller, its step is not recorded.
     """
 
     speed: ClassVar[str] = "images_per_second"
@@ -111,13 +111,13 @@ class Trainer(TrainingLoop):
         return evaluated["accuracy"]
 
     def choose_contractions(self) -> None:
-        """Take the contractions of the run that is resumed or, at a start, the faster ones by measurement."""
+        """Set the contractions: those of the resumed run or, in a new run, those that are measured to be faster."""
         if self.contractions is None and automatic_layers(self.model):
             batch = self.data.train_batch(self.config.seed, 0, 0, self.config.batch_size)
             try:
                 found = measure_contractions(self.model, batch.images, dtype=self.precision)
             except Exception as error:
-                print(f"contractions were not measured, and the rule's are taken: {error}", file=sys.stderr)
+                print(f"could not measure contractions; the default rule chooses them: {error}", file=sys.stderr)
                 return
             self.contractions = {name: each.faster for each in found for name in each.layers}
             for each in found:

@@ -1,4 +1,4 @@
-"""Sparse training: one file a method."""
+"""Sparse training: one file per method."""
 
 from compression_baselines.masks.base import Method
 from compression_baselines.masks.deepr import Deepr

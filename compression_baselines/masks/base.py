@@ -1,4 +1,4 @@
-"""What the sparse methods share: masks on a network's weights, how many weights each layer keeps, and the method itself."""
+"""Code shared by the sparse methods: masks on weights, the number of weights that each layer keeps, and the base class."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
 class Masks:
     """torch.nn.utils.prune masks on the weights of a model's maskable layers, all ones at first.
 
-    A weight outside its mask is exactly zero, and so is its momentum: what a mask lets in starts from zero.
+    A weight outside its mask is exactly zero, and so is its momentum. A weight that enters the mask starts from zero.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.layers = model, maskable(model)
         self.optimizer: torch.optim.Optimizer | None = None
-        with torch.no_grad():  # or the first weights would tie the Parameters to this stream, and no graph could be recorded
+        with torch.no_grad():  # otherwise the first weights tie the Parameters to this stream, and no graph can be recorded
             for layer in self.layers.values():
                 prune.identity(layer, "weight")
 
     def mask(self, name: str) -> Tensor:
-        """Which weights of a layer are in, bool."""
+        """Which weights of a layer are in the mask; bool."""
         return cast(Tensor, self.layers[name].weight_mask).bool()
 
     def parameter(self, name: str) -> nn.Parameter:
@@ -55,12 +55,12 @@ class Masks:
         return {name: self.parameter(name).shape for name in self.layers}
 
     def nonzero(self) -> int:
-        """Weights that are in, over all layers."""
+        """Number of weights in the masks of all layers."""
         return sum(int(self.mask(name).sum()) for name in self.layers)
 
     @torch.no_grad()
     def assign(self, masks: Mapping[str, Tensor]) -> None:
-        """Set the masks of these layers; the main process's count where several train together."""
+        """Set the masks of these layers. If several processes train together, all use the main process's."""
         for name, mask in masks.items():
             held = cast(Tensor, self.layers[name].weight_mask)
             held.copy_(mask)
@@ -75,12 +75,12 @@ class Masks:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a method is told. ``None`` stands for a flag that the method does not have, or for its own default.
+    """The settings of a method. ``None`` stands for a flag that the method does not have, or for its own default.
 
     nonzero:          weights that the maskable layers keep together.
     steps:            optimizer steps of the whole training, of which ``steps_per_epoch`` make an epoch.
     epochs:           epochs of the training, or of one of its ``rounds``.
-    distribution:     how they spread over layers (see :func:`allocate`).
+    distribution:     how the non-zeros are distributed over layers (see :func:`allocate`).
     update_every:     steps between changes of the masks (default: an epoch), until ``update_until`` of all steps.
     drop_fraction:    share of the non-zeros that a change replaces.
     """
@@ -101,7 +101,7 @@ class Settings:
 
     @property
     def last_update(self) -> int:
-        """Steps made when the masks change for the last time."""
+        """Number of steps after which the masks change for the last time."""
         return max(1, int((self.update_until or 1.0) * self.steps))
 
     def due(self, step: int) -> bool:
@@ -111,7 +111,7 @@ class Settings:
 
 
 class Method:
-    """A way to choose masks, as a hook of the trainer. ``start`` chooses the first ones, on an unmasked copy of the model."""
+    """A way to choose masks, as a hook of the trainer. ``start`` chooses the first masks on an unmasked copy of the model."""
 
     def __init__(self, masks: Masks, settings: Settings) -> None:
         self.masks, self.settings = masks, settings
@@ -126,25 +126,25 @@ class Method:
         """Called after the optimizer's step."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the masks, which the model keeps."""
+        """What a resumed run needs besides the masks, which are stored in the model."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
 
     def best_from(self) -> int:
-        """First epoch that ends with no more than the wanted number of non-zeros."""
+        """First epoch that ends with no more than the target number of non-zeros."""
         return 0
 
     def generator(self, step: int) -> torch.Generator:
-        """Random numbers that depend on the seed and the step alone, alike in all processes."""
+        """Random numbers that depend only on the seed and the step, and are equal in all processes."""
         device = next(iter(self.masks.weights().values())).device
         mixed = int(np.random.SeedSequence([self.settings.seed, step, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
         return torch.Generator(device).manual_seed(mixed)
 
 
 class RandomStart(Method):
-    """A method that starts from random masks at the settings' distribution."""
+    """A method that starts from random masks with the distribution of the settings."""
 
     def start(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         generator, masks = self.generator(0), self.masks
@@ -158,7 +158,7 @@ def allocate(sizes: Mapping[str, Sequence[int]], nonzero: int, distribution: str
     """Number of weights that each layer of shape ``sizes`` keeps, ``nonzero`` in all and at least one in each.
 
     "uniform": the same density in every layer. "erk": density in proportion to the sum of the weight's dimensions over
-    their product (Erdos-Renyi-Kernel of RigL), layers that would exceed their size being dense.
+    their product (Erdos-Renyi-Kernel of RigL); layers that would exceed their size are dense.
     """
     full = {name: int(np.prod(size)) for name, size in sizes.items()}
     wish = {name: float(sum(size) if distribution == "erk" else full[name]) for name, size in sizes.items()}
@@ -177,10 +177,12 @@ def allocate(sizes: Mapping[str, Sequence[int]], nonzero: int, distribution: str
 def largest_remainder(exact: Mapping[str, float], total: int, most: Mapping[str, int], least: int = 1) -> dict[str, int]:
     """Whole numbers near ``exact`` that add up to ``total``, each between ``least`` and its own ``most``.
 
-    Raises ValueError where the bounds do not allow that.
+    Raises ValueError if the bounds do not allow that.
     """
     if not least * len(most) <= total <= sum(most.values()):
-        raise ValueError(f"{total:,} weights do not spread over {len(most)} layers of {sum(most.values()):,} in all")
+        raise ValueError(
+            f"{total:,} weights cannot be distributed over {len(most)} layers of {sum(most.values()):,} weights in all"
+        )
     counts = {name: min(max(int(value), least), most[name]) for name, value in exact.items()}
     missing = total - sum(counts.values())
     while missing:
@@ -201,25 +203,25 @@ def top(score: Tensor, count: int) -> Tensor:
 
 
 def top_global(scores: Mapping[str, Tensor], nonzero: int) -> dict[str, Tensor]:
-    """Masks of the ``nonzero`` highest scores of all layers together; a layer they would empty keeps its best weight.
+    """Masks of the ``nonzero`` highest scores of all layers together; a layer that would be empty keeps its best weight.
 
-    Says on stderr which layers those are. Raises ValueError where a score is not a number.
+    Names such layers on stderr. Raises ValueError if a score is NaN.
     """
     flat = torch.cat([score.detach().flatten() for score in scores.values()])
     if flat.isnan().any():
-        raise ValueError("scores are not numbers: the network's loss or gradient is not finite")
+        raise ValueError("scores are NaN: the network's loss or gradient is not finite")
     numel = [score.numel() for score in scores.values()]
     emptied = [name for name, part in zip(scores, top(flat, nonzero).split(numel), strict=True) if not part.any()]
     if emptied:
-        print(f"would be emptied, so that their best weight stays: {', '.join(emptied)}", file=sys.stderr)
-        for part in flat.split(numel):  # of every layer, or making room for one could empty the next
+        print(f"layers that would be empty keep their best weight: {', '.join(emptied)}", file=sys.stderr)
+        for part in flat.split(numel):  # of every layer: otherwise, making room for one could empty another
             part[part.argmax()] = torch.inf
     masks = top(flat, nonzero).split(numel)
     return {name: mask.view_as(score) for (name, score), mask in zip(scores.items(), masks, strict=True)}
 
 
 def random_subset(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Mask of ``count`` places drawn evenly from the mask ``candidates``."""
+    """Mask of ``count`` places drawn uniformly from the mask ``candidates``."""
     places = candidates.flatten().nonzero()[:, 0]
     drawn = places[torch.randperm(len(places), generator=generator, device=places.device)[:count]]
     mask = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)

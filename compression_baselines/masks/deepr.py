@@ -13,9 +13,9 @@ from compression_baselines.masks.base import Masks, RandomStart, Settings, rando
 
 
 class Deepr(RandomStart):
-    """From random masks, gives every weight a sign; one that crosses zero goes, and another comes in its layer at random.
+    """Starts from random masks and gives every weight a sign. One that crosses zero is replaced by a random one of its layer.
 
-    After each step, weights also decay towards zero by rate * l1 and walk at random by sqrt(2 * rate * temperature).
+    After each step, weights also decay towards zero by lr * l1 and take a random step of deviation sqrt(2 * lr * temperature).
     """
 
     def __init__(self, masks: Masks, settings: Settings) -> None:

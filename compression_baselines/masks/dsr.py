@@ -9,11 +9,11 @@ from torch import Tensor
 
 from compression_baselines.masks.base import Masks, RandomStart, Settings, largest_remainder, random_subset, top
 
-TOLERANCE = 0.1  # by how much the number of dropped weights may miss its goal before the threshold moves
+TOLERANCE = 0.1  # share by which the number of dropped weights may miss its goal before the threshold moves
 
 
 def drop(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
-    """The masks without weights below the threshold; a layer they would empty keeps its largest."""
+    """The masks without weights below the threshold; a layer that would be empty keeps its largest weight."""
     kept = {}
     for name, mask in masks.items():
         magnitude = weights[name].abs()
@@ -24,7 +24,7 @@ def drop(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], threshold: 
 
 
 def growth(kept: Mapping[str, Tensor], total: int) -> dict[str, int]:
-    """How many weights each layer gets of ``total``: in proportion to those that it kept, as far as it has room."""
+    """How many of ``total`` weights each layer grows: in proportion to those that it kept, as far as it has room."""
     alive = {name: int(mask.sum()) for name, mask in kept.items()}
     room = {name: mask.numel() - alive[name] for name, mask in kept.items()}
     exact = {name: total * alive[name] / sum(alive.values()) for name in kept}
@@ -32,7 +32,7 @@ def growth(kept: Mapping[str, Tensor], total: int) -> dict[str, int]:
 
 
 class Dsr(RandomStart):
-    """From random masks, drops weights below a threshold of all layers, which adapts, and regrows where most survived."""
+    """Starts from random masks. Drops weights below an adaptive threshold of all layers; regrows where most survived."""
 
     def __init__(self, masks: Masks, settings: Settings) -> None:
         super().__init__(masks, settings)

@@ -15,9 +15,9 @@ TEMPERATURE = 200.0  # logits are divided by it, as in the authors' code
 
 
 def scores(model: nn.Module, batches: Sequence[Batch], temperature: float = TEMPERATURE) -> dict[str, Tensor]:
-    """w (H g) of every weight, g and H gradient and Hessian of the sum over the batches of their mean cross-entropy.
+    """w (H g) of every weight; g and H are gradient and Hessian of the sum of the batches' mean cross-entropies.
 
-    Removing a weight changes the squared norm of the gradient by -2 w (H g) to first order: what is high must stay.
+    Removing a weight changes the squared norm of the gradient by -2 w (H g) to first order, so weights with high scores stay.
     """
     weights = weights_of(model)
     leaves = list(weights.values())

@@ -13,18 +13,18 @@ from compression_baselines.masks.magnitude import Magnitude
 
 
 class Lottery(Magnitude):
-    """Trains in rounds; between two it removes the smallest weights and rewinds the others to an early epoch's values.
+    """Trains in rounds. Between rounds, removes the smallest weights and rewinds the others to an early epoch's values.
 
-    The density falls by the same factor between rounds, and the last round trains at the target. Every round trains all
-    its epochs, with the whole schedule of the learning rate and momentum from zero.
+    The density falls by the same factor between rounds, and the last round trains at the target. Every round trains for all
+    its epochs, with the whole learning-rate schedule and momentum from zero.
     """
 
     def __init__(self, masks: Masks, settings: Settings) -> None:
         super().__init__(masks, settings)
-        self.early: dict[str, Tensor] = {}  # state that is rewound to, without the masks
+        self.early: dict[str, Tensor] = {}  # state to rewind to, without the masks
 
     def _state(self) -> dict[str, Tensor]:
-        """Every tensor of the model but the masks."""
+        """Every tensor of the model except the masks."""
         return {name: value for name, value in self.masks.model.state_dict().items() if not name.endswith("weight_mask")}
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from compression_baselines.masks.base import Method, allocate, top, top_global
 
 
 class Magnitude(Method):
-    """Removes the smallest weights while training: the share that is left falls like (1 - t / T)^3 from all to the target."""
+    """Removes the smallest weights during training: the remaining share falls like (1 - t / T)^3 from all to the target."""
 
     def start(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         pass

@@ -13,7 +13,7 @@ from compression_baselines.masks.base import Masks, RandomStart, Settings, top
 
 
 def drop_and_grow(weight: Tensor, gradient: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The mask without its ``count`` smallest weights, and the ``count`` places outside of that with the largest gradients."""
+    """The mask without its ``count`` smallest weights, and the ``count`` places outside it with the largest gradients."""
     kept = mask & ~top(torch.where(mask, -weight.abs(), -torch.inf), count)
     return kept, top(torch.where(kept, -torch.inf, gradient.abs()), count)
 
@@ -25,9 +25,9 @@ def _keep_gradient(layer: nn.Module, args: Any, output: Any) -> None:
 
 
 class Rigl(RandomStart):
-    """From random masks, replaces each layer's smallest weights by those outside with the largest gradient.
+    """Starts from random masks. Replaces each layer's smallest weights by those outside its mask with the largest gradients.
 
-    A step that changes the masks makes no update; the share that is replaced falls to zero like a cosine.
+    A step that changes the masks makes no update. The replaced share falls to zero like a cosine.
     """
 
     def __init__(self, masks: Masks, settings: Settings) -> None:

@@ -18,7 +18,7 @@ def drop(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
 
 
 class Set(RandomStart):
-    """From random masks, replaces each layer's weights closest to zero by as many at random places."""
+    """Starts from random masks. Replaces each layer's weights closest to zero by as many at random places."""
 
     def after_step(self, step: int) -> None:
         if not self.settings.due(step):
@@ -30,6 +30,6 @@ class Set(RandomStart):
             if mask.all():  # nowhere else to grow
                 continue
             kept = drop(weight, mask, self.settings.drop_fraction)
-            self.masks.assign({name: kept})  # zeroes what was dropped, should it come back at once
+            self.masks.assign({name: kept})  # zeroes dropped weights, which may grow again at once
             grown = random_subset(~kept, int(mask.sum() - kept.sum()), generator)
             self.masks.assign({name: kept | grown})

@@ -25,7 +25,7 @@ class Synflow(Method):
 
     def start(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         device = batches[0].images.device
-        model.eval().to("cpu" if device.type == "mps" else device).double()  # products over all layers overflow floats
+        model.eval().to("cpu" if device.type == "mps" else device).double()  # products over all layers overflow float32
         with torch.no_grad():
             for value in model.state_dict().values():
                 value.abs_()

@@ -15,11 +15,11 @@ from compression_baselines.pruners import fisher, scores
 from compression_baselines.pruners.select import Ranking
 from compression_baselines.structure import Kept, convolutions, keep_channels_
 
-Curvature = Mapping[str, tuple[Tensor, ...]]  # of each layer: A and G, or the diagonal of its Fisher alone
+Curvature = Mapping[str, tuple[Tensor, ...]]  # for each layer: A and G, or only the diagonal of its Fisher
 
 
 def curvature(model: nn.Module, method: str, images: DataLoader[Any], kind: str) -> Curvature:
-    """What the method's scores need of the Fisher of every convolution."""
+    """The part of every convolution's Fisher that the method's scores need."""
     layers = convolutions(model)
     if method == "c-obd":
         return {name: (diagonal,) for name, diagonal in fisher.diagonal(model, layers, images, kind).items()}
@@ -40,12 +40,12 @@ def rank(model: nn.Module, method: str, found: Curvature, limit: float) -> Ranki
 
 
 def dense_numbers(kept: Kept, before: Kept | None) -> dict[str, list[int]]:
-    """Channels as the dense network numbers them, from those of a model that ``before`` was kept of (None: all)."""
+    """The dense network's numbers of a model's channels; ``before`` lists those that the model has (None: all)."""
     return {name: [before[name][index] for index in indices] if before else list(indices) for name, indices in kept.items()}
 
 
 def count(model: nn.Module, kept: Kept, before: Kept | None) -> int:
-    """Parameters of the model once it keeps only these of the channels it has now."""
+    """Number of parameters of the model after it keeps only these of its current channels."""
     shape = copy.deepcopy(model)
     keep_channels_(shape, dense_numbers(kept, before), before)
     return count_parameters(shape)
@@ -53,9 +53,9 @@ def count(model: nn.Module, kept: Kept, before: Kept | None) -> int:
 
 @torch.no_grad()
 def prune_(model: nn.Module, method: str, found: Curvature, kept: Kept, before: Kept | None) -> None:
-    """Remove all other channels in place; the methods after OBS first let the remaining weights make up for them.
+    """Remove all channels except ``kept``, in place. The OBS methods first let the remaining weights compensate.
 
-    ``kept`` numbers the channels that the model has now, ``before`` tells which those are of the dense network (None: all).
+    ``kept`` are numbers of the model's current channels; ``before`` lists their numbers in the dense network (None: all).
     """
     for name, conv in convolutions(model).items():
         removed = torch.ones(conv.out_channels, dtype=torch.bool, device=conv.weight.device)

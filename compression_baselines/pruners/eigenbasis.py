@@ -18,12 +18,12 @@ from compression_baselines.pruners import fisher, scores
 from compression_baselines.pruners.select import Ranking
 from compression_baselines.structure import Bottleneck, Sizes, bottleneck, bottleneck_, convolutions
 
-Rotated = Mapping[str, tuple[Tensor, ...]]  # of each layer: rotated kernel, Q_A, Q_G, scores of its input and output directions
-Kept = Mapping[str, list[int]]  # directions that stay, under "<layer>/inputs" and "<layer>/outputs"
+Rotated = Mapping[str, tuple[Tensor, ...]]  # per layer: rotated kernel, Q_A, Q_G, scores of its input and output directions
+Kept = Mapping[str, list[int]]  # directions to keep, under "<layer>/inputs" and "<layer>/outputs"
 
 
 def rotate(model: nn.Module, images: DataLoader[Any], kind: str) -> Rotated:
-    """Every convolution in the eigenbasis of its Fisher; of a bottleneck, the one in its middle."""
+    """Every convolution (of a bottleneck, the middle one) in the eigenbasis of its Fisher."""
     layers = convolutions(model)
     rotated = {}
     for name, (a, g) in fisher.kronecker(model, layers, images, kind).items():
@@ -41,7 +41,7 @@ def rank(rotated: Rotated, limit: float) -> Ranking:
 
 
 def sizes(model: nn.Module, kept: Kept, *, separable: bool) -> dict[str, tuple[int, int]]:
-    """Input and output directions of the layers that get smaller as bottlenecks; the other layers stay as they are."""
+    """Numbers of input and output directions of the layers that become smaller as bottlenecks; others stay unchanged."""
     found = {}
     for name, conv in convolutions(model).items():
         inputs, outputs = len(kept[f"{name}/inputs"]), len(kept[f"{name}/outputs"])
@@ -53,7 +53,7 @@ def sizes(model: nn.Module, kept: Kept, *, separable: bool) -> dict[str, tuple[i
 
 
 def count(model: nn.Module, chosen: Sizes, *, separable: bool) -> int:
-    """Parameters of the model with bottlenecks of these sizes, rotations included."""
+    """Number of parameters of the model with bottlenecks of these sizes, rotations included."""
     shape = copy.deepcopy(model)
     bottleneck_(shape, chosen, separable=separable)
     return count_parameters(shape)
@@ -61,10 +61,10 @@ def count(model: nn.Module, chosen: Sizes, *, separable: bool) -> int:
 
 @torch.no_grad()
 def prune_(model: nn.Module, rotated: Rotated, kept: Kept, chosen: Sizes, *, separable: bool) -> None:
-    """Put truncated bottlenecks in the place of the ``chosen`` layers, in place.
+    """Replace the ``chosen`` layers by truncated bottlenecks, in place.
 
-    A layer that is a bottleneck already has its rotations multiplied by the new ones. A separable middle is the canonical
-    polyadic decomposition of the truncated kernel, of as many terms as the smaller of its sides has directions.
+    If a layer is already a bottleneck, its rotations are multiplied by the new ones. A separable middle is the canonical
+    polyadic decomposition of the truncated kernel, with as many terms as its smaller side has directions.
     """
     donors = {name: model.get_submodule(name) for name in chosen}
     bottleneck_(model, chosen, separable=separable)
@@ -84,6 +84,6 @@ def prune_(model: nn.Module, rotated: Rotated, kept: Kept, chosen: Sizes, *, sep
 
 def _separate(into: Tensor, kernel: Tensor, out_of: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     with tensorly.backend_context("pytorch"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of more terms than a side has directions, which is what is meant here
+        warnings.simplefilter("ignore", UserWarning)  # about more terms than a side has directions, which is intended
         weights, (u, v, s) = parafac(kernel.flatten(2), rank, init="svd", n_iter_max=200, random_state=0)
     return v.mT @ into, (s * weights).mT.reshape(rank, 1, *kernel.shape[2:]), out_of @ u

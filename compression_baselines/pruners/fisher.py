@@ -30,7 +30,7 @@ class _TrainingImages(Dataset[tuple[Tensor, Tensor]]):
 
 
 def loader(data: Data, count: int | None, batch_size: int, seed: int) -> DataLoader[tuple[Tensor, Tensor]]:
-    """``count`` training images (None: all of them), augmented as a run with this seed sees them first, in batches."""
+    """Batches of ``count`` training images (None: all), augmented as in the first epoch of a run with this seed."""
     images = _TrainingImages(data, min(count or len(data), len(data)), batch_size, seed)
     return DataLoader(images, batch_size, collate_fn=lambda batch: batch)
 
@@ -49,7 +49,7 @@ def _log_likelihood(model: nn.Module, kind: str) -> Callable[[Tensor, Tensor], T
 
 def _backend(model: nn.Module, layers: Iterable[nn.Module], kind: str) -> Any:
     collection = LayerCollection()
-    for layer in layers:  # batch normalization, which nngeometry has no Kronecker factors of, stays out
+    for layer in layers:  # not batch normalization, for which nngeometry has no Kronecker factors
         collection.add_layer_from_model(model, layer)
     model.eval()
     return TorchHooksJacobianBackend(model, function=_log_likelihood(model, kind), layer_collection=collection)

@@ -1,4 +1,4 @@
-"""What pruning a channel or an eigendirection is expected to add to the loss, and the weights that make up for it.
+"""What pruning a channel or an eigendirection is expected to add to the loss, and the weights that compensate for it.
 
 All after Wang et al., EigenDamage (ICML 2019). ``weight`` is a layer's matrix (out, n), float64, with n = in * k * k in the
 order of ``conv.weight.flatten(1)``; its Fisher is G (x) A with G of shape (out, out) and A of shape (n, n). Scores have shape
@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DAMPING = 1e-3  # what inverses add to a factor's diagonal, as a share of the mean of its eigenvalues
+DAMPING = 1e-3  # added to a factor's diagonal before inversion, as a share of its mean eigenvalue
 
 
 def _inverse(factor: Tensor) -> Tensor:
     size = factor.shape[0]
-    damping = DAMPING * factor.trace() / size + torch.finfo(factor.dtype).tiny ** 0.5  # positive for a factor of zeros too
+    damping = DAMPING * factor.trace() / size + torch.finfo(factor.dtype).tiny ** 0.5  # positive even for a factor of zeros
     return torch.linalg.inv(factor + damping * torch.eye(size, dtype=factor.dtype, device=factor.device))
 
 
@@ -30,7 +30,7 @@ def c_obs(weight: Tensor, a: Tensor, g: Tensor) -> Tensor:
 
 
 def c_obs_update(weight: Tensor, a: Tensor, g: Tensor, removed: Tensor) -> Tensor:
-    """The weight with, for each weight of the removed channels, the change that OBS makes for its removal."""
+    """The weight after the sum of the changes that OBS makes for removing each weight of the removed channels."""
     a_inverse, g_inverse = _inverse(a), _inverse(g)
     share = weight[removed] / torch.outer(g_inverse.diagonal()[removed], a_inverse.diagonal())
     return weight - g_inverse[:, removed] @ share @ a_inverse
@@ -47,7 +47,7 @@ def kron_obs(weight: Tensor, a: Tensor, g: Tensor) -> Tensor:
 
 
 def kron_obs_update(weight: Tensor, g: Tensor, removed: Tensor) -> Tensor:
-    """The weight with the best change of the other channels for the removal of these together, which become zero."""
+    """The weight with the removed channels at zero, after the best change of the other channels for their joint removal."""
     g_inverse = _inverse(g)
     among = g_inverse[removed][:, removed]
     return weight - g_inverse[:, removed] @ torch.linalg.solve(among, weight[removed])
