@@ -257,11 +257,15 @@ def write_claims(root, more="", text=CLAIM):
 def test_the_table_of_claims(tmp_path):
     finals = {"a": (70.0, 72.0, 74.0), "b": (60.0, 62.0, 64.1)}
     evidence = evidence_of(tmp_path, finals, metrics=[{"epoch": 0, "norm": 9.0}, {"epoch": 1, "norm": 2.0}])
-    write_claims(tmp_path, 'note = "a caveat"')
+    write_claims(tmp_path, "planned = [1, 2]")
     header, _, row = block(evidence, "claims")
     assert header == ["Claim", "In the paper", "Verdict", "Effect, 95 % interval", "Setting"]
-    assert row[:3] == ["[A beats B](findings/one.md)", "abstract", "supported; also after Bonferroni"]
-    assert row[3] == f"{inline(evidence, 'contrast t/a b')} (a caveat)"
+    assert row[:3] == ["[A beats B](findings/one.md)", "abstract", "inconclusive"]  # the two planned differences are equal
+    later = f" (with seeds added later: {inline(evidence, 'contrast t/a b')})"
+    assert row[3] == f"+10.00 points (n = 2); expected above 0{later}"
+    write_claims(tmp_path)
+    row = block(evidence, "claims")[2]
+    assert row[2:4] == ["supported; also after Bonferroni", f"{inline(evidence, 'contrast t/a b')}; expected above 0"]
     assert block(evidence, "claims one")[2] == row[1:]
     write_claims(tmp_path, 'label = "x"\n[[claim.comparison]]\nlabel = "y"\nof = "t/b c-b"\npaper = "-"')
     row = block(evidence, "claims")[2]
@@ -271,7 +275,10 @@ def test_the_table_of_claims(tmp_path):
         tmp_path, 'label = "x"\nmetric = "norm"\n[[claim.comparison]]\nlabel = "y"\nof = "t/b a"\npaper = "-"\nmetric = "norm"'
     )
     row = block(evidence, "claims")[2]
-    assert row[2:4] == ["both: inconclusive", "x: +0.00 (n = 3)<br>y: +0.00 (n = 3)"]  # of norms that are equal
+    assert row[2:4] == [
+        "both: inconclusive",
+        "x: +0.00 (n = 3); expected above 0<br>y: +0.00 (n = 3); expected below 0",
+    ]  # of norms that are equal
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ class Comparison:
     of:      two rows, "TABLE/ROW BASE", that are a contrast of their table.
     paper:   the sign, + or -, that the difference ROW - BASE has if the claim holds. Lower losses are better.
     label:   names the comparison, if a claim has several.
-    note:    a caveat to its numbers.
+    planned: the seeds that were planned, if others were added after a look at the results. The verdict uses these alone.
     metric:  compares this metric after the last epoch instead of the final value; then any two rows of a table can be given.
     """
 
     of: str
     paper: str
     label: str = ""
-    note: str = ""
+    planned: tuple[int, ...] = ()
     metric: str = ""
 
 
@@ -48,7 +48,8 @@ def read(path: Path) -> list[Claim]:
     for entry in found.get("claim", []):
         where = f"{path.name}: claim {entry.get('id')!r}"
         try:
-            comparisons = tuple(Comparison(**each) for each in entry.pop("comparison", []))
+            entries = [each | {"planned": tuple(each.get("planned", ()))} for each in entry.pop("comparison", [])]
+            comparisons = tuple(Comparison(**each) for each in entries)
             claim = Claim(**entry, comparisons=comparisons)
         except TypeError as error:
             raise ValueError(f"{where} has unknown fields or lacks some: {error}") from error

@@ -84,14 +84,25 @@ class Evidence:
             raise ValueError(f"row {name} has no metric {metric!r} at epoch {when!r}: it has {', '.join(sorted(names))}")
         return found
 
-    def compared(self, each: claims.Comparison) -> ContrastResult:
+    def compared(self, each: claims.Comparison) -> tuple[ContrastResult, ContrastResult]:
+        """The difference that decides a claim: over the planned seeds, and over all seeds."""
         name, _, base = each.of.partition(" ")
-        if not each.metric:
-            return self.contrast(name, base)
         _, table, row = self.row(name)
-        ours, other = (self.metric_by_seed(f"{table.id}/{id}", each.metric, "last") for id in (row.id, base))
-        differences = [ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())]
-        return paired(Contrast(each.metric, row.id, base), differences)
+        if each.metric:
+            ours, other = (self.metric_by_seed(f"{table.id}/{id}", each.metric, "last") for id in (row.id, base))
+            differences = [ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())]
+            found = paired(Contrast(each.metric, row.id, base), differences)
+            return found, found
+        found = self.contrast(name, base)
+        if not each.planned:
+            return found, found
+        ours, other = (self._finals(f"{table.id}/{id}") for id in (row.id, base))
+        planned = [round(ours[seed] - other[seed], 9) for seed in each.planned if seed in ours and seed in other]
+        return paired(Contrast(found.question, row.id, base), planned), found
+
+    def _finals(self, name: str) -> dict[int, float]:
+        program, _, row = self.row(name)
+        return {result.seed: result.final for result in self.results.of(program, row)}
 
     def tests(self, table: str) -> tuple[int, float, list[ContrastResult]]:
         """How many contrasts of a table are tests, Bonferroni's threshold for p, and those that pass it."""
@@ -176,14 +187,26 @@ def _bonferroni(evidence: Evidence) -> str:
     rows = []
     for id in evidence.tables:
         count, threshold, passed = evidence.tests(id)
-        names = "; ".join(each.question for each in passed)
+        names = "; ".join(f"{each.question}{_added(evidence, id, each)}" for each in passed)
         if count:
             rows.append([f"`{id}`", str(count), f"{threshold:.2g}", names or "none"])
     return _grid(["Table", "Tests", "Threshold for p", "Contrasts that pass"], rows, left=4)
 
 
+def _added(evidence: Evidence, table: str, each: ContrastResult) -> str:
+    """A remark on a contrast with seeds that were added after a look at the results."""
+    comparisons = (comparison for claim in _read_claims(evidence) for comparison in claim.comparisons)
+    added = any(other.planned and other.of == f"{table}/{each.row} {each.base}" for other in comparisons)
+    return " (with seeds added later)" if added else ""
+
+
+def _read_claims(evidence: Evidence) -> list[claims.Claim]:
+    path = evidence.root / "docs" / "findings" / "claims.toml"
+    return claims.read(path) if path.exists() else []
+
+
 def _claims(evidence: Evidence, id: str = "") -> str:
-    found = claims.read(evidence.root / "docs" / "findings" / "claims.toml")
+    found = _read_claims(evidence)
     if id and id not in [claim.id for claim in found]:
         raise ValueError(f"there is no claim {id!r}: there are {', '.join(claim.id for claim in found)}")
     header = ["Claim", "In the paper", "Verdict", "Effect, 95 % interval", "Setting"]
@@ -205,15 +228,20 @@ def _claims(evidence: Evidence, id: str = "") -> str:
 def _compared(evidence: Evidence, claim: str, each: claims.Comparison) -> tuple[str, str, str]:
     """Label, verdict and effect of a comparison that a claim rests on."""
     try:
-        found = evidence.compared(each)
+        planned, found = evidence.compared(each)
     except ValueError as error:
         raise ValueError(f"claim {claim!r} in claims.toml: {error}") from error
     table = evidence.table(each.of.partition("/")[0])[1]
-    said = claims.verdict(found, each.paper)
+    said = claims.verdict(planned, each.paper)
     if said.endswith("supported") and not each.metric:
-        said += "; also after Bonferroni" if found in evidence.tests(table.id)[2] else "; not after Bonferroni"
-    effect = _effect(found, "", 2) if each.metric else _effect(found, _unit(table), table.decimals)
-    return f"{each.label}: " if each.label else "", said, f"{effect} ({each.note})" if each.note else effect
+        passed = planned.p is not None and planned.p < evidence.tests(table.id)[1]
+        said += "; also after Bonferroni" if passed else "; not after Bonferroni"
+    unit, decimals = ("", 2) if each.metric else (_unit(table), table.decimals)
+    effect = _effect(planned, unit, decimals)
+    effect += f"; expected {'above' if each.paper == '+' else 'below'} 0" if planned.n else ""
+    if found.n > planned.n:
+        effect += f" (with seeds added later: {_effect(found, unit, decimals)})"
+    return f"{each.label}: " if each.label else "", said, effect
 
 
 def _runs(evidence: Evidence, id: str, *metrics: str) -> str:
