@@ -69,6 +69,8 @@ def read(path: Path, first: int | None = None) -> list[Pair]:
 def _pairs(path: Path) -> Iterator[Pair]:
     opener = lzma.open if path.suffix == ".xz" else open
     kind = path.name.removesuffix(".xz").rpartition(".")[2]
+    if not path.exists():
+        raise ValueError(f"--data {path} does not exist: give the folder of BLiMP's .jsonl files, or a .tsv(.xz) file")
     if kind not in ("jsonl", "tsv"):
         raise ValueError(f"{path} must be a .jsonl, .tsv or .tsv.xz file")
     try:

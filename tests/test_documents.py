@@ -8,6 +8,7 @@ import math
 import re
 import shlex
 import sys
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -476,3 +477,14 @@ def test_every_kind_of_marker_is_in_use_and_documented():
     for kind in INLINE | BLOCKS:
         assert re.search(rf"<!-- {kind}( [^\n]*?)? -->", text), kind
         assert re.search(rf"\b{kind}\b", documents.__doc__ or ""), kind
+
+
+def test_the_readme_counts_the_rows_of_each_table():
+    counts = {table.id: len(table.rows) for program in programs() for table in program.tables}
+    counted = Counter()
+    for cells in re.findall(r"^\| (`.*?) \|.*?\| (\d+) \|", (ROOT / "README.md").read_text(), re.MULTILINE):
+        first, *others = re.findall(r"`([^`]+)`", cells[0])
+        ids = [first] + [id if id in counts else first.rsplit("-", id.count("-"))[0] + id for id in others]
+        assert int(cells[1]) == sum(counts[id] for id in ids), ids
+        counted.update(ids)
+    assert counted == Counter(counts.keys())
