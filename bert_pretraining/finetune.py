@@ -125,7 +125,11 @@ def _labels(path: Path, lines: Sequence[tuple[int, str, str]]) -> list[str]:
 
 
 class Sentences:
-    """Classification of sentences by a linear layer on the encoder's output for BOS, as in BERT and RoBERTa."""
+    """Classification of sentences by a linear layer, whose outputs are averaged over the tokens.
+
+    BERT classifies by its first position, which next-sentence prediction has trained to represent the whole input. Masked words
+    alone do not train it for that.
+    """
 
     def __init__(self, config: FinetuneConfig, tokenizer: Any) -> None:
         files = config.files()
@@ -152,11 +156,14 @@ class Sentences:
         self.train = self.examples["train"]
 
     def loss(self, outputs: Tensor, words: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs[:, 0], targets[:, 0])
+        weights = words / words.sum(1, keepdim=True)
+        return F.cross_entropy((outputs * weights[..., None]).sum(1), targets[:, 0])
 
     def evaluate(self, split: str, predict: Predict) -> dict[str, float]:
         examples = self.examples[split]
-        right = sum(int(outputs[0].argmax()) == example.target[0] for example, outputs in predict(examples))
+        right = 0
+        for example, outputs in predict(examples):
+            right += int(outputs[: len(example.tokens)].mean(0).argmax()) == example.target[0]
         return {"accuracy": 100 * right / len(examples)}
 
 
