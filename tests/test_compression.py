@@ -65,7 +65,7 @@ def test_networks_see_their_images():
     assert dense("vgg", 7).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
     assert dense("vgg", 7).eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
     assert dense("resnet", 7, 32).eval()(torch.zeros(2, 3, 16, 16)).shape == (2, 7)
-    with pytest.raises(ValueError, match="needs 32 pixels, got 16"):
+    with pytest.raises(ValueError, match="needs at least 32 pixels, got 16"):
         dense("vgg", 7)(torch.zeros(2, 3, 16, 16))
 
 
