@@ -33,7 +33,7 @@ from tqdm import tqdm
 from bert_pretraining import pretrained
 from bert_pretraining.model import MaskedLanguageModel
 from bert_pretraining.text import BOS, EOS, MASK, encode
-from common.experiments.distributed import find_device, prepare_cpu
+from common.experiments.distributed import prepare_device
 from common.experiments.runs import FAILURES, Run, clean_errors, environment, seed_everything
 
 Tokens = tuple[int, ...]
@@ -149,9 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     config = BlimpConfig.parse(argv)
     with clean_errors(config.prog()):
-        device = find_device(config.device)
-        if device.type == "cpu":
-            prepare_cpu()
+        device = prepare_device(config.device)
         run = open_run(config)
         if run is None:
             return

@@ -35,7 +35,7 @@ from bert_pretraining import pretrained, squad
 from bert_pretraining.model import MaskedLanguageModel
 from bert_pretraining.text import BOS, EOS, encode, encode_with_offsets
 from common.budget import count_parameters
-from common.experiments.distributed import find_device, prepare_cpu
+from common.experiments.distributed import prepare_device
 from common.experiments.runs import FAILURES, Run, clean_errors, environment, seed_everything
 
 CLIP = 1.0  # bound on the norm of all gradients together, as in BERT's code
@@ -311,9 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     config = FinetuneConfig.parse(argv)
     with clean_errors(config.prog()):
-        device = find_device(config.device)
-        if device.type == "cpu":
-            prepare_cpu()
+        device = prepare_device(config.device)
         run = open_run(config)
         if run is None:
             return

@@ -24,6 +24,7 @@ from common import (
     linalg,
 )
 from common.budget import count_parameters
+from common.experiments.checkpoints import load_weights_
 
 Init = Literal["regular", "spectral", "norm-matched"]
 
@@ -343,8 +344,5 @@ def from_checkpoint(architecture: Mapping[str, Any], weights: Mapping[str, Tenso
     with torch.random.fork_rng(devices=[]):
         model = MaskedLanguageModel(replace(config, init="regular", quekey_init="regular", outval_init="regular"))
     model.config = config
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint's weights do not fit its architecture: {' '.join(str(error).split())}") from error
+    load_weights_(model, weights)
     return model

@@ -72,16 +72,20 @@ def methods() -> dict[str, tuple[tuple[str, ...], str]]:
 # The known SQuAD scores come from a summary of the paper that may be machine-written, and may confuse base and large.
 _SUMMARY = "a second-hand summary of the paper, unverified"
 _BASE = {"1-lamb-regular": Published(88.55, _SUMMARY), "0.5-flambe-spectral": Published(87.69, _SUMMARY)}
-# Batch size, learning rate, warm-up, steps, length and predictions of both phases; then the flags shared by both.
-_PHASES = (("65536", "6e-3", "0.2843", "7038", "128", "20"), ("32768", "4e-3", "0.128", "1563", "512", "80"))
+# Batch size, learning rate, warm-up, steps, length, predictions and steps per epoch of both phases; then the shared flags.
+_PHASES = (("65536", "6e-3", "0.2843", "7038", "128", "20", "391"), ("32768", "4e-3", "0.128", "1563", "512", "80", "521"))
+# The bound of 1 on the norm of the gradients is the default of timm's Lamb, which follows NVIDIA's; dropout is that of BERT.
 _LAMB = ("--weight-decay", "0.01", "--clip-norm", "1", "--lr-power", "0.5", "--dropout", "0.1")
 # AdamW with the batch size, learning rate and warm-up of Izsak et al. 2021, for as many sequences as with LAMB.
-_ADAMW_PHASES = (("4096", "1e-3", "0.06", "112608", "128", "20"), ("4096", "1e-3", "0.06", "12504", "512", "80"))
+_ADAMW_PHASES = (
+    ("4096", "1e-3", "0.06", "112608", "128", "20", "6256"),
+    ("4096", "1e-3", "0.06", "12504", "512", "80", "4168"),
+)
 _ADAMW_RECIPE = ("--optimizer", "adamw", "--beta2", "0.98", "--weight-decay", "0.01", "--clip-norm", "1", "--dropout", "0.1")
 
 
 def _phase(values: tuple[str, ...]) -> tuple[str, ...]:
-    names = ("--batch-size", "--lr", "--warmup", "--steps", "--seq", "--predictions")
+    names = ("--batch-size", "--lr", "--warmup", "--steps", "--seq", "--predictions", "--epoch-steps")
     return tuple(word for pair in zip(names, values, strict=True) for word in pair)
 
 
@@ -97,7 +101,7 @@ def two_phases(size: str) -> Table:
     rows: list[Row] = []
     for name, (flags, words) in {**methods(), **_ADAMW}.items():
         (first, second), recipe = (_ADAMW_PHASES, _ADAMW_RECIPE) if name in _ADAMW else (_PHASES, _LAMB)
-        shared = (CORPUS, "--model", size, "--amp", "bf16", *recipe, *flags, "--epoch-steps", "250", "--update-freq", "64")
+        shared = (CORPUS, "--model", size, "--amp", "bf16", *recipe, *flags, "--update-freq", "64")
         before = Row(f"{name}-phase1", f"{words}; sequences of 128", (*shared, *_phase(first)), hours=_hours(size, first))
         start = ("--init-from", "{after}", "--pretraining", PretrainingConfig.parse(before.flags).config_hash())
         flags = (*shared, *_phase(second), *start)

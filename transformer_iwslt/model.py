@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from common import FactorizationReport, FactorPair, FrobeniusDecay, LowRankConfig, MultiheadAttention, balance_, factorize_
 from common.attention import Heads
 from common.budget import count_parameters
+from common.experiments.checkpoints import load_weights_
 
 INITS = ("regular", "spectral", "norm-matched")
 PAD, EOS = 1, 2  # indices of a fairseq dictionary: <s>, <pad>, </s>, <unk>, then words
@@ -305,8 +306,5 @@ def from_checkpoint(architecture: Mapping[str, Any], weights: Mapping[str, Tenso
     config = TransformerConfig(**architecture)
     model = Transformer(config.without_decomposition())
     model.config = config
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint's weights do not fit its architecture: {' '.join(str(error).split())}") from error
+    load_weights_(model, weights)
     return model

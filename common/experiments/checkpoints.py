@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..state_dicts import find
 from .files import write_atomic
@@ -86,6 +87,14 @@ def model_state(state: Mapping[str, Any], path: Path) -> dict[str, torch.Tensor]
         if f"{name}_orig" in tensors:
             tensors[name] = tensors.pop(f"{name}_orig") * tensors.pop(f"{name}_mask")
     return tensors
+
+
+def load_weights_(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Load a state dict into the model that a checkpoint's architecture describes. Raises ValueError if it does not fit."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint's weights do not fit its architecture: {' '.join(str(error).split())}") from error
 
 
 def random_state() -> dict[str, Any]:

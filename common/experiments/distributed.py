@@ -107,21 +107,22 @@ def start(device_flag: str) -> Processes:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
-        device = find_device(device_flag)
-        if device.type == "cpu":
-            prepare_cpu()
-        elif device.type == "cuda":
-            torch.cuda.set_device(device)  # streams and graphs belong to the current device
-        return Processes(device)
+        return Processes(prepare_device(device_flag))
     local_rank = os.environ.get("LOCAL_RANK", "0")
     flag = local_rank if device_flag == "cuda" or (device_flag == "auto" and torch.cuda.is_available()) else device_flag
-    device = find_device(flag)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif device.type == "cpu":
-        prepare_cpu()
+    device = prepare_device(flag)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(device, dist.get_rank(), world_size)
+
+
+def prepare_device(flag: str) -> torch.device:
+    """The device of ``--device``, ready to train on. Raises ValueError as :func:`find_device` does."""
+    device = find_device(flag)
+    if device.type == "cpu":
+        prepare_cpu()
+    elif device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs belong to the current device
+    return device
 
 
 def prepare_cpu() -> None:

@@ -307,10 +307,8 @@ class TrainingLoop(ABC):
     def _train_epoch(self, writer: Any) -> None:
         epoch, first = divmod(self.step, self.steps_per_epoch)
         last = min(self.steps_per_epoch, first + self.last_step - self.step)
-        started, before = (
-            time.monotonic(),
-            self.processes.sum(self.totals.clone())[2].item(),
-        )  # answers of this epoch before a resume
+        before = self.processes.sum(self.totals.clone())[2].item()  # answers of this epoch before a resume
+        started = time.monotonic()
         progress = tqdm(
             total=self.steps_per_epoch,
             initial=first,
