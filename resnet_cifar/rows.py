@@ -16,7 +16,10 @@ METHODS = {
     "frobenius": (("--wd2fd",), "regular initialization, Frobenius decay"),
     "spectral+frobenius": (("--spectral", "--wd2fd"), "spectral initialization, Frobenius decay"),
     "norm-matched": (("--init", "norm-matched"), "regular initialization at the norm of the spectral one, weight decay"),
-    "norm-matched+frobenius": (("--init", "norm-matched", "--wd2fd"), "the same, Frobenius decay"),
+    "norm-matched+frobenius": (
+        ("--init", "norm-matched", "--wd2fd"),
+        "regular initialization at the norm of the spectral one, Frobenius decay",
+    ),
 }
 SCHEMES = ("regular", "spectral", "frobenius", "spectral+frobenius")
 CONTROLS = ("norm-matched", "norm-matched+frobenius")

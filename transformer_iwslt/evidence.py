@@ -15,12 +15,17 @@ SCALES = ("0", "0.5", "0.25")
 # 10 and a momentum of 0.99 multiplies them by 100. So weight decay of 1e-3 shrinks a product of norm 1 like Frobenius decay of
 # 1e-4.
 WEIGHT_DECAY, FROBENIUS_DECAY = "1e-3", "1e-4"
-_ALL = ("", "-quekey", "-outval")
+# Products that either scheme may act on: those of factorized layers, of queries and keys, and of outputs and values.
+PRODUCTS = ("", "-quekey", "-outval")
 METHODS = {
-    "regular": ((), f"regular initialization, weight decay {WEIGHT_DECAY}"),
-    "spectral": (_ALL, f"spectral initialization of all products, weight decay {WEIGHT_DECAY}"),
-    "spectral+frobenius": (_ALL, f"spectral initialization and Frobenius decay {FROBENIUS_DECAY} of all products"),
+    "regular": f"regular initialization, weight decay {WEIGHT_DECAY}",
+    "spectral": f"spectral initialization of all products, weight decay {WEIGHT_DECAY}",
+    "spectral+frobenius": f"spectral initialization and Frobenius decay {FROBENIUS_DECAY} of all products",
+    "frobenius": f"regular initialization, Frobenius decay {FROBENIUS_DECAY} of all products",
+    "norm-matched": f"regular layers at the norm of spectral ones, regular attention, weight decay {WEIGHT_DECAY}",
 }
+SCHEMES = ("regular", "spectral", "spectral+frobenius")
+CONTROLS = ("frobenius", "norm-matched")  # at rank scale 0.5 only
 # All gradients are clipped, so the learning rate and the bound determine the size of an update. Batches of 1,000 tokens instead
 # of 4,000 allow more updates in the same time. The learning rate falls after 500 updates; a run here ends before the default
 # 4,000.
@@ -30,20 +35,23 @@ _RECIPE += ("--smoothed-over", "others", "--batches", "once")  # these runs were
 
 
 def make_row(scale: str, method: str) -> Row:
-    families, words = METHODS[method]
-    if scale == "0":
-        families = families[1:]  # the full network has no factorized layers
+    products = PRODUCTS if scale != "0" else PRODUCTS[1:]  # the full network has no factorized layers
     flags = [*_RECIPE, "--weight-decay", WEIGHT_DECAY]
     flags += ["--rank-scale", scale] if scale != "0" else []
-    flags += [f"--spectral{family}" for family in families]
+    if method.startswith("spectral"):
+        flags += [f"--spectral{product}" for product in products]
+    if method.startswith("norm-matched"):
+        flags += ["--init", "norm-matched"]
     if method.endswith("frobenius"):
-        flags += ["--frobenius-decay", FROBENIUS_DECAY, *(f"--wd2fd{family}" for family in families)]
+        flags += ["--frobenius-decay", FROBENIUS_DECAY, *(f"--wd2fd{product}" for product in products)]
     model = "full" if scale == "0" else f"rank scale {scale}"
-    return Row(f"{scale}-{method}", f"{model}: {words}", tuple(flags), seeds=(1, 2))
+    return Row(f"{scale}-{method}", f"{model}: {METHODS[method]}", tuple(flags), seeds=(1, 2))
 
 
 def translation() -> Table:
-    rows, contrasts = [make_row(scale, method) for scale in SCALES for method in METHODS], []
+    rows = [make_row(scale, method) for scale in SCALES for method in SCHEMES]
+    rows += [make_row("0.5", method) for method in CONTROLS]
+    contrasts = []
     for scale in SCALES:
         model = "full" if scale == "0" else f"rank scale {scale}"
         contrasts.append(Contrast(f"{model}: spectral initialization", f"{scale}-spectral", f"{scale}-regular"))
@@ -53,6 +61,12 @@ def translation() -> Table:
         both = f"{scale}-spectral+frobenius"
         contrasts.append(Contrast(f"both schemes at rank scale {scale}", both, f"{scale}-regular"))
         contrasts.append(Contrast(f"both schemes at rank scale {scale} against the full network", both, "0-regular"))
+    contrasts += [
+        Contrast("rank scale 0.5: Frobenius decay, from a regular start", "0.5-frobenius", "0.5-regular"),
+        Contrast("rank scale 0.5: spectral initialization, under Frobenius decay", "0.5-spectral+frobenius", "0.5-frobenius"),
+        Contrast("rank scale 0.5: the scale of spectral layers alone", "0.5-norm-matched", "0.5-regular"),
+        Contrast("rank scale 0.5: all but the scale of spectral layers", "0.5-spectral", "0.5-norm-matched"),
+    ]
     title = "Translation of Multi30k, German to English: the small Transformer, 1,200 updates"
     return Table("evidence-multi30k", title, tuple(rows), (ContrastFigure(),), SCORE, tuple(contrasts))
 
