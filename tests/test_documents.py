@@ -282,6 +282,17 @@ def test_the_table_of_claims(tmp_path):
     ]  # of norms that are equal
 
 
+def test_a_claim_has_a_line_for_each_setting(tmp_path):
+    evidence = evidence_of(tmp_path, {"a": (70.0, 72.0, 74.0), "b": (60.0, 62.0, 64.1)})
+    write_claims(tmp_path, '[[claim.comparison]]\nof = "t/b c-b"\npaper = "-"\nsetting = "large"')
+    lines = block(evidence, "claims")[2:]
+    assert [(line[0], line[1], line[2], line[4]) for line in lines] == [
+        ("[A beats B](findings/one.md)", "abstract", "supported; also after Bonferroni", "small"),
+        ("", "", "not tested", "large"),
+    ]
+    assert block(evidence, "claims one")[2:] == [line[1:] for line in lines]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

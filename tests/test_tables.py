@@ -537,6 +537,16 @@ def test_collect_prints_and_writes_tables_and_figures(tmp_path, capsys):
     assert {"curves.png", "curves.pdf"} <= {path.name for path in (tmp_path / "quickstart").iterdir()}
 
 
+def test_collect_names_the_runs_that_belong_to_no_row(tmp_path, capsys):
+    write_result(tmp_path, "spectral")
+    changed = write_result(tmp_path, "spectral", row=None, change={"lr": 0.3})
+    line = f"in no table: {changed} belongs to no row; common.tables compare shows it\n"
+    main(["collect", "--results", str(tmp_path)])
+    assert capsys.readouterr().err == line
+    main(["collect", "--results", str(tmp_path), "--table", "quickstart"])
+    assert capsys.readouterr().err == ""
+
+
 def test_contrasts_are_paired_over_the_seeds_that_both_rows_have(tmp_path):
     """Against Student's distribution with two degrees of freedom, whose tail and quantile have a closed form."""
     finals = {"full": [95.0, 96.0, 98.0, 90.0], "spectral": [90.0, 92.0, 91.0], "regular": [80.0], "frobenius": [64.99, 63.99]}

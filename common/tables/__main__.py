@@ -201,7 +201,7 @@ def print_rows(chosen: Sequence[Program]) -> None:
         for table in program.tables
         for row in table.rows
     ]
-    print(tabulate(rows, ["row", "configuration", "parameters", "GPU-hours", "label"], tablefmt="plain", intfmt=","))
+    print(tabulate(rows, ["row", "configuration", "parameters", "GPU-hours, all seeds", "label"], tablefmt="plain", intfmt=","))
 
 
 def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
@@ -245,6 +245,9 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
     if not begun and not stopped:
         others = f"; {len(found)} finished runs there belong to no row: common.tables compare shows them" if found else ""
         raise ValueError(f"no row has a finished result in {args.results}{others}")
+    if args.table is None and args.row is None:
+        for run in results.of_no_row([*programs(), *programs("evidence")]):
+            print(f"in no table: {run.path} belongs to no row; common.tables compare shows it", file=sys.stderr)
     if html:
         from . import page
 

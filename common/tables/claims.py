@@ -18,6 +18,7 @@ class Comparison:
     label:   names the comparison, if a claim has several.
     planned: the seeds that were planned, if others were added after a look at the results. The verdict uses these alone.
     metric:  compares this metric after the last epoch instead of the final value; then any two rows of a table can be given.
+    setting: of its runs, where it differs from that of the claim.
     """
 
     of: str
@@ -25,17 +26,25 @@ class Comparison:
     label: str = ""
     planned: tuple[int, ...] = ()
     metric: str = ""
+    setting: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim in one sentence, its place in the paper, and the setting of the runs here; its page is ``<id>.md``."""
+    """A claim in one sentence, its place in the paper, and the setting of most runs here; its page is ``<id>.md``."""
 
     id: str
     claim: str
     paper: str
     setting: str
     comparisons: tuple[Comparison, ...]
+
+    def by_setting(self) -> dict[str, list[Comparison]]:
+        """The comparisons of each setting, in the order of the file."""
+        found: dict[str, list[Comparison]] = {}
+        for each in self.comparisons:
+            found.setdefault(each.setting or self.setting, []).append(each)
+        return found
 
 
 def read(path: Path) -> list[Claim]:

@@ -211,18 +211,25 @@ def _claims(evidence: Evidence, id: str = "") -> str:
         raise ValueError(f"there is no claim {id!r}: there are {', '.join(claim.id for claim in found)}")
     header = ["Claim", "In the paper", "Verdict", "Effect, 95 % interval", "Setting"]
     rows = []
-    for claim in found:
-        lines = [_compared(evidence, claim.id, each) for each in claim.comparisons]
-        verdicts = {said for _, said, _ in lines}
-        if len(lines) > 1 and len(verdicts) == 1:
-            said = f"{'both' if len(lines) == 2 else f'all {len(lines)}'}: {verdicts.pop()}"
-        else:
-            said = "<br>".join(label + said for label, said, _ in lines)
-        effects = "<br>".join(label + effect for label, _, effect in lines)
-        rows.append([f"[{claim.claim}](findings/{claim.id}.md)", claim.paper, said, effects, claim.setting])
+    for claim in (each for each in found if id in ("", each.id)):
+        named = [f"[{claim.claim}](findings/{claim.id}.md)", claim.paper]
+        for setting, comparisons in claim.by_setting().items():
+            rows.append([*named, *_verdicts(evidence, claim.id, comparisons), setting])
+            named = ["", ""]  # further settings of the same claim
     if id:  # on the page of a claim
-        header, rows = header[1:], [row[1:] for row, claim in zip(rows, found, strict=True) if claim.id == id]
+        header, rows = header[1:], [row[1:] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def _verdicts(evidence: Evidence, claim: str, comparisons: Sequence[claims.Comparison]) -> tuple[str, str]:
+    """Verdicts and effects of the comparisons that a claim rests on in one setting."""
+    lines = [_compared(evidence, claim, each) for each in comparisons]
+    verdicts = {said for _, said, _ in lines}
+    if len(lines) > 1 and len(verdicts) == 1:
+        said = f"{'both' if len(lines) == 2 else f'all {len(lines)}'}: {verdicts.pop()}"
+    else:
+        said = "<br>".join(label + said for label, said, _ in lines)
+    return said, "<br>".join(label + effect for label, _, effect in lines)
 
 
 def _compared(evidence: Evidence, claim: str, each: claims.Comparison) -> tuple[str, str, str]:

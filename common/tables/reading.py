@@ -72,6 +72,11 @@ class Results:
         wanted = {f"{table.id}/{row.id}": program.key(row) for row in table.rows}
         return [run for run, found in self.runs if run.row in wanted and wanted[run.row] not in found]
 
+    def of_no_row(self, programs: Iterable[Program]) -> list[RunResult]:
+        """The results that no row of the programs counts."""
+        wanted = {program.key(row) for program in programs for table in program.tables for row in table.rows}
+        return [run for run, found in self.runs if wanted.isdisjoint(found)]
+
     def check(self, program: Program, table: Table) -> None:
         """Raise ValueError if two results name the same row and seed of the table but have different configurations.
 
