@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from common.tables.mps import CONTROL, shared_gpus
+from common.tables.mps import CONTROL, shared_gpus, visible_gpus
 
 
 @pytest.fixture
@@ -24,13 +24,15 @@ def machine(tmp_path, monkeypatch):
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
     def make(service, gpu=True):
-        program("nvidia-smi", "echo 'GPU 0: NVIDIA H100'" if gpu else "echo 'No devices were found'; exit 6")
+        lines = "GPU 0: NVIDIA H100 (UUID: GPU-aa)\nGPU 1: NVIDIA H100 (UUID: GPU-bb)\n  MIG 1g.10gb Device 0: (UUID: MIG-cc)"
+        program("nvidia-smi", f"echo '{lines}'" if gpu else "echo 'No devices were found'; exit 6")
         running = "exit 0" if service == "runs" else "exit 1"
+        on = "${CUDA_VISIBLE_DEVICES:+ on $CUDA_VISIBLE_DEVICES}"
         start = "echo 'Cannot find MPS' >&2; exit 1" if service == "fails" else "exit 0"
         if service != "missing":
             program(
                 CONTROL,
-                f"""if [[ ${{1:-}} == -d ]]; then echo "start $CUDA_MPS_PIPE_DIRECTORY" >>{record}; {start}; fi
+                f"""if [[ ${{1:-}} == -d ]]; then echo "start $CUDA_MPS_PIPE_DIRECTORY{on}" >>{record}; {start}; fi
 read order; echo "$order" >>{record}; if [[ $order == get_server_list ]]; then {running}; fi""",
             )
         return record
@@ -54,6 +56,36 @@ def test_a_service_is_started_for_the_runs_and_stopped_after_them(machine):
     assert record.read_text().split("\n") == ["get_server_list", f"start {folder}", "quit", ""]
     assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ
     assert not os.path.exists(folder)
+
+
+def test_gpus_that_were_chosen_have_one_name_for_the_service_and_for_the_runs(machine, monkeypatch):
+    """The service would give other numbers to GPUs that it is started with."""
+    record = machine("starts")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with shared_gpus():
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-bb"
+        assert record.read_text().endswith(" on GPU-bb\n")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "found"),
+    [
+        (None, ["GPU-aa", "GPU-bb"]),
+        ("1, 0", ["GPU-bb", "GPU-aa"]),
+        ("GPU-b", ["GPU-b"]),
+        ("MIG-cc", ["MIG-cc"]),
+        ("", []),
+        ("-1", []),
+    ],
+)
+def test_visible_gpus_have_the_names_of_the_driver(machine, monkeypatch, chosen, found):
+    machine("missing")
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert visible_gpus() == found
+    machine("missing", gpu=False)
+    assert visible_gpus() == []
 
 
 def test_a_service_that_runs_already_is_left_running(machine, monkeypatch):

@@ -1,5 +1,6 @@
 """python -m common.tables run: rows in this process and in workers, their order, failures and stops."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -194,6 +195,37 @@ def test_a_worker_that_dies_takes_only_its_own_run_along(tmp_path, monkeypatch, 
     assert failed.startswith("failed: t/r seed 2: its process died: killed, or out of memory; see ")
 
 
+def test_workers_share_out_the_gpus_and_replace_one_that_died_on_its_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
+    code = f'echo "$CUDA_VISIBLE_DEVICES" >{tmp_path}/$seed; [[ $seed != 2 ]] || kill -9 $PPID; while '
+    code += (
+        f"(( $(cat {tmp_path}/[1-4] | wc -l) < 3 )); do sleep 0.1; done; echo /$seed"  # the first keeps its worker till then
+    )
+    outcomes = run._in_workers(quick_tasks(1, 2, 3), 2, stand_in(tmp_path / "x", code), ["GPU-aa", "GPU-bb"])
+    assert {task.seed: outcome.status for task, outcome in outcomes} == {1: 0, 2: run.KILLED, 3: 0}
+    assert [(tmp_path / str(seed)).read_text() for seed in (1, 2, 3)] == ["GPU-aa\n", "GPU-bb\n", "GPU-bb\n"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words", "launcher", "given"),
+    [
+        (["GPU-aa", "GPU-bb"], "", (), ["GPU-aa", "GPU-bb"]),
+        (["GPU-aa"], "", (), ()),
+        (["GPU-aa", "GPU-bb"], "--device cuda:1", (), ()),
+        (["GPU-aa", "GPU-bb"], "--device cpu", (), ()),
+        (["GPU-aa", "GPU-bb"], "", ("env",), ()),
+    ],
+)
+def test_only_runs_that_may_take_any_of_several_gpus_are_given_one(monkeypatch, gpus, words, launcher, given):
+    monkeypatch.setattr(run, "visible_gpus", lambda: gpus)
+    monkeypatch.setattr(run, "shared_gpus", contextlib.nullcontext)
+    asked = []
+    monkeypatch.setattr(run, "_in_workers", lambda tasks, jobs, launcher, gpus: asked.append(gpus) or iter(()))
+    tasks = [run.task_of_commands("t/r", [(*RESNET.split(), *words.split())], seed, []) for seed in (1, 2)]
+    run.run(tasks, 2, launcher)
+    assert [list(each) for each in asked] == [list(given)]
+
+
 def test_a_prerequisite_that_prints_nothing_fails_the_row(tmp_path, capsys):
     task, _ = task_of("pruned", tmp_path)
     assert run.run([task], 1, stand_in(tmp_path / "x", "exit 0")) == 1
@@ -345,8 +377,8 @@ def test_a_stop_that_comes_while_a_worker_starts_reaches_its_run(tmp_path, monke
     monkeypatch.setattr(run, "LOGS", tmp_path / "logs")
     make = run._Worker.__init__
 
-    def make_and_stop(self, threads):
-        make(self, threads)
+    def make_and_stop(self, *args):
+        make(self, *args)
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(run._Worker, "__init__", make_and_stop)

@@ -21,10 +21,11 @@ from types import FrameType
 
 from tqdm import tqdm
 
+from ..experiments.config import Config
 from ..experiments.files import ROOT
 from ..experiments.runs import REQUEUE
 from .commands import CommandError, RowRun, Words, commands_of, configuration, no_interrupts
-from .mps import shared_gpus
+from .mps import shared_gpus, visible_gpus
 from .rows import SAFE, Program, select
 
 LOGS = ROOT / "results" / "logs"
@@ -104,9 +105,10 @@ def run(tasks: Sequence[Task], jobs: int = 1, launcher: Sequence[str] = (), minu
     configs = [configuration(command) for task in tasks for command in task.commands]
     jobs = min(jobs, len(tasks))
     failed: list[tuple[Task, Outcome]] = []
-    outcomes = _in_workers(tasks, jobs, launcher) if jobs > 1 else _here(tasks, launcher)
-    stopped, number = False, 0
     on_gpu = jobs > 1 and not all(getattr(config, "device", "") == "cpu" or getattr(config, "cpu", False) for config in configs)
+    gpus = visible_gpus() if on_gpu and not launcher and all(map(_may_take_any_gpu, configs)) else []
+    outcomes = _in_workers(tasks, jobs, launcher, gpus if len(gpus) > 1 else ()) if jobs > 1 else _here(tasks, launcher)
+    stopped, number = False, 0
     with (
         shared_gpus() if on_gpu else nullcontext(),
         _time_limit(minutes),
@@ -130,6 +132,10 @@ def run(tasks: Sequence[Task], jobs: int = 1, launcher: Sequence[str] = (), minu
         return 0
     statuses = {outcome.status for _, outcome in failed}
     return statuses.pop() if len(statuses) == 1 else 1
+
+
+def _may_take_any_gpu(config: Config) -> bool:
+    return getattr(config, "device", "auto") in ("auto", "cuda") and getattr(config, "distributed_world_size", 1) == 1
 
 
 def _execute(task: Task, launcher: Sequence[str]) -> Outcome:
@@ -177,10 +183,11 @@ def _time_limit(minutes: float | None) -> Generator[None]:
 class _Worker:
     """A process that runs one task after another. It has its own pool, so that its death does not affect the others."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, gpu: str | None) -> None:
+        self.gpu = gpu
         context = multiprocessing.get_context("spawn")
         with no_interrupts():
-            self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_worker, initargs=(threads,))
+            self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_worker, initargs=(threads, gpu))
             self.process = self.pool.submit(os.getpid).result()
 
     def start(self, task: Task, launcher: Sequence[str]) -> Future[Outcome]:
@@ -192,9 +199,12 @@ class _Worker:
             os.kill(self.process, signal.SIGTERM)
 
 
-def _in_workers(tasks: Sequence[Task], jobs: int, launcher: Sequence[str]) -> Generator[tuple[Task, Outcome]]:
-    """Run tasks in ``jobs`` processes."""
+def _in_workers(
+    tasks: Sequence[Task], jobs: int, launcher: Sequence[str], gpus: Sequence[str] = ()
+) -> Generator[tuple[Task, Outcome]]:
+    """Run tasks in ``jobs`` processes, each of which sees one of the GPUs, or all of them if none are given."""
     waiting, idle = deque(tasks), list[_Worker]()
+    free = deque(gpus[slot % len(gpus)] if gpus else None for slot in range(jobs))
     running: dict[Future[Outcome], tuple[Task, _Worker]] = {}
     threads = max(1, _cores() // jobs)
 
@@ -206,7 +216,7 @@ def _in_workers(tasks: Sequence[Task], jobs: int, launcher: Sequence[str]) -> Ge
         try:
             while running or (waiting and not stop.is_set()):
                 while waiting and len(running) < jobs and not stop.is_set():
-                    worker = idle.pop() if idle else _Worker(threads)
+                    worker = idle.pop() if idle else _Worker(threads, free.popleft())
                     task = waiting.popleft()
                     running[worker.start(task, launcher)] = task, worker
                     if stop.is_set():  # the request came while the worker started, and did not reach it
@@ -216,6 +226,7 @@ def _in_workers(tasks: Sequence[Task], jobs: int, launcher: Sequence[str]) -> Ge
                     outcome = _outcome(future, task, stopped=stop.is_set())
                     if outcome.status == KILLED or (stop.is_set() and outcome.status == REQUEUE):
                         worker.pool.shutdown()
+                        free.append(worker.gpu)
                     else:
                         idle.append(worker)
                     if outcome.status == REQUEUE and not stop.is_set():  # one run was stopped from outside: stop all
@@ -264,8 +275,10 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _prepare_worker(threads: int) -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torch, which reads it, is not loaded yet
+def _prepare_worker(threads: int, gpu: str | None) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torch, which reads both, is not loaded yet
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent passes it on
     threading.Thread(target=_follow_parent, daemon=True).start()
 
