@@ -127,10 +127,10 @@ def weaker() -> Table:
 
 
 def both_schemes() -> Table:
-    """Both schemes at a decay that suits runs as short as these, with three seeds.
+    """Both schemes at a tenth of the decay of evidence-table1, with three seeds.
 
-    The pruning and sparse rows of evidence-table1 have another decay and another classifier, so these rows are not compared
-    with them.
+    These rows are not compared with the pruning and sparse rows of evidence-table1, which have another decay and another
+    initialization of the classifier.
     """
     row = partial(make_row, decay=WEAKER, bias="zero", seeds=(1, 2, 3))
     rows = [row("full", "full", parameters=_COUNTS["0"])]
