@@ -637,7 +637,7 @@ def test_legends_stay_within_their_figures():
         if not isinstance(figure, ContrastFigure)
     ]
     drawn = [each for each in drawn if each is not None]  # tables for a GPU have no results yet
-    assert len(drawn) == 4
+    assert len(drawn) == 5
     for each in drawn:
         each.draw_without_rendering()
         box = each.legends[0].get_window_extent()
