@@ -215,9 +215,11 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
     html = args.command == "collect" and args.html
     begun: list[tuple[Program, Table, Sequence[Path]]] = []
     stopped: list[str] = []
+    named: list[Path] = []
     for program in chosen:
         for table in program.tables:
             for result in results.outdated(program, table):
+                named.append(result.path)
                 print(
                     f"not counted in {table.id}: {result.path} is recorded as row {result.row} but has another configuration",
                     file=sys.stderr,
@@ -246,8 +248,9 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
         others = f"; {len(found)} finished runs there belong to no row: common.tables compare shows them" if found else ""
         raise ValueError(f"no row has a finished result in {args.results}{others}")
     if args.table is None and args.row is None:
-        for run in results.of_no_row([*programs(), *programs("evidence")]):
-            print(f"in no table: {run.path} belongs to no row; common.tables compare shows it", file=sys.stderr)
+        for result in results.of_no_row([*programs(), *programs("evidence")]):
+            if result.path not in named:
+                print(f"in no table: {result.path} belongs to no row; common.tables compare shows it", file=sys.stderr)
     if html:
         from . import page
 
