@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from common.experiments.config import REQUIRED, Config, flag, non_negative, override, positive_int, share
-from common.experiments.files import read_json
+from common.experiments.files import in_project, read_json
 from common.experiments.run_config import RunConfig, TrainingConfig
 
 SIZES = {  # layers, dimensions, heads, as in google-research/bert
@@ -200,6 +200,7 @@ class PretrainingConfig(RunConfig, EncoderFlags):
     def resolve(self) -> None:
         if self.init_from is not None and self.init_from.is_dir():
             self.init_from = self.init_from / "checkpoint.pt"
+        self.data = in_project(self.data)
         super().resolve()
         self.predictions = self.predictions or max(1, round(MASKED * self.seq))
         if self.seq < 2 or self.predictions > self.seq - 1:

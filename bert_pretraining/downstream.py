@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from bert_pretraining.config import PretrainingConfig
 from common.experiments.config import REQUIRED, Config, derived, flag, non_negative, override, positive_int, share
+from common.experiments.files import in_project
 from common.experiments.run_config import RunConfig
 from common.experiments.runs import Run, run_of
 
@@ -94,6 +95,8 @@ class FinetuneConfig(DownstreamConfig):
     dropout: float = flag(0.1, type=share, help="dropout in the encoder and before the classifier")
 
     def resolve(self) -> None:
+        self.train, self.dev = in_project(self.train), in_project(self.dev)
+        self.test = None if self.test is None else in_project(self.test)
         super().resolve()
         self.max_tokens = self.max_tokens or MAX_TOKENS[self.task]
         if self.task == "sentences":
@@ -150,6 +153,7 @@ class BlimpConfig(DownstreamConfig):
     score: str = derived(REQUIRED)  # distinguishes the configuration from those of other programs
 
     def resolve(self) -> None:
+        self.data = in_project(self.data)
         super().resolve()
         self.score = "pseudo-log-likelihood"
 

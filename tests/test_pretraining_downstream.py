@@ -19,7 +19,7 @@ from bert_pretraining.config import PretrainingConfig
 from bert_pretraining.downstream import SCRIPTS, BlimpConfig, FinetuneConfig
 from bert_pretraining.model import EncoderConfig, MaskedLanguageModel
 from bert_pretraining.text import BOS, EOS, MASK, TOKENIZER, encode, encode_with_offsets, learn_tokenizer, load_tokenizer
-from common.experiments import checkpoints
+from common.experiments import checkpoints, files
 from common.experiments.files import digest, read_json
 from common.experiments.results import RunResult
 from common.tables.rows import Program, Row, Table
@@ -468,6 +468,30 @@ def test_rows_may_follow_a_row_of_pre_training():
     assert len(hashes) == 3
     other = Row("other", "", (*start[:3], "0" * 12, *rows[1].flags[4:]), script="finetune.py")
     assert program.config_hash(other) not in hashes
+
+
+def test_rows_find_their_data_in_the_project_from_any_folder(tmp_path, monkeypatch):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    monkeypatch.setattr(files, "ROOT", project)
+    names = ("data-bin/books/corpus.json", "data/train", "data/dev", "data/test", "data/blimp.tsv")
+    for name in names:
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text('{"digests": {"train.bin": "0123"}}')
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+
+    def found():
+        pretraining = PretrainingConfig.parse(["data-bin/books"])
+        words = "--init-from run --task sentences --train data/train --dev data/dev --test data/test"
+        tuned = FinetuneConfig.parse(words.split())
+        scored = BlimpConfig.parse(["--init-from", "run", "--data", "data/blimp.tsv"])
+        return pretraining, [pretraining.data / "corpus.json", tuned.train, tuned.dev, tuned.test, scored.data]
+
+    pretraining, paths = found()
+    assert paths == [project / name for name in names]
+    assert pretraining.inputs() == {"train": "0123"}
+    shutil.copytree(project, elsewhere, dirs_exist_ok=True)
+    assert found()[1] == [Path(name) for name in names]  # those of the current folder come first
 
 
 ERRORS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.experiments.config import config_hash
-from common.experiments.files import ROOT, digest, read_json, write_atomic, write_json
+from common.experiments.files import digest, in_project, read_json, write_atomic, write_json
 
 PREPARED, CODES = "prepare.json", "codes"
 VOCABULARY = "vocabulary"  # folder in a run: what translation needs besides the weights
@@ -153,11 +153,13 @@ def find_vocabularies(directory: Path) -> tuple[Pipeline, Vocabulary, Vocabulary
 
 def find_data(data: Path) -> Path:
     """The prepared folder, as given or below the project's root. Raises ValueError saying how to make it if it is missing."""
-    for folder in (data, ROOT / data):
-        if folder.is_dir():
-            find_vocabularies(folder)
-            return folder
-    raise ValueError(f"there is no folder {data}: python transformer_iwslt/prepare.py --dest {data} prepares IWSLT'14 there")
+    folder = in_project(data)
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {data}: python transformer_iwslt/prepare.py --dest {data} prepares IWSLT'14 there"
+        )
+    find_vocabularies(folder)
+    return folder
 
 
 def inputs(data: Path) -> dict[str, str]:

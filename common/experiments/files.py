@@ -55,6 +55,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 
+def in_project(path: Path) -> Path:
+    """The path or, if it exists only below the project's root, that one. Rows name their data like this: ``data-bin/books``."""
+    return path if path.exists() or not (ROOT / path).exists() else ROOT / path
+
+
 def is_image(path: Path) -> bool:
     """Whether a path, relative to a folder of images, has an image's suffix and no hidden part (one that begins with ".")."""
     return path.suffix.lower() in IMAGES and not any(part.startswith(".") for part in path.parts)
