@@ -238,9 +238,9 @@ def attention_pairs(
     serves n query heads, the products form n pairs. Leave the attention out of :func:`factorize_`.
 
     Raises ValueError if no attention is found or no product is requested. Raises ValueError, naming the attention, if a
-    projection is already factorized, or if a product is not the whole of what the attention computes: rotary positions or
-    normalizations are applied between query and key, a gate or normalization is applied between value and output, or, without
-    ``ignore_biases``, the query or key projection has a bias, which adds terms to the scores.
+    projection is already factorized or stored head by head, or if a product is not the whole of what the attention computes:
+    rotary positions or normalizations are applied between query and key, a gate or normalization is applied between value and
+    output, or, without ``ignore_biases``, the query or key projection has a bias, which adds terms to the scores.
     """
     pairs = []
     for name, module in model.named_modules():
@@ -375,6 +375,11 @@ def _read_gpt2(name: str, module: Any) -> _Attention:
 def _read_timm(name: str, module: Any, between: str | None) -> _Attention | None:
     if getattr(module, "qkv", None) is None or not hasattr(module, "proj"):
         return None
+    if hasattr(module, "key_dim"):  # TinyViT, EfficientFormer
+        raise ValueError(
+            f"attention {name!r} ({type(module).__module__}) stores queries, keys and values head by head, which is not "
+            "supported: give its products as FactorPairs of your own"
+        )
     inputs = [_Projection(_parameter(name, module.qkv), _rows(part, 3)) for part in range(3)]
     if not all(isinstance(getattr(module, norm, nn.Identity()), nn.Identity) for norm in ("q_norm", "k_norm")):
         between = "normalizations"

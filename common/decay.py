@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,10 +134,12 @@ class FrobeniusDecay:
         return list({id(factor): factor for factor in (*layers, *paired)}.values())
 
     def penalty(self) -> Tensor:
-        """coef/2 times the sum of ||W||_F^2: a scalar, differentiable, for a loss or a log."""
-        alike, others = _grouped(self._layers)
-        products = [*self.pairs, *map(_Stack, alike), *others]
-        return self.coef / 2 * torch.stack([product.squared_norm() for product in products]).sum()
+        """coef/2 times the sum of ||W||_F^2: a scalar, differentiable, for a loss or a log. Computed outside autocast."""
+        device = self.parameters()[0].device
+        with torch.autocast(device.type, enabled=False):
+            alike, others = _grouped(self._layers)
+            products = [*self.pairs, *map(_Stack, alike), *others]
+            return self.coef / 2 * torch.stack([product.squared_norm().to(device) for product in products]).sum()
 
     @torch.no_grad()
     def step(self, lr: float | Tensor | None = None) -> None:
@@ -204,7 +207,8 @@ class FrobeniusDecay:
     def _finite(self) -> Tensor:
         """Whether all gradients of the model are finite; a scalar on their device."""
         device = self.parameters()[0].device
-        grads = [each.grad for each in self._model.parameters() if each.grad is not None and each.numel()]
+        grads = [_values(each.grad) for each in self._model.parameters() if each.grad is not None]
+        grads = [grad for grad in grads if grad.numel()]
         if not grads:
             return torch.ones((), dtype=torch.bool, device=device)
         if device.type == "cpu":  # where norms of infinite order are slow
@@ -236,13 +240,19 @@ class FrobeniusDecay:
         return parameter.grad
 
 
+def _values(grad: Tensor) -> Tensor:
+    """The entries of a gradient as real numbers; those that are stored, if it is sparse."""
+    stored = grad.coalesce().values() if grad.layout == torch.sparse_coo else grad
+    return torch.view_as_real(stored) if stored.is_complex() else stored
+
+
 def _grouped(layers: Iterable[Factorized]) -> tuple[list[list[Factorized]], list[Factorized]]:
-    """Groups of layers whose chains have equal shapes at present, and the layers without a chain."""
+    """Groups of layers whose chains have equal shapes, device and dtype at present, and the layers without a chain."""
     alike: dict[Any, list[Factorized]] = {}
     others = []
     for layer in layers:
         if chain := layer.chain():
-            alike.setdefault((chain[0].device, *(factor.shape for factor in chain)), []).append(layer)
+            alike.setdefault((chain[0].device, chain[0].dtype, *(factor.shape for factor in chain)), []).append(layer)
         else:
             others.append(layer)
     return list(alike.values()), others
@@ -274,7 +284,7 @@ class _Updates:
     def apply(self, wanted: Tensor | None) -> None:
         """Add the waiting updates, unless ``wanted`` is given and false."""
         if wanted is not None:
-            self.updates = [torch.where(wanted, update, 0) for update in self.updates]
+            self.updates = [torch.where(wanted.to(update.device), update, 0) for update in self.updates]
         if self.targets:
             torch._foreach_add_(self.targets, self.updates)
 
@@ -306,8 +316,10 @@ def param_groups(
     every Parameter of the model once. Factors are identified by the type of their module and never by name. Each group has a
     ``name``: "rest" or "factors".
 
-    Raises ValueError if a weight decay is negative or not finite, or if ``decay`` covers a Parameter that the model does not
-    have. Raises RuntimeError if a covered Parameter was replaced, because its replacement would get neither kind of decay.
+    Warns if the pairs of ``decay`` cover only a part of a Parameter, such as the values in a packed projection: the rest of it
+    gets no decay. Raises ValueError if a weight decay is negative or not finite, or if ``decay`` covers a Parameter that the
+    model does not have. Raises RuntimeError if a covered Parameter was replaced, because its replacement would get neither
+    kind of decay.
     """
     for value in (weight_decay, factor_weight_decay or 0.0):
         if not math.isfinite(value) or value < 0:
@@ -320,6 +332,12 @@ def param_groups(
     else:
         covered = []
     ids = {id(parameter) for parameter in covered}
+    if decay is not None and not factor_weight_decay and (partly := _partly_covered(model, decay)):
+        warnings.warn(
+            f"Frobenius decay covers only a part of {len(partly)} Parameters, such as {partly[0]!r}. The rest of them gets no "
+            "decay, since weight decay applies to a whole Parameter; factor_weight_decay gives these some",
+            stacklevel=2,
+        )
     parameters = list(model.parameters())
     strange = len(ids - {id(parameter) for parameter in parameters})
     if strange:
@@ -329,3 +347,12 @@ def param_groups(
         {"params": [p for p in parameters if id(p) in ids], "weight_decay": factor_weight_decay or 0.0, "name": "factors"},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _partly_covered(model: nn.Module, decay: FrobeniusDecay) -> list[str]:
+    """Names of the Parameters of which the pairs of ``decay`` cover some entries and not others."""
+    covered = {id(each): torch.zeros(each.shape, dtype=torch.bool) for pair in decay.pairs for each in (pair.u, pair.vt)}
+    for pair in decay.pairs:
+        for view in pair.map_factors(lambda parameter: covered[id(parameter)]):
+            view.fill_(True)
+    return [name for name, each in model.named_parameters() if id(each) in covered and not covered[id(each)].all()]

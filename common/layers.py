@@ -209,7 +209,7 @@ class FactorizedMatrix(Factorized):
             kwargs["bias"] = self.bias is not None
         layer = nn.utils.skip_init(kind, *args, **kwargs, device=self.u.device, dtype=self.u.dtype)
         layer.train(self.training)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.u.device.type, enabled=False):
             layer.weight.copy_(self.to_dense())
         layer.weight.requires_grad_(any(factor.requires_grad for factor in self.factors()))
         if self.bias is not None:
@@ -318,7 +318,8 @@ class FactorizedTransposedLinear(FactorizedLinear):
         with torch.random.fork_rng(devices=[]):  # its random initialization is not used
             layer = self.dense_class(self.out_features, self.in_features)
         trainable = any(factor.requires_grad for factor in self.factors())
-        layer.weight = nn.Parameter(self.to_dense().detach().contiguous(), requires_grad=trainable)
+        with torch.autocast(self.u.device.type, enabled=False):
+            layer.weight = nn.Parameter(self.to_dense().detach().contiguous(), requires_grad=trainable)
         layer.bias = self.bias
         return layer.train(self.training)
 

@@ -14,9 +14,13 @@ _replaced = WeakIdKeyDictionary()  # Parameter -> its name; an entry goes when n
 
 
 def remember(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Record Parameters that are no longer in their model, by name. An optimizer that holds them raises at its next step."""
+    """Record Parameters that are no longer in their model, by name. An optimizer that holds them raises at its next step.
+
+    Their gradients are dropped, so that one of them has a gradient at that step only if something else computes it.
+    """
     _watch()
     for name, parameter in parameters.items():
+        parameter.grad = None
         _replaced[parameter] = name
 
 

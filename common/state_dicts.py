@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,9 +13,10 @@ PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel and AveragedMo
 _COUNT = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
 
 
-def find(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def find(state: Mapping[str, Any]) -> OrderedDict[str, Tensor]:
     """The tensors of a model's state dict, which may be nested in dictionaries under any of KEYS.
 
+    Versions of modules (``_metadata``), which torch's ``load_state_dict`` reads, are kept.
     Raises ValueError, naming the keys found, if there is no state dict.
     """
     outer = list(state)
@@ -24,10 +26,17 @@ def find(state: Mapping[str, Any]) -> dict[str, Tensor]:
     if not tensors or len(tensors) != len(state):
         strange = ", ".join(map(repr, [name for name in state if name not in tensors][:5] or outer[:5])) or "nothing"
         raise ValueError(f"it is not a model's state dict and has none under {', '.join(map(repr, KEYS))}: it has {strange}")
-    return tensors
+    return _state_dict(tensors, getattr(state, "_metadata", None))
 
 
-def unwrap(state: Mapping[str, Any], own: Iterable[str]) -> dict[str, Tensor]:
+def _state_dict(tensors: Mapping[str, Tensor], versions: Any) -> OrderedDict[str, Tensor]:
+    found: Any = OrderedDict(tensors)
+    if versions is not None:
+        found._metadata = versions
+    return found
+
+
+def unwrap(state: Mapping[str, Any], own: Iterable[str]) -> OrderedDict[str, Tensor]:
     """The tensors of a model's state dict, as :func:`find` returns them, without the PREFIXES of wrappers.
 
     A prefix is removed, repeatedly, while all names in the state dict have it and not all of the model's ``own`` names do.
@@ -37,7 +46,11 @@ def unwrap(state: Mapping[str, Any], own: Iterable[str]) -> dict[str, Tensor]:
     if len(tensors) > 1 and _COUNT not in kept:
         tensors.pop(_COUNT, None)
     while prefix := next((p for p in PREFIXES if _common(p, tensors) and not _common(p, kept)), None):
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+        versions = getattr(tensors, "_metadata", None)
+        if versions is not None:  # by names of modules: the wrapped model, "module", becomes ""
+            inside = ((f"{name}.", value) for name, value in versions.items() if f"{name}.".startswith(prefix))
+            versions = OrderedDict((name.removeprefix(prefix).removesuffix("."), value) for name, value in inside)
+        tensors = _state_dict({name.removeprefix(prefix): value for name, value in tensors.items()}, versions)
     return tensors
 
 

@@ -145,7 +145,7 @@ def _factor_numel(shape: tuple[int, ...], rank: int, depth: int) -> int:
 @torch.no_grad()
 def _initialize(layer: FactorizedMatrix, donor: nn.Module, config: LowRankConfig) -> None:
     matrix = donors.unroll(donor)
-    if isinstance(layer, FactorizedEmbedding) and layer.padding_idx is not None:
+    if isinstance(layer, FactorizedEmbedding) and layer.padding_idx is not None and not layer.padding_row_is_shared:
         matrix = matrix.index_fill(0, torch.tensor(layer.padding_idx, device=matrix.device), 0)
     init = config.init
     if callable(init):
@@ -177,11 +177,13 @@ def _of_each_group(matrix: Tensor, factors: Callable[[Tensor], Sequence[Tensor]]
 def _tie(layers: Sequence[FactorizedMatrix]) -> FactorizedMatrix:
     """Make layers with a tied weight share the factors of one of them. Returns that layer.
 
-    A layer that is not an embedding is preferred, because it uses all rows. An embedding alone keeps its padding row at zero.
+    A layer that uses all rows is preferred: one that is not an embedding, or an embedding without a padding row. A padding row
+    stays zero only if it is that of all layers.
     """
-    first = next((layer for layer in layers if not isinstance(layer, FactorizedEmbedding)), layers[0])
+    padding = {layer: getattr(layer, "padding_idx", None) for layer in layers}
+    first = next((layer for layer in layers if padding[layer] is None), layers[0])
     for layer in layers:
-        if isinstance(layer, FactorizedEmbedding) and not isinstance(first, FactorizedEmbedding):
+        if isinstance(layer, FactorizedEmbedding) and len({*padding.values()}) > 1:
             layer.padding_row_is_shared = True
         layer.u, layer.vt = first.u, first.vt
         if layer.depth == 3:
@@ -240,8 +242,9 @@ def factorize_(
 
     ``filter_fn(module, name)`` returns whether to replace a layer. Without it, every supported layer is selected. Other layers
     do not change. Selected layers keep bias, stride, padding, dilation, device, dtype, mode, requires_grad, forward and
-    backward hooks, and any attributes, buffers and modules added to them. Call this before creating the optimizer, because the
-    factors are new Parameters, and before wrapping the model in DistributedDataParallel or sharding it.
+    backward hooks, and any attributes, buffers and modules added to them. The padding row of an embedding becomes zero. Call
+    this before creating the optimizer, because the factors are new Parameters, and before wrapping the model in
+    DistributedDataParallel or sharding it.
 
     unsupported:   "raise" raises for a selected layer that cannot be factorized. "skip" leaves it dense, and the report says
                    why.
@@ -329,7 +332,8 @@ def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Fact
     expected = dict(model.state_dict())
     unpacked: dict[nn.Module, nn.Module] = {}
     for name, module in list(modules.items()):
-        if isinstance(module, nn.MultiheadAttention) and f"{name}.q_proj.weight" not in expected:
+        packed = isinstance(module, nn.MultiheadAttention) and not isinstance(module, UnpackedMultiheadAttention)
+        if packed and f"{name}.q_proj.weight" not in expected:
             children = [f"{name}.{part}" for part in donors.PROJECTIONS]
             if any(f"{child}.vt" in state_dict for child in children):
                 if module not in unpacked:

@@ -50,7 +50,7 @@ class ComposedWeight(Tensor):
             if list(map(_version, self._factors)) != self._versions:
                 name = type(self._layer).__name__
                 raise RuntimeError(f"the factors of a {name} changed after its weight was read: read layer.weight again")
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 self._product = self._layer.compose(self._factors).contiguous()
         return self._product
 

@@ -1,5 +1,7 @@
 """Factor pairs of attention heads, against the modules' own outputs and against dense products, head by head, in float64."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -228,6 +230,27 @@ def test_dense_projections_that_were_unpacked():
 def test_products_that_are_not_what_acts_are_refused_by_name(make, options, message):
     with pytest.raises(ValueError, match=message):
         attention_pairs(make(), **options)
+
+
+def test_heads_that_are_stored_one_by_one_are_refused():
+    tiny_vit = pytest.importorskip("timm.models.tiny_vit")
+    model = nn.Sequential(tiny_vit.Attention(12, 4, 3, attn_ratio=1, resolution=(2, 2)))
+    with pytest.raises(
+        ValueError, match=r"attention '0' \(timm.models.tiny_vit\) stores queries, keys and values head by head"
+    ):
+        attention_pairs(model, ignore_biases=True, output_value=False)
+
+
+def test_weight_decay_that_a_part_of_a_parameter_loses_is_named():
+    model = torch_attention()
+    decay = FrobeniusDecay(model, COEF, pairs=attention_pairs(model, query_key=False), decoupled=True)
+    with pytest.warns(UserWarning, match=r"only a part of 1 Parameters, such as '0.in_proj_weight'. The rest of them gets no"):
+        param_groups(model, weight_decay=0.1, decay=decay)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        param_groups(model, weight_decay=0.1, decay=decay, factor_weight_decay=0.1)
+        whole = FrobeniusDecay(model, COEF, pairs=attention_pairs(model, ignore_biases=True))
+        param_groups(model, weight_decay=0.1, decay=whole)
 
 
 def test_attention_without_biases_needs_no_word():

@@ -445,3 +445,50 @@ def test_decoupled_decay_takes_empty_gradients():
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     FrobeniusDecay(model, 0.1, decoupled=True).step(lr=0.1)
+
+
+def test_autocast_changes_neither_the_penalty_nor_a_folded_weight():
+    model = nn.Sequential(FactorizedLinear(64, 64, 8), FactorizedEmbedding(20, 16, 4))
+    decay, expected = FrobeniusDecay(model, 1e-2), [layer.to_dense().detach() for layer in model]
+    penalty = decay.penalty()
+    grads = torch.autograd.grad(penalty, decay.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        under = decay.penalty()
+        weight = model[0].weight.detach()
+        densify_(model)
+    assert torch.equal(penalty, under)
+    assert all(map(torch.equal, grads, torch.autograd.grad(under, decay.parameters())))
+    assert torch.equal(weight, expected[0])
+    assert all(torch.equal(layer.weight, dense) for layer, dense in zip(model, expected, strict=True))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_layers_of_equal_shape_and_other_precision_decay_in_full_precision(order):
+    full, half = FactorizedLinear(64, 64, 8), FactorizedLinear(64, 64, 8).half()
+    for layer in (full, half):
+        for factor in layer.factors():
+            nn.init.constant_(factor, 100)
+    FrobeniusDecay(nn.Sequential(*[full, half][::order]), 1e-7).step()
+    exact = 1e-7 * 64 * 8 * 100.0**3  # the products overflow in half precision
+    for factor in (*full.factors(), *half.factors()):
+        torch.testing.assert_close(factor.grad.float(), torch.full_like(factor, exact).float(), rtol=1e-3, atol=0)
+
+
+def test_decoupled_decay_beside_sparse_and_complex_gradients():
+    model = nn.ModuleDict({"words": nn.Embedding(9, 4, sparse=True), "layer": FactorizedLinear(4, 4, 2)})
+    model.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    decay = FrobeniusDecay(model, 0.1, decoupled=True)
+
+    def changed():
+        before = model["layer"].u.detach().clone()
+        decay.step(lr=0.1)
+        return not torch.equal(model["layer"].u, before)
+
+    (model["layer"](model["words"](torch.tensor([1, 1, 5]))).sum() + model.phase.abs().sum()).backward()
+    assert model["words"].weight.grad.is_sparse
+    assert changed()
+    model.phase.grad[0] = complex(0, float("inf"))
+    assert not changed()
+    model.phase.grad[0] = 0
+    model["words"].weight.grad = torch.sparse_coo_tensor([[1]], [[0, 0, float("nan"), 0]], (9, 4))
+    assert not changed()

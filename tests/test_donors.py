@@ -370,6 +370,24 @@ def test_tied_embeddings_alone_keep_their_padding_row_at_zero():
     assert not model[1](torch.tensor([2])).any()
 
 
+@pytest.mark.parametrize("other", [None, 4])
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("init", ["spectral", "regular"])
+def test_a_padding_row_that_another_embedding_uses_is_kept(other, order, init):
+    padded, words = nn.Embedding(7, 5, padding_idx=2), nn.Embedding(7, 5, padding_idx=other)
+    padded.weight = words.weight
+    table, row = words.weight.detach().clone(), torch.tensor([2])
+    model = nn.ModuleDict(dict([("padded", padded), ("words", words)][::order]))
+    factorize(model, 1.0, init=init)
+    if init == "spectral":
+        torch.testing.assert_close(model["words"].to_dense().detach(), table)
+    assert model["words"](row).any()
+    model["padded"](row).sum().backward()  # as in torch, this layer passes no gradient to its padding row
+    assert not any(factor.grad.any() for factor in model["padded"].factors())
+    model["words"](row).sum().backward()
+    assert model["words"].u.grad[2].any()
+
+
 # torch's attention
 
 

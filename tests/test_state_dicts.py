@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from common import LowRankConfig, factorize_, load_factorized_
 from common.experiments import checkpoints
@@ -65,6 +66,43 @@ def test_an_old_checkpoint_evaluates_and_is_factorized_by_the_program(tmp_path, 
     more = ["--pretrained", str(tmp_path / "resnet20.th"), "--rank-scale", "0.2", "--spectral", "--max-steps", "1"]
     main([*flags, *more, "--save-dir", str(tmp_path / "run")])
     assert (tmp_path / "run" / "result.json").exists()
+
+
+class Turned(nn.Linear):
+    """A layer that once stored its weight transposed."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, *args):
+        if (metadata.get("version") or 1) < 2:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].mT
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model.state_dict(),
+        lambda model: {"model": nn.DataParallel(model).state_dict()},
+        lambda model: AveragedModel(model).state_dict(),
+        lambda model: nn.DataParallel(torch.compile(model)).state_dict(),
+        lambda model: {"state_dict": nn.ModuleDict({"model": model}).state_dict()},
+    ],
+)
+@pytest.mark.parametrize("factorized", [False, True])
+def test_versions_of_modules_are_kept(wrap, factorized, tmp_path):
+    def make():
+        return nn.Sequential(nn.Linear(3, 3), nn.Sequential(Turned(3, 3)))
+
+    model = make()
+    if factorized:
+        factorize_(model, LowRankConfig(0.4), filter_fn=lambda module, name: name == "0")
+    torch.save(wrap(model), tmp_path / "weights.pt")
+    loaded = make()
+    load_factorized_(loaded, torch.load(tmp_path / "weights.pt"))
+    assert all(map(torch.equal, model.state_dict().values(), loaded.state_dict().values()))
+    load_factorized_(loaded, dict(model.state_dict()))  # without versions
+    assert torch.equal(loaded[1][0].weight, model[1][0].weight.mT)
 
 
 def test_a_prefix_of_the_models_own_is_kept():

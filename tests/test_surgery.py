@@ -433,6 +433,26 @@ def test_an_optimizer_made_before_surgery_says_so_at_its_next_step():
     step(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
+@pytest.mark.parametrize("change", [lambda model: factorize_(model, LowRankConfig(0.25)), densify_])
+@pytest.mark.parametrize("clear", ["the model", "zeros"])
+def test_gradients_from_before_surgery_do_not_hide_such_an_optimizer(change, clear):
+    model = nn.Sequential(FactorizedLinear(8, 8, 2), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step():
+        if clear == "the model":
+            model.zero_grad()  # reaches the new Parameters alone
+        else:
+            optimizer.zero_grad(set_to_none=False)
+        model(torch.ones(3, 8)).sum().backward()
+        optimizer.step()
+
+    step()
+    change(model)
+    with pytest.raises(ValueError, match="that were replaced"):
+        step()
+
+
 def test_a_decay_made_before_surgery_says_so_at_its_next_step():
     model = nn.Sequential(nn.Linear(8, 8))
     factorize_(model, LowRankConfig(0.25))
@@ -538,6 +558,16 @@ def test_the_scale_for_a_ratio_follows_what_it_multiplies(target, rank_of, skip_
     assert abs(ratio(scale) - target) == pytest.approx(min(abs(each - target) for each in grid))
     with pytest.raises(ValueError, match=r"target ratio 1.5 is above 1, but with skip_growing no layer grows"):
         rank_scale_for_ratio(growing_model(), 1.5, skip_growing=True)
+
+
+def test_attention_that_is_factorized_already_loads_a_state_dict():
+    models = [nn.Sequential(nn.MultiheadAttention(8, 2)) for _ in range(2)]
+    for model in models:
+        factorize_(model, LowRankConfig(0.25))
+    report = load_factorized_(models[1], models[0].state_dict())
+    assert not report.layers
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(models[1].state_dict()[name], value)
 
 
 def test_the_floor_of_a_ratio_names_no_projection_of_attention():
