@@ -8,7 +8,8 @@
 #               with --pretraining, train four encoders on embedded sentences about numbers and print the table
 #   test        install, check style and types, run the tests; with --slow, also the slow tests (forty kills per program, a real Slurm);
 #               with --gpu, only the tests that need a GPU
-# Steps that are already done are skipped. PYTHON names the Python (3.11 or newer) that creates .venv.
+# Steps that are already done are skipped. PYTHON names the Python (3.11 or newer) that creates .venv; if .venv has another
+# version, it is created again.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 python=.venv/bin/python
@@ -18,8 +19,11 @@ die() { printf 'setup.sh: error: %s\n' "$*" >&2; exit 1; }
 
 install() {
   local base=${PYTHON:-python3} stamp=.venv/installed wanted
+  local clear=()
   wanted=$(cat pyproject.toml constraints.txt | cksum)
-  if [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+  if [[ -n ${PYTHON:-} && -x $python ]] && command -v "$base" >/dev/null && [[ $("$base" -V 2>&1) != $("$python" -V 2>&1) ]]; then
+    clear=(--clear)  # .venv has another Python than the one that PYTHON names
+  elif [[ -x $python && -f $stamp && $(<"$stamp") == "$wanted" ]]; then
     say "packages are installed in .venv"
     return
   fi
@@ -27,7 +31,7 @@ install() {
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     die "$base is $("$base" -V 2>&1), but Python 3.11 or newer is needed: name one with PYTHON=/path/to/python3"
   say "creating .venv with $("$base" -V 2>&1)"
-  "$base" -m venv .venv || die "could not create .venv (on Debian: apt install python3-venv)"
+  "$base" -m venv ${clear[@]+"${clear[@]}"} .venv || die "could not create .venv (on Debian: apt install python3-venv)"
   say "installing packages; torch alone has several gigabytes, so the first time takes minutes"
   "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,translation,pretraining]' ||
     die "pip could not install the packages: the lines above say why; run setup.sh again to resume"
@@ -84,21 +88,27 @@ tests() {  # one process per core; the tests of a file share a process, and what
     .venv/bin/pytest -n "$(getconf _NPROCESSORS_ONLN)" --dist loadfile "$@"
 }
 
+known() { [[ $# -eq 0 ]] || die "unknown word '$1': the first lines of setup.sh show its usage"; }
+
 case ${1:-install} in
-  install) install && scripts && say "next: bash setup.sh quickstart, or any script in generated-scripts/" ;;
-  scripts) scripts ;;
+  install) known "${@:2}" && install && scripts && say "next: bash setup.sh quickstart, or any script in generated-scripts/" ;;
+  scripts) known "${@:2}" && scripts ;;
   quickstart)
+    known "${@:3}"
     case ${2:-} in
       --translation) install && translation ;;
       --pretraining) install && pretraining ;;
-      *) install && scripts && quickstart ;;
+      "") install && scripts && quickstart ;;
+      *) known "$2" ;;
     esac
     ;;
   test)
+    known "${@:3}"
     case ${2:-} in
       --slow) install && tests ;;
       --gpu) install && .venv/bin/pytest -m gpu ;;
-      *) install && tests -m "not slow" ;;
+      "") install && tests -m "not slow" ;;
+      *) known "$2" ;;
     esac
     ;;
   *) die "unknown command '$1': use install, scripts, quickstart or test" ;;

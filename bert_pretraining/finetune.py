@@ -292,7 +292,7 @@ class Finetuning:
             self.optimizer.step()
             total += loss.detach() * len(chosen)
             self.step += 1
-            self.run.heartbeat({"epoch": epoch, "step": self.step})
+            self.run.heartbeat({"epoch": epoch, "step": self.step, "steps": self.steps})
         return total.item() / len(order)
 
     @torch.inference_mode()

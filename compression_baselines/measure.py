@@ -11,6 +11,7 @@ import sys
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def index_bits(model: nn.Module) -> int:
 @torch.inference_mode()
 def latency(model: nn.Module, x: torch.Tensor, repeats: int) -> float:
     """Median seconds of a forward pass."""
-    synchronize = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
+    synchronize = partial(torch.cuda.synchronize, x.device) if x.device.type == "cuda" else lambda: None
     seconds = []
     for repeat in range(repeats + 2):  # two to warm up
         synchronize()
@@ -171,7 +172,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "architecture" not in state:
             raise ValueError(f"{args.checkpoint} does not record its architecture: it is not a checkpoint of this program")
         model = rebuild(state, args.checkpoint, dict.fromkeys(ARCHITECTURE), build).to(find_device(args.device))
-        size = args.image_size or state.get("config", {}).get("image_size") or 32
+        size = args.image_size or state.get("config", {}).get("image_size")
+        if size is None:
+            raise ValueError(f"{args.checkpoint} does not record the size of its images: give --image-size, in pixels")
         measured = costs(model, state["architecture"], size)
     show(measured)
     print(json.dumps(measured))

@@ -267,6 +267,12 @@ def test_it_trains_measures_folds_resumes_and_evaluates(train, tmp_path, capsys)
     with pytest.raises(SystemExit):
         measure.main([str(tmp_path / "other.pt")])
     assert "was written by another program: its architecture lacks 'network'" in capsys.readouterr().err
+    nameless = checkpoints.load(run / "checkpoint.pt")
+    nameless["config"]["image_size"] = None  # as of a folder of images
+    torch.save(nameless, tmp_path / "nameless.pt")
+    with pytest.raises(SystemExit):
+        measure.main([str(tmp_path / "nameless.pt")])
+    assert "does not record the size of its images: give --image-size, in pixels" in capsys.readouterr().err
     measure.main([str(run / "checkpoint.pt"), "--image-size", "16"])
     measured = json.loads(capsys.readouterr().out)
     assert measured["models"]["as trained"]["parameters"] == costs["as trained"]["parameters"]

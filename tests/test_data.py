@@ -1,7 +1,16 @@
 """Data sets and batches: contents, distribution, purity, and refusals."""
 
+import hashlib
+import http.server
+import pickle
+import shutil
 import struct
+import tarfile
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -198,11 +207,11 @@ def test_cifar_without_network_says_how_to_get_it(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", refuse)
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", refuse)
     for name, folder in (("cifar10", "cifar-10-batches-py"), ("cifar100", "cifar-100-python")):
         with pytest.raises(OSError, match=rf"{name} is missing .*no route to host.* unpack http.* so that .*{folder} exists"):
             load(name, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {".cifar10.lock", ".cifar100.lock"}
 
 
 def test_truncated_cifar_names_the_file(tmp_path):
@@ -212,13 +221,11 @@ def test_truncated_cifar_names_the_file(tmp_path):
         load("cifar10", tmp_path)
 
 
-def test_real_cifar_files_are_read(tmp_path, monkeypatch):
-    """A miniature of the Python version of CIFAR-100, with checksums of its own."""
-    import hashlib
-    import pickle
-
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
+@pytest.fixture
+def small_cifar100(tmp_path, monkeypatch):
+    """A folder with a miniature of the Python version of CIFAR-100, with checksums of its own, and its images."""
+    folder = tmp_path / "made" / "cifar-100-python"
+    folder.mkdir(parents=True)
     pixels = np.arange(5 * 3072, dtype=np.uint64).reshape(5, 3072).astype(np.uint8)
     contents = {
         "train": {"data": pixels, "fine_labels": [0, 1, 2, 3, 99]},
@@ -233,9 +240,50 @@ def test_real_cifar_files_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "train_list", [["train", md5["train"]]])
     monkeypatch.setattr(kind, "test_list", [["test", md5["test"]]])
     monkeypatch.setattr(kind, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]})
-    data = load("cifar100", tmp_path)
+    return folder.parent, pixels
+
+
+def test_real_cifar_files_are_read(small_cifar100):
+    folder, pixels = small_cifar100
+    data = load("cifar100", folder)
     assert (len(data), data.classes, data.test_labels.tolist()) == (5, 100, [7, 8])
     assert torch.equal(data.test_images[1].permute(2, 0, 1).flatten(), torch.from_numpy(pixels[1]))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_processes_that_need_cifar_at_once_download_it_once(small_cifar100, tmp_path, monkeypatch, given):
+    """With the archive ``given`` already, nothing is downloaded."""
+    kind, data_dir = torchvision.datasets.CIFAR100, tmp_path / "data"
+    archive = tmp_path / "served" / kind.filename
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(small_cifar100[0] / "cifar-100-python", "cifar-100-python")
+    requests = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            time.sleep(0.2)
+            super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    if given:
+        data_dir.mkdir()
+        shutil.copy(archive, data_dir)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=archive.parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(kind, "url", f"http://127.0.0.1:{server.server_port}/{archive.name}")
+        monkeypatch.setattr(kind, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+        load("cifar100", tmp_path / "alone")
+        alone = len(requests)  # torchvision asks for the address first
+        with ThreadPoolExecutor(4) as pool:
+            loaded = list(pool.map(lambda _: load("cifar100", data_dir), range(4)))
+        server.shutdown()
+    assert [len(data) for data in loaded] == [5] * 4
+    assert len(requests) == (1 if given else 2) * alone
+    assert {path.name for path in data_dir.iterdir()} == {"cifar-100-python", kind.filename, ".cifar100.lock"}
 
 
 def test_fashion_mnist_from_debians_package(tmp_path, monkeypatch):

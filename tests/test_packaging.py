@@ -139,3 +139,41 @@ def test_a_clone_runs_its_own_code_whatever_is_installed(other, tmp_path):
         found = run(clone / program[0], *program[1:], path=[ROOT if clone == other else other], cwd=tmp_path)
         assert found.returncode == 0, found.stderr
         assert ("the other clone" in found.stderr) == expected
+
+
+FAKE = """#!/bin/sh
+case "$1" in
+    -V) echo "Python {version}" ;;
+    -m) echo "{version}: $*" >>log; if [ "$2" = venv ]; then mkdir -p .venv/bin; cp "$0" .venv/bin/python; fi ;;
+esac
+"""
+
+
+def test_setup_makes_the_environment_again_for_another_python(tmp_path):
+    for name in ("setup.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    for version in ("3.12.1", "3.13.0"):
+        (tmp_path / version).write_text(FAKE.format(version=version))
+        (tmp_path / version).chmod(0o755)
+
+    def install(python):
+        (tmp_path / "log").write_text("")
+        environment = {**os.environ, "PYTHON": python and str(tmp_path / python)}
+        subprocess.run(["bash", "setup.sh"], cwd=tmp_path, env=environment, check=True, capture_output=True)
+        return [line for line in (tmp_path / "log").read_text().splitlines() if "common.tables" not in line]
+
+    pip = "-m pip install --quiet --disable-pip-version-check -c constraints.txt -e .[dev,translation,pretraining]"
+    assert install("3.13.0") == ["3.13.0: -m venv .venv", f"3.13.0: {pip}"]
+    assert install("3.13.0") == install("") == []
+    assert install("3.12.1") == ["3.12.1: -m venv --clear .venv", f"3.12.1: {pip}"]
+    assert install("") == []
+
+
+@pytest.mark.parametrize(
+    "words", ["quickstart --translate", "test --gup", "scripts --foo", "install x", "quickstart --pretraining x"]
+)
+def test_setup_refuses_words_that_it_does_not_know(words, tmp_path):
+    shutil.copy(ROOT / "setup.sh", tmp_path)
+    done = subprocess.run(["bash", "setup.sh", *words.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"setup.sh: error: unknown word '{words.split()[-1]}': the first lines of setup.sh show its usage\n"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import pytest
 import torch
 
 from common.experiments import checkpoints, runs
-from common.experiments.files import ROOT, read_json
+from common.experiments.files import ROOT, read_json, write_json
 from common.experiments.runs import REQUEUE
 from common.tables import run
 from common.tables.__main__ import main
+from common.tables.archive import pack, unpack
 from common.tables.rows import programs
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -342,6 +344,22 @@ def test_runs_that_a_time_limit_stops_are_taken_up_elsewhere_from_the_archive(tm
     assert allocation("machine0", f"--from {archive}") == 0  # and what is behind gives way: nothing is trained again
     output = capsys.readouterr()
     assert output.err.count("holds a finished run of this configuration and seed: nothing to do") == 2
+
+
+def test_of_two_copies_of_a_run_the_one_with_the_later_checkpoint_is_kept(tmp_path, monkeypatch, capsys):
+    """A run that was killed has taken steps that no checkpoint holds."""
+    archive, place = tmp_path / "runs.tar", tmp_path / "results" / "p" / "row" / "0" / "seed1"
+    for saved, step, kept in ((800, 810, "800"), (500, 950, "800"), (900, 900, "900")):
+        monkeypatch.setattr(runs, "RESULTS", tmp_path / "results")
+        place.mkdir(parents=True)
+        (place / "config.json").write_text("{}")
+        (place / "checkpoint.pt").write_text(str(saved))
+        write_json(place / "status.json", {"step": step, "saved_step": saved})
+        if not archive.exists():
+            pack([place], archive)
+        unpack(archive)
+        assert (place / "checkpoint.pt").read_text() == kept
+        shutil.rmtree(tmp_path / "results")
 
 
 @pytest.mark.parametrize("content", ["nothing", "junk", "outside", "link"])

@@ -62,6 +62,18 @@ def begun(path, config=CONFIG, **options):
     return run
 
 
+def test_a_run_that_another_process_finished_meanwhile_is_not_begun_again(tmp_path):
+    late = Run(tmp_path / "r", CONFIG, 1, resume=True)
+    first = begun(tmp_path / "r", resume=True)
+    first.log({"epoch": 1})
+    first.finish(metrics={"final": 1.0, "best": 1.0}, parameters={"original": 1, "compressed": 1}, seconds=1.0)
+    first._lock.close()
+    with pytest.raises(ValueError, match="another process has just finished this run"):
+        late.begin()
+    assert (tmp_path / "r" / "metrics.jsonl").read_text()
+    assert Run(tmp_path / "r", CONFIG, 1, resume=True).finished
+
+
 def test_a_directory_belongs_to_one_configuration_and_one_process(tmp_path):
     run = begun(tmp_path / "r")
     with pytest.raises(ValueError, match="in use by another process"):

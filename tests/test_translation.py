@@ -557,6 +557,11 @@ def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
         ("DATA --max-source-positions 4", "subwords, including its end, but the model reads at most 4: prepare the data"),
         ("DATA --rebuild-batches", "--rebuild-batches cannot be passed on to fairseq"),
         ("DATA --criterion cross_entropy --smoothed-over all", "--smoothed-over needs label_smoothed_cross_entropy"),
+        ("DATA --criterion cross_entropy --label-smoothing 0.3", "--label-smoothing needs label_smoothed_cross_entropy"),
+        ("DATA --lr-scheduler cosine --max-steps 9", "--max-steps 9 would shorten the schedule of --lr-scheduler cosine"),
+        ("DATA --lr-scheduler tri_stage --max-steps 9", "would shorten the schedule of --lr-scheduler tri_stage"),
+        ("DATA --lr-scheduler tri_stage --warmup-updates 9", "fairseq: unrecognized arguments: --warmup-updates 9"),
+        ("DATA --lr-scheduler polynomial_decay", "fairseq refuses these flags: "),
         ("DATA --left-pad-target", "--left-pad-target cannot be passed on to fairseq"),
         ("DATA --task=translation", "--task cannot be passed on to fairseq"),
         ("DATA --seed 4294967290", "--seed must be below 2^32 minus --max-update"),
@@ -655,6 +660,13 @@ def test_targets_padded_on_the_left_are_refused(trained):
         ("--corpus numbers -s en -t en", "must differ, got en for both"),
         ("--corpus numbers -s en -t de", "is from de to en, got en to de"),
         ("--corpus numbers --size 60000", "at most 50000, got 60000"),
+        ("--corpus numbers --sha256 0", "--sha256 needs --corpus iwslt14, got --corpus numbers"),
+        ("--corpus numbers --data-dir x", "--data-dir needs --corpus iwslt14, got --corpus numbers"),
+        ("--size 5", "--size needs --corpus numbers, got --corpus iwslt14"),
+        (
+            "--train-prefix a --valid-prefix a --test-prefix a --dest b --seed 0",
+            "--seed needs --corpus numbers, got --train-prefix",
+        ),
         ("--train-prefix a --valid-prefix a --test-prefix a --dest b", "there is no a.de and no a.de.gz beside it"),
     ],
 )
@@ -776,6 +788,23 @@ def test_fairseqs_own_parser_reads_every_kind_of_row(data):
         ):
             assert getattr(read, name) == getattr(args, name), name
         assert (read.lr, read.max_update, read.momentum, read.warmup_init_lr) == ([0.25], 100_000, 0.99, 0.25)
+
+
+def test_a_warm_up_is_passed_on_to_any_scheduler_that_has_one(data):
+    from fairseq import options
+
+    engine.load()
+    for flags, expected in (
+        ("--lr-scheduler cosine --warmup-updates 500 --warmup-init-lr 1e-7", (500, 1e-7)),
+        ("--lr-scheduler cosine", (0, -1)),
+        ("--lr-scheduler polynomial_decay --total-num-update 9 --warmup-updates 500", (500, None)),
+        ("--lr-scheduler fixed --warmup-updates 500", (500, None)),
+        ("", (4000, 0.25)),
+        ("--warmup-updates 0", (0, 0.25)),
+    ):
+        args = TranslationConfig.parse([str(data), *flags.split()])
+        scheduler = engine.configuration(options.get_training_parser, args.fairseq_words(data)).lr_scheduler
+        assert (scheduler.warmup_updates, getattr(scheduler, "warmup_init_lr", None)) == expected
 
 
 def test_prepare_defaults():

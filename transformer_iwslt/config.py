@@ -39,6 +39,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 DEFAULT_DECAY = 1e-4  # strength of Frobenius decay unless a flag gives one
 
+_AS_LONG_AS_TRAINING = ("cosine", "tri_stage")  # schedulers that take their length from --max-update
 # The learning rates of the released scripts. They suit nag; another optimizer needs its own learning rate.
 _NAG = {"lr": 0.25, "warmup_init_lr": 0.25}
 # Fields of the configuration that fairseq has as flags of the same names: flags with values, and switches.
@@ -141,7 +142,14 @@ class TranslationConfig(ModelConfig):
     warmup_init_lr: float | None = flag(
         None, type=non_negative, help="first learning rate of inverse_sqrt (default: 0.25 with nag, else 0)"
     )
-    warmup_updates: int | None = flag(4000, type=natural, metavar="N", help="warm-up updates of inverse_sqrt")
+    warmup_updates: int | None = flag(
+        None,
+        type=natural,
+        before=4000,
+        metavar="N",
+        help="updates during which the learning rate rises (default: 4000 for "
+        "inverse_sqrt; of other schedulers, that of fairseq)",
+    )
     clip_norm: float = flag(0.1, type=non_negative, help="largest norm of the gradient; 0 does not clip")
     weight_decay: float = flag(
         0.0, "--weight-decay", "--wd", type=non_negative, help="weight decay of what Frobenius decay does not cover"
@@ -149,7 +157,9 @@ class TranslationConfig(ModelConfig):
     criterion: str = flag(
         "label_smoothed_cross_entropy", choices=list(CRITERIONS), help="loss, to which Frobenius decay is added"
     )
-    label_smoothing: float = flag(0.1, type=share, help="label smoothing of label_smoothed_cross_entropy")
+    label_smoothing: float = flag(
+        None, type=share, before=0.1, help="label smoothing of label_smoothed_cross_entropy (default: 0.1)"
+    )
     smoothed_over: str = flag(
         None,
         choices=("all", "others"),
@@ -235,14 +245,22 @@ class TranslationConfig(ModelConfig):
             raise ValueError(f"--optimizer {self.optimizer} needs --lr: the default, {_NAG['lr']}, is for nag")
         if self.lr is None:
             self.lr = _NAG["lr"]
-        if self.lr_scheduler != "inverse_sqrt":
-            self.warmup_init_lr = self.warmup_updates = None
-        elif self.warmup_init_lr is None:
-            self.warmup_init_lr = _NAG["warmup_init_lr"] if self.optimizer == "nag" else 0.0
+        if self.lr_scheduler == "inverse_sqrt":
+            self.warmup_updates = 4000 if self.warmup_updates is None else self.warmup_updates
+            if self.warmup_init_lr is None:
+                self.warmup_init_lr = _NAG["warmup_init_lr"] if self.optimizer == "nag" else 0.0
+        if self.max_steps is not None and self.lr_scheduler in _AS_LONG_AS_TRAINING:
+            raise ValueError(
+                f"--max-steps {self.max_steps} would shorten the schedule of --lr-scheduler {self.lr_scheduler}, which is as "
+                "long as the training: leave it out, and stop the run with a signal"
+            )
         if self.criterion == "cross_entropy":
             if self.smoothed_over == "all":
                 raise ValueError("--smoothed-over needs label_smoothed_cross_entropy, got --criterion cross_entropy")
+            if self.label_smoothing:
+                raise ValueError("--label-smoothing needs label_smoothed_cross_entropy, got --criterion cross_entropy")
             self.label_smoothing, self.smoothed_over = 0.0, "others"
+        self.label_smoothing = 0.1 if self.label_smoothing is None else self.label_smoothing
         self.smoothed_over = self.smoothed_over or "all"
         if self.seed >= 2**32 - self.max_update:
             raise ValueError(f"--seed must be below 2^32 minus --max-update, got {self.seed}")
@@ -260,8 +278,8 @@ class TranslationConfig(ModelConfig):
         values["criterion"] = CRITERIONS[self.criterion]
         if self.criterion == "label_smoothed_cross_entropy":
             values["label_smoothing"] = self.label_smoothing
-        if self.lr_scheduler == "inverse_sqrt":
-            values |= {"warmup_init_lr": self.warmup_init_lr, "warmup_updates": self.warmup_updates}
+        warmup = {"warmup_init_lr": self.warmup_init_lr, "warmup_updates": self.warmup_updates}
+        values |= {name: value for name, value in warmup.items() if value is not None}
         words = [str(self.data), "--user-dir", str(PLUGIN), "--task", TASK, "--save-dir", str(save_dir)]
         for name, value in values.items():
             words += ["--" + name.replace("_", "-"), str(value)]
@@ -327,12 +345,11 @@ def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--data-dir",
         type=Path,
-        default=ROOT / "data" / "iwslt14",
-        help="folder of de-en.tgz, which is downloaded if it is missing",
+        help="folder of de-en.tgz, which is downloaded if it is missing (default: data/iwslt14)",
     )
     parser.add_argument("--sha256", help="SHA-256 that de-en.tgz must have; the actual one is printed and recorded")
-    parser.add_argument("--seed", type=natural, default=0, help="seed of the numbers that are drawn")
-    parser.add_argument("--size", type=positive_int, default=20_000, metavar="N", help="training pairs of numbers")
+    parser.add_argument("--seed", type=natural, help="seed of the numbers that are drawn (default: 0)")
+    parser.add_argument("--size", type=positive_int, metavar="N", help="training pairs of numbers (default: 20000)")
     parser.add_argument(
         "--dest", type=Path, help="folder to write (default: data-bin/iwslt14.tokenized.de-en, or data-bin/<corpus>)"
     )
@@ -349,6 +366,17 @@ def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.corpus = args.corpus or (None if any(prefixes) else "iwslt14")
     if args.corpus and (args.source_lang, args.target_lang) != ("de", "en"):
         parser.error(f"--corpus {args.corpus} is from de to en, got {args.source_lang} to {args.target_lang}")
+    own: dict[str, dict[str, Any]] = {
+        "iwslt14": {"data_dir": ROOT / "data" / "iwslt14", "sha256": None},
+        "numbers": {"seed": 0, "size": 20_000},
+    }
+    for corpus, defaults in own.items():
+        for name, default in defaults.items():
+            if getattr(args, name) is None:
+                setattr(args, name, default)
+            elif corpus != args.corpus:
+                given = f"--corpus {args.corpus}" if args.corpus else "--train-prefix"
+                parser.error(f"--{name.replace('_', '-')} needs --corpus {corpus}, got {given}")
     if args.corpus == "numbers" and args.size > 50_000:
         parser.error(f"--size of numbers must be at most 50000, got {args.size}")
     args.bpe = args.bpe or (300 if args.corpus == "numbers" else 25_000)

@@ -161,6 +161,20 @@ def parse(make: Callable[[], argparse.ArgumentParser], words: Sequence[str]) -> 
         sys.argv = argv
 
 
+def configuration(make: Callable[[], argparse.ArgumentParser], words: Sequence[str]) -> Any:
+    """fairseq's configuration of a command line. Raises ValueError if fairseq refuses it."""
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    args = parse(make, words)
+    try:
+        return convert_namespace_to_omegaconf(args)
+    except (HydraException, OmegaConfBaseException) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"fairseq refuses these flags: {reason}") from error
+
+
 def allow_checkpoints() -> None:
     """Let torch load fairseq's checkpoints without unpickling code. Besides tensors they hold these plain classes."""
     numbers = [np.dtype, *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32"))]

@@ -42,7 +42,6 @@ def translate(
     """
     engine.load()
     from fairseq import options
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
     from fairseq_cli import generate
 
     pipeline, source, target = find_vocabularies(data)
@@ -52,7 +51,7 @@ def translate(
     words = [*words, *engine.loading(words, gpus)]
     flags = ["--gen-subset", decoding["subset"], "--beam", str(decoding["beam"]), "--lenpen", str(decoding["lenpen"])]
     own = [str(data), "--path", str(checkpoint), "--user-dir", str(PLUGIN), "--task", TASK, *WHOLE, *(["--cpu"] if cpu else [])]
-    cfg = convert_namespace_to_omegaconf(engine.parse(options.get_generation_parser, [*own, *flags, *words]))
+    cfg = engine.configuration(options.get_generation_parser, [*own, *flags, *words])
     engine.check_lengths(data, decoding["subset"], cfg=cfg, max_tokens=cfg.dataset.max_tokens)
     output = io.StringIO()
     with engine.clear_sizes():

@@ -45,11 +45,10 @@ def describe(config: TranslationConfig, source: Vocabulary, target: Vocabulary) 
 def read_fairseq(config: TranslationConfig, path: Path, target_words: int) -> Any:
     """fairseq's configuration of the run. Raises ValueError if fairseq cannot train with it on this computer."""
     from fairseq import options
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
     gpus = 0 if config.cpu else torch.cuda.device_count()
     words = [*config.fairseq_words(path), *engine.loading(config.fairseq, gpus)]
-    cfg = convert_namespace_to_omegaconf(engine.parse(options.get_training_parser, words))
+    cfg = engine.configuration(options.get_training_parser, words)
     if config.smoothed_over == "all":  # fairseq spreads it over the other words: leave out the share of the correct word
         cfg.criterion.label_smoothing *= 1 - 1 / target_words
     world, size = cfg.distributed_training, config.distributed_world_size

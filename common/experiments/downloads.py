@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import shutil
 import socket
 import sys
 from collections.abc import Generator
+from pathlib import Path
 
 IMAGES = "or train on embedded data with --data digits, or on a folder of images with --data imagefolder --data-dir PATH"
 
@@ -32,3 +34,12 @@ def downloading(name: str, by_hand: str, instead: str = IMAGES) -> Generator[Non
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path, name: str) -> Generator[None]:
+    """Let only one process at a time run the block, of all that use the same folder and name. Creates the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f".{name}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

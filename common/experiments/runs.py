@@ -168,7 +168,8 @@ class Run:
     def begin(self) -> None:
         """Create and lock the directory, and record the configuration.
 
-        Raises ValueError if another process has locked the directory, or as the constructor does.
+        Raises ValueError if another process has locked the directory or has finished the run since this object was made, or as
+        the constructor does.
         """
         if not self.main:
             return
@@ -179,6 +180,9 @@ class Run:
         except BlockingIOError as error:
             raise ValueError(f"{self.path} is in use by another process") from error
         self._check()
+        if self.finished:
+            self._lock.close()
+            raise ValueError(f"{self.path}: another process has just finished this run")
         for left in self.path.glob(".*.tmp"):  # left by a process that was killed while it wrote
             left.unlink()
         write_json(self.path / "config.json", self._record())

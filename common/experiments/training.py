@@ -577,6 +577,7 @@ class TrainingLoop(ABC):
         totals = self.processes.sum(self.totals.clone())
         if self.processes.main:
             checkpoints.save(self.run.path, self.state_dict() | {"totals": totals.cpu()})
+            self.run.heartbeat({"saved_step": self.step}, force=True)
         self._saved = self.step
 
     def _on_signal(self, number: int, frame: Any) -> None:

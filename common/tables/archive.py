@@ -70,7 +70,10 @@ def unpack(path: Path) -> int:
 
 
 def _progress(directory: Path) -> tuple[bool, int]:
-    """Whether a run has finished, and its last recorded step. A run that another process works on compares highest."""
+    """Whether a run has finished, and the step of its last checkpoint. A run that another process works on compares highest.
+
+    Where the step of the checkpoint is not recorded, as in translation, the last step counts.
+    """
     if (directory / ".lock").exists():
         with open(directory / ".lock") as lock:
             try:
@@ -78,4 +81,4 @@ def _progress(directory: Path) -> tuple[bool, int]:
             except BlockingIOError:
                 return True, sys.maxsize
     status = read_json(directory / "status.json") if (directory / "status.json").exists() else {}
-    return (directory / runs.RESULT).exists(), status.get("step", 0)
+    return (directory / runs.RESULT).exists(), status.get("saved_step", status.get("step", 0))

@@ -47,20 +47,18 @@ def epochs_of(result: RunResult) -> list[dict[str, Any]]:
 class Results:
     """Finished runs of some programs, indexed by row.
 
-    Two runs of one configuration and seed count once. Raises ValueError if they were made from different files.
+    Two runs of one configuration and seed count once; :meth:`check` refuses them if they were made from different files.
     """
 
     def __init__(self, runs: Iterable[RunResult], known: Kinds) -> None:
         self.runs = [(run, keys(run.config, known, run.script)) for run in runs]
         self._found: dict[Key, dict[int, RunResult]] = {}
+        self._of_other_files: dict[Key, tuple[RunResult, RunResult]] = {}
         for run, found in self.runs:
             for key in found:
                 other = self._found.setdefault(key, {}).setdefault(run.seed, run)
                 if other.inputs != run.inputs:
-                    raise ValueError(
-                        f"two results of one configuration and seed {run.seed} were made from different files: "
-                        f"{other.path} and {run.path}; move one of them away"
-                    )
+                    self._of_other_files[key] = other, run
 
     def of(self, program: Program, row: Row) -> list[RunResult]:
         """The results that count for a row, ordered by seed. Their configuration is exactly the row's."""
@@ -80,10 +78,17 @@ class Results:
     def check(self, program: Program, table: Table) -> None:
         """Raise ValueError if two results name the same row and seed of the table but have different configurations.
 
-        Also raise it if the table would compare runs on different files. This matters for ``--data imagefolder`` and for
-        prepared text; other data sets are part of the configuration.
+        Also raise it if two results of one row and seed were made from different files, or if the table would compare runs on
+        different files. This matters for ``--data imagefolder`` and for prepared text; other data sets are part of the
+        configuration.
         """
         wanted = {program.key(row) for row in table.rows}
+        for key in wanted & self._of_other_files.keys():
+            one, other = self._of_other_files[key]
+            raise ValueError(
+                f"two results of one configuration and seed {one.seed} were made from different files: "
+                f"{one.path} and {other.path}; move one of them away"
+            )
         first: RunResult | None = None
         for run, found in self.runs:
             if not wanted.isdisjoint(found):

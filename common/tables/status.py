@@ -38,7 +38,7 @@ def _state(directory: Path, found: Sequence[Key], seed: int, known: Kinds, now: 
         if result.seed == seed and not set(found).isdisjoint(keys(result.config, known, result.script)):
             return RunState("finished", 1.0)
     status: dict[str, Any] = read_json(directory / "status.json") if (directory / "status.json").exists() else {}
-    done = status.get("step", 0) / status.get("steps", 1)
+    done = min(status.get("step", 0) / status["steps"], 1.0) if status.get("steps") else 0.0
     if status.get("status") == "running":
         fresh = now - status["time"] < STALE
         return RunState("running" if fresh else "failed", done, "" if fresh else "no heartbeat: killed, or its machine is gone")

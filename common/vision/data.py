@@ -6,7 +6,9 @@ torchvision is imported only where it is used: it takes as long to load as torch
 from __future__ import annotations
 
 import gzip
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..experiments.downloads import downloading
+from ..experiments.downloads import downloading, one_at_a_time
 from ..experiments.files import IMAGES, images_in
 from . import tiny_imagenet
 from .config import DATASETS
@@ -218,14 +220,28 @@ def _cifar(name: str, data_dir: Path) -> tuple[Split, Split]:
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
     folder = data_dir / kind.base_folder
     if not folder.exists():
-        with downloading(name, f"unpack {kind.url} (MD5 {kind.tgz_md5}) in {data_dir}, so that {folder} exists"):
-            kind(str(data_dir), train=True, download=True)
+        with (
+            downloading(name, f"unpack {kind.url} (MD5 {kind.tgz_md5}) in {data_dir}, so that {folder} exists"),
+            one_at_a_time(data_dir, name),
+        ):
+            if not folder.exists():  # another process may have made it meanwhile
+                _download_cifar(kind, data_dir)
     for file, md5 in kind.train_list + kind.test_list + [[kind.meta["filename"], kind.meta["md5"]]]:
         if not torchvision.datasets.utils.check_integrity(str(folder / file), md5):
             state = "is truncated or damaged" if (folder / file).exists() else "is missing"
             raise ValueError(f"{folder / file} {state}: delete {folder} and run again to download {name}")
     train, test = (kind(str(data_dir), train=train) for train in (True, False))
     return _from_arrays(train), _from_arrays(test)
+
+
+def _download_cifar(kind: Any, data_dir: Path) -> None:
+    """Download the archive, unless it is there, and unpack it. The folder appears only when it is complete."""
+    from torchvision.datasets.utils import download_url, extract_archive
+
+    download_url(kind.url, str(data_dir), kind.filename, kind.tgz_md5)
+    with tempfile.TemporaryDirectory(prefix=f".{kind.base_folder}-", dir=data_dir) as partial:
+        extract_archive(str(data_dir / kind.filename), partial)
+        os.rename(Path(partial) / kind.base_folder, data_dir / kind.base_folder)
 
 
 def _from_arrays(split: Any) -> Split:
@@ -236,19 +252,21 @@ def _fashion_mnist(data_dir: Path) -> tuple[Split, Split]:
     from torchvision.datasets import FashionMNIST
 
     raw = data_dir / "FashionMNIST" / "raw"
-    missing = [name for name in _FASHION_MNIST_FILES if not (raw / name).exists()]
-    if missing and _DEBIAN_FASHION_MNIST.is_dir():
-        raw.mkdir(parents=True, exist_ok=True)
-        for name in missing:
-            with gzip.open(_DEBIAN_FASHION_MNIST / f"{name}.gz") as packed, open(raw / f".{name}", "wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
-            (raw / f".{name}").rename(raw / name)
-    elif missing:
+    if any(not (raw / name).exists() for name in _FASHION_MNIST_FILES):
         where = (
-            f"install Debian's dataset-fashion-mnist, or unpack {', '.join(missing)} from {FashionMNIST.mirrors[-1]} in {raw}"
+            f"install Debian's dataset-fashion-mnist, or unpack {', '.join(_FASHION_MNIST_FILES)} from "
+            f"{FashionMNIST.mirrors[-1]} in {raw}"
         )
-        with downloading("fashion_mnist", where):
-            FashionMNIST(str(data_dir), download=True)
+        with downloading("fashion_mnist", where), one_at_a_time(data_dir, "fashion_mnist"):
+            missing = [name for name in _FASHION_MNIST_FILES if not (raw / name).exists()]
+            if missing and _DEBIAN_FASHION_MNIST.is_dir():
+                raw.mkdir(parents=True, exist_ok=True)
+                for name in missing:
+                    with gzip.open(_DEBIAN_FASHION_MNIST / f"{name}.gz") as packed, open(raw / f".{name}", "wb") as unpacked:
+                        shutil.copyfileobj(packed, unpacked)
+                    (raw / f".{name}").rename(raw / name)
+            elif missing:
+                FashionMNIST(str(data_dir), download=True)
     splits = []
     for train, count in ((True, 60_000), (False, 10_000)):
         try:

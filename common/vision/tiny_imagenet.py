@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..experiments.config import FlagParser, say_interrupted
-from ..experiments.downloads import downloading
+from ..experiments.downloads import downloading, one_at_a_time
 from ..experiments.files import ROOT, images_in
 from ..experiments.runs import clean_errors
 
@@ -114,16 +114,16 @@ def prepare(data_dir: Path, *, complete: bool = False) -> Path:
     if root is None:
         from torchvision.datasets.utils import download_url, extract_archive
 
-        with downloading(
-            "tiny_imagenet", f"unpack {URL} (MD5 {MD5}) in {data_dir}, so that {data_dir / FOLDER / 'train'} exists"
-        ):
-            download_url(URL, str(data_dir), md5=MD5)
-            partial = data_dir / f".{FOLDER}.{os.getpid()}.partial"
-            try:
-                extract_archive(str(data_dir / f"{FOLDER}.zip"), str(partial))
-                os.rename(partial / FOLDER, data_dir / FOLDER)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+        where = f"unpack {URL} (MD5 {MD5}) in {data_dir}, so that {data_dir / FOLDER / 'train'} exists"
+        with downloading("tiny_imagenet", where), one_at_a_time(data_dir, "tiny_imagenet"):
+            if find(data_dir) is None:  # another process may have made it meanwhile
+                download_url(URL, str(data_dir), md5=MD5)
+                partial = data_dir / f".{FOLDER}.{os.getpid()}.partial"
+                try:
+                    extract_archive(str(data_dir / f"{FOLDER}.zip"), str(partial))
+                    os.rename(partial / FOLDER, data_dir / FOLDER)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
         root, complete = data_dir / FOLDER, True
     sort_val(root)
     if not (root / "val").is_dir():
