@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from . import linalg
 from .decay import FactorPair
-from .layers import Factorized
+from .layers import Factorized, tracing
+from .weight import ComposedWeight
 
 Heads = tuple[Tensor, Tensor]  # keys and values, (batch, heads, length, head_dim) each
 
@@ -107,9 +108,13 @@ class UnpackedMultiheadAttention(nn.MultiheadAttention):
     The layers have copies of the weights. Biases and the output projection are those of the original. Forward is torch's own.
     It reads the weights, composed if a projection is factorized, from ``in_proj_weight``. If query, key and value differ in
     size, it reads them from ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight``.
+
+    Outside of forward these are :class:`common.weight.ComposedWeight`, which cannot be changed in place, because that would not
+    change the layers.
     """
 
     _packed: Tensor | None = None  # the packed weight during forward, which reads it several times
+    _in_forward = False
 
     def __init__(self, packed: nn.MultiheadAttention) -> None:
         nn.Module.__init__(self)
@@ -128,11 +133,26 @@ class UnpackedMultiheadAttention(nn.MultiheadAttention):
         self.out_proj = packed.out_proj
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        self._packed = self.in_proj_weight
+        self._in_forward = True
         try:
+            self._packed = self.in_proj_weight
             return super().forward(*args, **kwargs)
         finally:
-            self._packed = None
+            self._packed, self._in_forward = None, False
+
+    def _reset_parameters(self) -> None:
+        """Regular initialization of factorized projections, and torch's of everything else."""
+        for layer in (self.q_proj, self.k_proj, self.v_proj):
+            if isinstance(layer, Factorized):
+                layer.reset_parameters()
+            else:
+                nn.init.xavier_uniform_(layer.weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+        for bias in (self.bias_k, self.bias_v):
+            if bias is not None:
+                nn.init.xavier_normal_(bias)
 
     @property
     def in_proj_weight(self) -> Tensor | None:
@@ -140,19 +160,24 @@ class UnpackedMultiheadAttention(nn.MultiheadAttention):
             return None
         if self._packed is not None:
             return self._packed
-        return torch.cat((self.q_proj_weight, self.k_proj_weight, self.v_proj_weight))
+        if self._in_forward or tracing():
+            return torch.cat(list(map(_weight, (self.q_proj, self.k_proj, self.v_proj))))
+        return ComposedWeight.of(_Packed(self), torch.Size((3 * self.embed_dim, self.embed_dim)))
 
     @property
     def q_proj_weight(self) -> Tensor:
-        return _weight(self.q_proj)
+        return self._weight_of(self.q_proj)
 
     @property
     def k_proj_weight(self) -> Tensor:
-        return _weight(self.k_proj)
+        return self._weight_of(self.k_proj)
 
     @property
     def v_proj_weight(self) -> Tensor:
-        return _weight(self.v_proj)
+        return self._weight_of(self.v_proj)
+
+    def _weight_of(self, layer: Any) -> Tensor:
+        return _weight(layer) if self._in_forward else layer.weight
 
     def to_layer(self) -> nn.MultiheadAttention:
         """torch's attention with the same function. The projections must be ordinary layers."""
@@ -191,6 +216,27 @@ def _weight(layer: nn.Module) -> Tensor:
         return layer.weight_in_use()
     assert isinstance(layer.weight, Tensor)
     return layer.weight
+
+
+class _Packed:
+    """The projections of an attention as one weight, composed of the Parameters of all three."""
+
+    weight_name = "in_proj_weight"
+
+    def __init__(self, attention: UnpackedMultiheadAttention) -> None:
+        self.layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+
+    def factors(self) -> tuple[nn.Parameter, ...]:
+        return tuple(factor for layer in self.layers for factor in _factors(layer))
+
+    def compose(self, factors: Sequence[Tensor]) -> Tensor:
+        given = iter(factors)
+        own = [(layer, [next(given) for _ in _factors(layer)]) for layer in self.layers]
+        return torch.cat([layer.compose(each) if isinstance(layer, Factorized) else each[0] for layer, each in own])
+
+
+def _factors(layer: Any) -> tuple[nn.Parameter, ...]:
+    return layer.factors() if isinstance(layer, Factorized) else (layer.weight,)
 
 
 # The two products of attention heads as factor pairs

@@ -101,9 +101,7 @@ class Factorized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        transforms = torch._C._are_functorch_transforms_active()
-        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms
-        shape = None if tracing else self.weight_shape()
+        shape = None if tracing() else self.weight_shape()
         return self.to_dense() if shape is None else ComposedWeight.of(self, shape)
 
     def weight_shape(self) -> torch.Size | None:
@@ -117,6 +115,11 @@ class Factorized(nn.Module):
                 "change the factors, or densify_ the model first"
             )
         super().__setattr__(name, value)
+
+
+def tracing() -> bool:
+    """Whether torch.compile, torch.jit.trace or a transform of torch.func is reading the code."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
 
 
 class FactorizedMatrix(Factorized):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-if TYPE_CHECKING:
-    from .layers import Factorized
+
+class Product(Protocol):
+    """A factorized layer, or anything else whose weight is composed of factors."""
+
+    def factors(self) -> tuple[Tensor, ...]: ...
+
+    def compose(self, factors: Sequence[Tensor]) -> Tensor: ...
 
 
 class ComposedWeight(Tensor):
@@ -22,19 +28,19 @@ class ComposedWeight(Tensor):
     and not the factors. Computing with it after the factors have changed raises RuntimeError.
     """
 
-    _layer: Factorized
+    _layer: Product
     _factors: tuple[Tensor, ...]
     _versions: list[int]
     _product: Tensor | None
 
     @classmethod
-    def of(cls, layer: Factorized, shape: torch.Size) -> Tensor:
+    def of(cls, layer: Product, shape: torch.Size) -> Tensor:
         """The weight of a layer, given its shape."""
         return _Composed.apply(layer, shape, *layer.factors())
 
     @classmethod
     def _make(
-        cls, layer: Factorized, factors: tuple[Tensor, ...], shape: torch.Size, product: Tensor | None = None
+        cls, layer: Product, factors: tuple[Tensor, ...], shape: torch.Size, product: Tensor | None = None
     ) -> ComposedWeight:
         """A tensor of this shape without storage. Its values are those of ``product``, which is composed later if None."""
         like = factors[0] if product is None else product
@@ -48,8 +54,7 @@ class ComposedWeight(Tensor):
         """The product, as an ordinary tensor outside of the autograd graph."""
         if self._product is None:
             if list(map(_version, self._factors)) != self._versions:
-                name = type(self._layer).__name__
-                raise RuntimeError(f"the factors of a {name} changed after its weight was read: read layer.weight again")
+                raise RuntimeError(f"the factors of {_named(self)} changed after it was read: read it again")
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 self._product = self._layer.compose(self._factors).contiguous()
         return self._product
@@ -114,7 +119,7 @@ class _Composed(torch.autograd.Function):
     """Makes a :class:`ComposedWeight`, which autograd treats as a function of the factors."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Factorized, shape: torch.Size, *factors: Tensor) -> ComposedWeight:
+    def forward(ctx: Any, layer: Product, shape: torch.Size, *factors: Tensor) -> ComposedWeight:
         ctx.layer = layer
         ctx.save_for_backward(*factors)
         return ComposedWeight._make(layer, factors, shape)
@@ -132,9 +137,13 @@ class _Composed(torch.autograd.Function):
 
 def _refuse(weight: ComposedWeight, name: str) -> NoReturn:
     raise AttributeError(
-        f"{type(weight._layer).__name__}.weight is the product of its factors, and {name} would not change them: change the "
+        f"{_named(weight)} is the product of its factors, and {name} would not change them: change the "
         "factors (set_factors, reset_parameters), or densify_ the model first"
     )
+
+
+def _named(weight: ComposedWeight) -> str:
+    return getattr(weight._layer, "weight_name", None) or f"{type(weight._layer).__name__}.weight"
 
 
 def _view(weight: ComposedWeight, view: Any) -> Any:

@@ -443,6 +443,36 @@ def test_attention_keeps_its_hooks_mode_and_trainability():
     assert not model.inner.in_proj_weight.requires_grad
 
 
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 6, "vdim": 4}])
+def test_weights_of_factorized_attention_cannot_be_changed_in_place_without_effect(sizes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.MultiheadAttention(8, 2, add_bias_kv=True, **sizes))
+    factorize_(model, low_rank(0.5), filter_fn=lambda module, name: not name.endswith("k_proj"))
+    attention = model[0]
+    name = "q_proj_weight" if sizes else "in_proj_weight"
+    weight = getattr(attention, name)
+    dense = [attention.q_proj.to_dense(), attention.k_proj.weight, attention.v_proj.to_dense()]
+    torch.testing.assert_close(weight.detach(), dense[0] if sizes else torch.cat(dense))
+    weight.square().sum().backward()
+    grads = [parameter.grad.clone() for parameter in attention.q_proj.parameters()]
+    attention.zero_grad()
+    attention.q_proj.to_dense().square().sum().backward()
+    torch.testing.assert_close(grads, [parameter.grad for parameter in attention.q_proj.parameters()])
+    named = "FactorizedLinear.weight" if sizes else "in_proj_weight"
+    for change in (
+        nn.init.xavier_uniform_,
+        lambda weight: weight.data.zero_(),
+        lambda weight: weight.detach_().copy_(weight),
+        lambda weight: weight[:4].zero_(),
+    ):
+        with torch.no_grad(), pytest.raises(AttributeError, match=f"^{named} is the product of its factors, and .* would not"):
+            change(getattr(attention, name))
+    before = {key: value.clone() for key, value in attention.state_dict().items()}
+    attention._reset_parameters()
+    changed = {key for key, value in attention.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"q_proj.u", "q_proj.vt", "k_proj.weight", "v_proj.u", "v_proj.vt", "bias_k", "bias_v"}
+
+
 class OwnForward(nn.MultiheadAttention):
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)

@@ -153,7 +153,7 @@ def test_factors_that_change_between_reading_and_computing_are_an_error(layer):
     weight = layer.weight
     with torch.no_grad():
         layer.factors()[0].mul_(2)
-    with pytest.raises(RuntimeError, match=r"read layer\.weight again"):
+    with pytest.raises(RuntimeError, match=r"\.weight changed after it was read: read it again"):
         weight.sum()
 
 
