@@ -37,6 +37,7 @@ SHA256 = {
     "sst2.test.tsv": "831169c7e2e429d6026e1bdbb542f33b636e3e596caad9602ebc953c205928b7",
     "blimp.tsv": "4a290eec4c45abdfd35f6036a7f985adff751200de38d674d7a16c8c6fd7dc1c",
 }
+COMPRESSED = "9d34aaa0ed0acef8db6f690b51732cec56608b4be961a7607dccca2f978f27ba"  # SHA-256 of blimp.tsv.xz
 _SHORTEST = 20  # characters of a paragraph that is kept
 
 
@@ -98,6 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             for file, content in made.items():
                 if name == "blimp":
                     file, content = f"{file}.xz", lzma.compress(content, preset=9)
+                    if hashlib.sha256(content).hexdigest() != COMPRESSED:
+                        print(
+                            f"warning: this version of liblzma compresses {file} to other bytes than those of the committed "
+                            "runs: collect cannot count new results of it together with those",
+                            file=sys.stderr,
+                        )
                 write_atomic(args.dest / file, content)
                 print(args.dest / file)
 

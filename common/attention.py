@@ -109,8 +109,8 @@ class UnpackedMultiheadAttention(nn.MultiheadAttention):
     It reads the weights, composed if a projection is factorized, from ``in_proj_weight``. If query, key and value differ in
     size, it reads them from ``q_proj_weight``, ``k_proj_weight`` and ``v_proj_weight``.
 
-    Outside of forward these are :class:`common.weight.ComposedWeight`, which cannot be changed in place, because that would not
-    change the layers.
+    Outside of forward, the packed weight and those of factorized projections are :class:`common.weight.ComposedWeight`. It
+    cannot be changed in place, because that would not change the layers.
     """
 
     _packed: Tensor | None = None  # the packed weight during forward, which reads it several times
@@ -146,7 +146,7 @@ class UnpackedMultiheadAttention(nn.MultiheadAttention):
             if isinstance(layer, Factorized):
                 layer.reset_parameters()
             else:
-                nn.init.xavier_uniform_(layer.weight)
+                nn.init.xavier_uniform_(layer.weight, gain=0.5**0.5 if self._qkv_same_embed_dim else 1.0)  # of 3 in one
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)

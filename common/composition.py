@@ -78,7 +78,7 @@ class _Group:
         own = columns[0][0].dtype
         if dtype is None or own == torch.float64:  # autocast leaves float64 unchanged
             dtype = own
-        with torch.autocast(columns[0][0].device.type, enabled=False):
+        with linalg.outside_autocast(columns[0][0].device):
             stacked = [torch.stack(linalg.at_least_float32(column)) for column in columns]
             weights = self.layers[0].compose(stacked)
         self.decays = decays and self.decay is not None

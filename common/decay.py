@@ -136,7 +136,7 @@ class FrobeniusDecay:
     def penalty(self) -> Tensor:
         """coef/2 times the sum of ||W||_F^2: a scalar, differentiable, for a loss or a log. Computed outside autocast."""
         device = self.parameters()[0].device
-        with torch.autocast(device.type, enabled=False):
+        with linalg.outside_autocast(device):
             alike, others = _grouped(self._layers)
             products = [*self.pairs, *map(_Stack, alike), *others]
             return self.coef / 2 * torch.stack([product.squared_norm().to(device) for product in products]).sum()
@@ -194,10 +194,10 @@ class FrobeniusDecay:
         self.check()
         if self.coef == 0 or not (layers or self.pairs):
             return
-        device_type = self.parameters()[0].device.type
-        in_place = device_type == "cpu" and not self.decoupled
+        device = self.parameters()[0].device
+        in_place = device.type == "cpu" and not self.decoupled
         updates = _Updates(self.coef if lr is None else -lr * self.coef, in_place=in_place)
-        with torch.autocast(device_type, enabled=False):
+        with linalg.outside_autocast(device):
             for product in self._products(layers, alone=in_place):
                 targets = product.map_factors(lambda parameter: self._target(parameter, given))
                 for target, gradient in zip(targets, product.frobenius_grad_products(), strict=True):
@@ -316,10 +316,10 @@ def param_groups(
     every Parameter of the model once. Factors are identified by the type of their module and never by name. Each group has a
     ``name``: "rest" or "factors".
 
-    Warns if the pairs of ``decay`` cover only a part of a Parameter, such as the values in a packed projection: the rest of it
-    gets no decay. Raises ValueError if a weight decay is negative or not finite, or if ``decay`` covers a Parameter that the
-    model does not have. Raises RuntimeError if a covered Parameter was replaced, because its replacement would get neither
-    kind of decay.
+    Warns, unless ``factor_weight_decay`` is given, if the pairs of ``decay`` cover only a part of a Parameter, such as the
+    values in a packed projection: the rest of it gets no decay. Raises ValueError if a weight decay is negative or not finite,
+    or if ``decay`` covers a Parameter that the model does not have. Raises RuntimeError if a covered Parameter was replaced,
+    because its replacement would get neither kind of decay.
     """
     for value in (weight_decay, factor_weight_decay or 0.0):
         if not math.isfinite(value) or value < 0:
@@ -332,7 +332,8 @@ def param_groups(
     else:
         covered = []
     ids = {id(parameter) for parameter in covered}
-    if decay is not None and not factor_weight_decay and (partly := _partly_covered(model, decay)):
+    silent = decay is None or not weight_decay or factor_weight_decay is not None
+    if decay is not None and not silent and (partly := _partly_covered(model, decay)):
         warnings.warn(
             f"Frobenius decay covers only a part of {len(partly)} Parameters, such as {partly[0]!r}. The rest of them gets no "
             "decay, since weight decay applies to a whole Parameter; factor_weight_decay gives these some",
@@ -351,7 +352,9 @@ def param_groups(
 
 def _partly_covered(model: nn.Module, decay: FrobeniusDecay) -> list[str]:
     """Names of the Parameters of which the pairs of ``decay`` cover some entries and not others."""
-    covered = {id(each): torch.zeros(each.shape, dtype=torch.bool) for pair in decay.pairs for each in (pair.u, pair.vt)}
+    covered = {
+        id(each): torch.zeros_like(each, dtype=torch.bool, device="cpu") for pair in decay.pairs for each in (pair.u, pair.vt)
+    }
     for pair in decay.pairs:
         for view in pair.map_factors(lambda parameter: covered[id(parameter)]):
             view.fill_(True)

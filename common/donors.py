@@ -391,5 +391,5 @@ def unpack(attention: nn.MultiheadAttention) -> UnpackedMultiheadAttention:
 def pack(unpacked: UnpackedMultiheadAttention) -> nn.MultiheadAttention:
     """Inverse of :func:`unpack`. The projections must be ordinary layers."""
     attention = unpacked.to_layer()
-    carry_over(unpacked, attention, unpacked.own_attributes | {"_packed"}, _MULTIHEAD | set(PROJECTIONS))
+    carry_over(unpacked, attention, unpacked.own_attributes | {"_packed", "_in_forward"}, _MULTIHEAD | set(PROJECTIONS))
     return attention

@@ -212,7 +212,7 @@ class FactorizedMatrix(Factorized):
             kwargs["bias"] = self.bias is not None
         layer = nn.utils.skip_init(kind, *args, **kwargs, device=self.u.device, dtype=self.u.dtype)
         layer.train(self.training)
-        with torch.no_grad(), torch.autocast(self.u.device.type, enabled=False):
+        with torch.no_grad(), linalg.outside_autocast(self.u.device):
             layer.weight.copy_(self.to_dense())
         layer.weight.requires_grad_(any(factor.requires_grad for factor in self.factors()))
         if self.bias is not None:
@@ -321,7 +321,7 @@ class FactorizedTransposedLinear(FactorizedLinear):
         with torch.random.fork_rng(devices=[]):  # its random initialization is not used
             layer = self.dense_class(self.out_features, self.in_features)
         trainable = any(factor.requires_grad for factor in self.factors())
-        with torch.autocast(self.u.device.type, enabled=False):
+        with linalg.outside_autocast(self.u.device):
             layer.weight = nn.Parameter(self.to_dense().detach().contiguous(), requires_grad=trainable)
         layer.bias = self.bias
         return layer.train(self.training)
@@ -330,8 +330,9 @@ class FactorizedTransposedLinear(FactorizedLinear):
 class FactorizedEmbedding(FactorizedMatrix):
     """Embedding with table (num_embeddings, embedding_dim) = U V^T or U M V^T. The padding row is always zero.
 
-    If another layer shares the factors (tied weights), ``padding_row_is_shared`` is true. The padding row then has the values
-    that the other layer gives it. As in torch, this layer passes no gradient to the row, or through it to V^T.
+    If another layer that shares the factors (tied weights) uses the row, ``padding_row_is_shared`` is true. The padding row
+    then has the values that the other layer gives it. As in torch, this layer passes no gradient to the row, or through it to
+    V^T.
 
     ``contraction`` is how rows are looked up: "thin" looks them up in U and multiplies by V^T, and "composed" looks them up in
     the composed table. "auto" chooses thin.

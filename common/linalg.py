@@ -10,10 +10,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Turn autocast off, on devices that have it."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def to_float64(tensor: Tensor) -> Tensor:

@@ -242,9 +242,9 @@ def factorize_(
 
     ``filter_fn(module, name)`` returns whether to replace a layer. Without it, every supported layer is selected. Other layers
     do not change. Selected layers keep bias, stride, padding, dilation, device, dtype, mode, requires_grad, forward and
-    backward hooks, and any attributes, buffers and modules added to them. The padding row of an embedding becomes zero. Call
-    this before creating the optimizer, because the factors are new Parameters, and before wrapping the model in
-    DistributedDataParallel or sharding it.
+    backward hooks, and any attributes, buffers and modules added to them. The padding row of an embedding becomes zero, unless
+    a layer with the same weight uses it. Call this before creating the optimizer, because the factors are new Parameters, and
+    before wrapping the model in DistributedDataParallel or sharding it.
 
     unsupported:   "raise" raises for a selected layer that cannot be factorized. "skip" leaves it dense, and the report says
                    why.

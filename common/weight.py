@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .linalg import outside_autocast
+
 
 class Product(Protocol):
     """A factorized layer, or anything else whose weight is composed of factors."""
@@ -55,7 +57,7 @@ class ComposedWeight(Tensor):
         if self._product is None:
             if list(map(_version, self._factors)) != self._versions:
                 raise RuntimeError(f"the factors of {_named(self)} changed after it was read: read it again")
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            with torch.no_grad(), outside_autocast(self.device):
                 self._product = self._layer.compose(self._factors).contiguous()
         return self._product
 

@@ -249,6 +249,8 @@ def test_weight_decay_that_a_part_of_a_parameter_loses_is_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         param_groups(model, weight_decay=0.1, decay=decay, factor_weight_decay=0.1)
+        param_groups(model, weight_decay=0.1, decay=decay, factor_weight_decay=0.0)
+        param_groups(model, weight_decay=0.0, decay=decay)
         whole = FrobeniusDecay(model, COEF, pairs=attention_pairs(model, ignore_biases=True))
         param_groups(model, weight_decay=0.1, decay=whole)
 

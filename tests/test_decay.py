@@ -492,3 +492,21 @@ def test_decoupled_decay_beside_sparse_and_complex_gradients():
     model.phase.grad[0] = 0
     model["words"].weight.grad = torch.sparse_coo_tensor([[1]], [[0, 0, float("nan"), 0]], (9, 4))
     assert not changed()
+
+
+def test_a_model_on_the_meta_device_has_a_penalty_and_is_folded():
+    model = nn.Sequential(FactorizedLinear(4, 4, 2, device="meta"))
+    assert FrobeniusDecay(model, 0.1).penalty().is_meta
+    assert model[0].weight.sum().is_meta
+    densify_(model)
+    assert model[0].weight.is_meta
+
+
+def test_a_pair_of_parameters_that_are_stored_in_another_order():
+    model = nn.Module()
+    model.u, model.vt = (nn.Parameter(torch.randn(4, 6).T.contiguous().T) for _ in range(2))
+    pair = FactorPair("pair", model.u, model.vt, lambda u, vt: (u.T.view(2, 3, 4).mT, vt.T.view(2, 3, 4)))
+    decay = FrobeniusDecay(model, 0.1, pairs=[pair])
+    groups = param_groups(model, weight_decay=0.1, decay=decay)
+    decay.step()
+    assert [group["name"] for group in groups] == ["factors"]

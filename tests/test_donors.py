@@ -2,6 +2,7 @@
 weights and torch's attention. Each against the ordinary layer and autograd, in float64."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -469,8 +470,19 @@ def test_weights_of_factorized_attention_cannot_be_changed_in_place_without_effe
             change(getattr(attention, name))
     before = {key: value.clone() for key, value in attention.state_dict().items()}
     attention._reset_parameters()
+    bound = math.sqrt(6 / (4 * 8 if not sizes else 8 + 6))
+    assert 0.8 * bound < attention.k_proj.weight.abs().max() <= bound
     changed = {key for key, value in attention.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"q_proj.u", "q_proj.vt", "k_proj.weight", "v_proj.u", "v_proj.vt", "bias_k", "bias_v"}
+
+
+def test_attention_is_factorized_again_after_it_was_used_and_folded():
+    model, x = nn.Sequential(nn.MultiheadAttention(8, 2)), torch.ones(3, 2, 8)
+    for _ in range(2):
+        factorize_(model, low_rank(0.5))
+        model[0](x, x, x)
+        densify_(model)
+        assert type(model[0]) is nn.MultiheadAttention
 
 
 class OwnForward(nn.MultiheadAttention):

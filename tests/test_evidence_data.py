@@ -45,9 +45,12 @@ def test_committed_runs_read_these_files():
     used = {}
     for path in RESULTS.glob("evidence-pretraining-*/*/*/seed*/result.json"):
         inputs = read_json(path)["inputs"]
-        if "pretraining-sst2" in str(path):
-            used |= {f"sst2.{split}.tsv": inputs[split] for split in ("train", "dev", "test")}
-    assert used == {name: sha256[:12] for name, sha256 in SHA256.items() if name.startswith("sst2")}
+        named = {"train": "sst2.train.tsv", "dev": "sst2.dev.tsv", "test": "sst2.test.tsv", "data": "blimp.tsv.xz"}
+        for name in {*inputs} & ({*named} if "init_from" in inputs else set()):
+            used.setdefault(named[name], set()).add(inputs[name])
+    expected = SHA256 | {"blimp.tsv.xz": evidence_data.COMPRESSED}
+    assert {*used} == {"sst2.train.tsv", "sst2.dev.tsv", "sst2.test.tsv", "blimp.tsv.xz"}
+    assert used == {name: {expected[name][:12]} for name in used}
 
 
 def test_the_books_of_the_splits_differ():
@@ -90,7 +93,9 @@ def clones(tmp_path, monkeypatch):
 def test_files_are_made_from_clones(clones, tmp_path, capsys):
     evidence_data.main(clones.split())
     made = {path.name: path for path in (tmp_path / "data").iterdir()}
-    assert {*capsys.readouterr().out.split()} == {*map(str, made.values())}
+    output = capsys.readouterr()
+    assert {*output.out.split()} == {*map(str, made.values())}
+    assert "collect cannot count new results" in output.err  # these pairs are not those of BLiMP
     assert {*made} == {*SHA256, "blimp.tsv.xz"} - {"blimp.tsv"}
     books = made["books.train.txt"].read_text().split("\n")
     assert books == [

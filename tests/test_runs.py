@@ -62,6 +62,15 @@ def begun(path, config=CONFIG, **options):
     return run
 
 
+def test_a_resumed_run_remembers_the_step_of_its_checkpoint(tmp_path):
+    first = begun(tmp_path / "r", resume=True)
+    first.heartbeat({"step": 900, "steps": 1000, "saved_step": 800}, force=True)
+    first._lock.close()
+    begun(tmp_path / "r", resume=True).heartbeat({"step": 850}, force=True)
+    status = read_json(tmp_path / "r" / "status.json")
+    assert (status["step"], status["steps"], status["saved_step"]) == (850, 1000, 800)
+
+
 def test_a_run_that_another_process_finished_meanwhile_is_not_begun_again(tmp_path):
     late = Run(tmp_path / "r", CONFIG, 1, resume=True)
     first = begun(tmp_path / "r", resume=True)

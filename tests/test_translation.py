@@ -559,7 +559,10 @@ def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
         ("DATA --criterion cross_entropy --smoothed-over all", "--smoothed-over needs label_smoothed_cross_entropy"),
         ("DATA --criterion cross_entropy --label-smoothing 0.3", "--label-smoothing needs label_smoothed_cross_entropy"),
         ("DATA --lr-scheduler cosine --max-steps 9", "--max-steps 9 would shorten the schedule of --lr-scheduler cosine"),
-        ("DATA --lr-scheduler tri_stage --max-steps 9", "would shorten the schedule of --lr-scheduler tri_stage"),
+        (
+            "DATA --lr-scheduler tri_stage --phase-ratio (0.1,0.4,0.5) --max-steps 9",
+            "would shorten the schedule of --lr-scheduler tri_stage",
+        ),
         ("DATA --lr-scheduler tri_stage --warmup-updates 9", "fairseq: unrecognized arguments: --warmup-updates 9"),
         ("DATA --lr-scheduler polynomial_decay", "fairseq refuses these flags: "),
         ("DATA --left-pad-target", "--left-pad-target cannot be passed on to fairseq"),

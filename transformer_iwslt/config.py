@@ -39,7 +39,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 DEFAULT_DECAY = 1e-4  # strength of Frobenius decay unless a flag gives one
 
-_AS_LONG_AS_TRAINING = ("cosine", "tri_stage")  # schedulers that take their length from --max-update
 # The learning rates of the released scripts. They suit nag; another optimizer needs its own learning rate.
 _NAG = {"lr": 0.25, "warmup_init_lr": 0.25}
 # Fields of the configuration that fairseq has as flags of the same names: flags with values, and switches.
@@ -140,15 +139,14 @@ class TranslationConfig(ModelConfig):
     lr: float = flag(None, "--lr", "--learning-rate", type=non_negative, help="learning rate (default: 0.25 with nag)")
     lr_scheduler: str = flag("inverse_sqrt", help="a learning-rate scheduler of fairseq")
     warmup_init_lr: float | None = flag(
-        None, type=non_negative, help="first learning rate of inverse_sqrt (default: 0.25 with nag, else 0)"
+        None, type=non_negative, help="first learning rate of the warm-up (default for inverse_sqrt: 0.25 with nag, else 0)"
     )
     warmup_updates: int | None = flag(
         None,
         type=natural,
         before=4000,
         metavar="N",
-        help="updates during which the learning rate rises (default: 4000 for "
-        "inverse_sqrt; of other schedulers, that of fairseq)",
+        help="updates during which the learning rate rises (default: 4000 for inverse_sqrt, fairseq's for other schedulers)",
     )
     clip_norm: float = flag(0.1, type=non_negative, help="largest norm of the gradient; 0 does not clip")
     weight_decay: float = flag(
@@ -249,7 +247,11 @@ class TranslationConfig(ModelConfig):
             self.warmup_updates = 4000 if self.warmup_updates is None else self.warmup_updates
             if self.warmup_init_lr is None:
                 self.warmup_init_lr = _NAG["warmup_init_lr"] if self.optimizer == "nag" else 0.0
-        if self.max_steps is not None and self.lr_scheduler in _AS_LONG_AS_TRAINING:
+        given = {group[0] for group in _groups(self.fairseq)}
+        as_long_as_training = (self.lr_scheduler == "cosine" and "--lr-period-updates" not in given) or (
+            self.lr_scheduler == "tri_stage" and "--phase-ratio" in given
+        )
+        if self.max_steps is not None and as_long_as_training:
             raise ValueError(
                 f"--max-steps {self.max_steps} would shorten the schedule of --lr-scheduler {self.lr_scheduler}, which is as "
                 "long as the training: leave it out, and stop the run with a signal"

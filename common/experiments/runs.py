@@ -186,7 +186,10 @@ class Run:
         for left in self.path.glob(".*.tmp"):  # left by a process that was killed while it wrote
             left.unlink()
         write_json(self.path / "config.json", self._record())
-        self.heartbeat({}, force=True)
+        held: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):  # there is no status.json yet, or it is damaged
+            held = read_json(self.path / "status.json")
+        self.heartbeat({key: held[key] for key in ("step", "steps", "saved_step") if key in held}, force=True)
 
     def say_finished(self) -> None:
         """Print the path of the finished run's result on stdout, and say on stderr that there is nothing to do."""
