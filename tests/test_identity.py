@@ -60,7 +60,7 @@ COUNTED = {
     "evidence-table1-schedule": 4,
     "evidence-table1": 20,
     "evidence-table1-weaker": 4,
-    "evidence-table1-5e-4": 12,
+    "evidence-table1-5e-4": 15,
     "evidence-table2-schedule": 5,
     "evidence-table2": 34,
     "evidence-table2-stronger": 9,
@@ -124,7 +124,7 @@ def test_every_committed_result_counts():
     known, rows = kinds(programs()), every_row(programs("evidence"))
     results, problems = read(EVIDENCE, known)
     assert problems == []
-    assert len(results) == len(list(EVIDENCE.rglob("result.json"))) == 225
+    assert len(results) == len(list(EVIDENCE.rglob("result.json"))) == 228
     for result in results:
         found = set(keys(result.config, known, result.script))
         of_table = [each for name, each in rows.items() if name.startswith(f"{result.row.partition('/')[0]}/")]
