@@ -104,9 +104,11 @@ def _cells(line: str, kind: str) -> list[str]:
 
 @torch.inference_mode()
 def log_likelihoods(
-    model: MaskedLanguageModel, sentences: Iterable[Tokens], batch_size: int, run: Run | None = None
+    model: MaskedLanguageModel, sentences: Iterable[Tokens], batch_size: int, *, end: bool = False, run: Run | None = None
 ) -> dict[Tokens, float]:
-    """Pseudo-log-likelihood of each distinct sequence of tokens. The sequences lack BOS and EOS, which are added here.
+    """Pseudo-log-likelihood of each distinct sequence of tokens. The sequences lack BOS, which is added here.
+
+    With ``end``, EOS is added as well. In pre-training it only ends documents.
 
     A batch holds sequences of one length, so there is no padding.
     """
@@ -121,12 +123,12 @@ def log_likelihoods(
             size = max(1, batch_size // length)
             for start in range(0, len(alike), size):
                 chosen = alike[start : start + size]
-                tokens = torch.tensor([[BOS, *sentence, EOS] for sentence in chosen], device=device)
+                tokens = torch.tensor([[BOS, *sentence, *[EOS] * end] for sentence in chosen], device=device)
                 places = torch.arange(1, length + 1, device=device).repeat(len(chosen))
                 masked = tokens.repeat_interleave(length, 0)  # a copy for each place
                 masked.scatter_(1, places[:, None], MASK)
                 logits = model(masked, places[:, None])
-                wanted = tokens[:, 1:-1].flatten()
+                wanted = tokens[:, 1 : length + 1].flatten()
                 scores = -F.cross_entropy(logits, wanted, reduction="none").view(len(chosen), length).cpu().double().sum(1)
                 found |= zip(chosen, scores.tolist(), strict=True)
                 bar.update(len(chosen))
@@ -159,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for pair, *tokens in zip(pairs, good, bad, strict=True):
             if not all(tokens):
                 raise ValueError(f"a sentence of {pair} has no tokens: it holds only control characters")
-        limit = model.config.max_positions - 2
+        limit = model.config.max_positions - 1 - config.end_token
         longest = max(good + bad, key=len)
         if len(longest) > limit:
             text = tokenizer.decode(longest)
@@ -168,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.begin()
     with clean_errors(config.prog(), FAILURES), run.recorded():
         started = time.monotonic()
-        scores = log_likelihoods(model.to(device), good + bad, config.batch_size, run)
+        scores = log_likelihoods(model.to(device), good + bad, config.batch_size, end=config.end_token, run=run)
         metrics = accuracies(pairs, [scores[one] > scores[other] for one, other in zip(good, bad, strict=True)])
         result = run.finish(
             metrics=metrics,

@@ -141,6 +141,11 @@ class BlimpConfig(DownstreamConfig):
         help="BLiMP: a folder of .jsonl files, one such file, or a .tsv(.xz) of field, term, paradigm, good and bad sentence",
     )
     pairs: int | None = flag(None, type=positive_int, metavar="N", help="only the first N pairs of each paradigm")
+    end_token: bool = flag(
+        False,
+        before=True,
+        help="put </s> after each sentence, as the first committed runs did; pre-training has it only between documents",
+    )
     batch_size: int = flag(
         256,
         "-b",

@@ -197,17 +197,18 @@ def test_bad_questions_are_refused_by_id(message, tmp_path):
 # BLiMP
 
 
-def test_pseudo_log_likelihoods_are_those_of_single_masks(run):
+@pytest.mark.parametrize("end", [False, True])
+def test_pseudo_log_likelihoods_are_those_of_single_masks(run, end):
     """In float64, one sentence and one position at a time. Batches of several lengths give the same values."""
     model, tokenizer = pretrained.load(run / "checkpoint.pt")
     model.double()
     generator = random.Random(1)
     sentences = [tuple(encode(tokenizer, sentence(generator))) for _ in range(6)] + [(7,), (9, 8)]
-    found = blimp.log_likelihoods(model, sentences, batch_size=16)
+    found = blimp.log_likelihoods(model, sentences, batch_size=16, end=end)
     for tokens in sentences:
         total = 0.0
         for place, token in enumerate(tokens):
-            masked = [BOS, *tokens[:place], MASK, *tokens[place + 1 :], EOS]
+            masked = [BOS, *tokens[:place], MASK, *tokens[place + 1 :]] + ([EOS] if end else [])
             with torch.no_grad():
                 scores = model.score(model.encode(torch.tensor([masked]))[0, place + 1])
             total += scores.log_softmax(0)[token].item()
@@ -492,6 +493,12 @@ def test_rows_find_their_data_in_the_project_from_any_folder(tmp_path, monkeypat
     assert pretraining.inputs() == {"train": "0123"}
     shutil.copytree(project, elsewhere, dirs_exist_ok=True)
     assert found()[1] == [Path(name) for name in names]  # those of the current folder come first
+
+
+def test_scores_with_and_without_an_end_are_not_mixed(run, tmp_path, capsys, refuses):
+    command = f"--init-from {run} --data {write_tsv(tmp_path / 'blimp.tsv.xz')} --save-dir {tmp_path / 'scored'} --device cpu"
+    blimp.main(command.split())
+    refuses(blimp.main, f"{command} --end-token --resume auto", "another configuration (end_token False there, True here)")
 
 
 ERRORS = {
