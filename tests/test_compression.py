@@ -218,7 +218,8 @@ def test_tiny_imagenet_is_downloaded_checked_and_put_in_place_whole(tiny, tmp_pa
     (tmp_path / "new").mkdir()
     root = tiny_imagenet.prepare(tmp_path / "new")
     assert (root / "val" / "n03" / "images" / "val_7.JPEG").exists()
-    assert sorted(path.name for path in root.parent.iterdir()) == ["tiny-imagenet-200", "tiny-imagenet-200.zip"]
+    names = {path.name for path in root.parent.iterdir()}
+    assert names == {"tiny-imagenet-200", "tiny-imagenet-200.zip", ".tiny_imagenet.lock"}
 
     def refuse(*args, **kwargs):
         raise OSError("no route to host")
