@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from bert_pretraining import pretrained
 from bert_pretraining.model import MaskedLanguageModel
-from bert_pretraining.text import BOS, EOS, MASK, encode
+from bert_pretraining.text import BOS, EOS, MASK, check_encodable, encode
 from common.experiments.distributed import prepare_device
 from common.experiments.runs import FAILURES, Run, clean_errors, environment, seed_everything
 
@@ -99,6 +99,8 @@ def _cells(line: str, kind: str) -> list[str]:
         cells = columns[2:]
     if not all(isinstance(cell, str) and cell.strip() for cell in cells):
         raise ValueError("paradigm and sentences must be text")
+    for cell in cells:
+        check_encodable(cell)
     return cells
 
 

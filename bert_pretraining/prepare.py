@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -113,7 +114,7 @@ def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not 60 <= args.lines <= 10**6:
         parser.error(f"--lines must be from 60 (three documents) to 1000000, got {args.lines}")
     args.words = args.words or (512 if args.corpus == "numbers" else 8192)
-    args.dest = args.dest or ROOT / "data-bin" / _FOLDERS[args.corpus]
+    args.dest = (args.dest or ROOT / "data-bin" / _FOLDERS[args.corpus]).resolve()  # replaces the folder, not a link to it
     return args
 
 
@@ -161,12 +162,14 @@ def write_tokens(path: Path, documents: Sequence[Document], tokenizer: Any, char
     count = 0
     with open(path, "wb") as file, progress(f"encoding {path.stem}", total=characters, unit=" characters") as bar:
         for document in documents:
-            lines = document.lines()
+            lines, before = document.lines(), count
             while batch := list(itertools.islice(lines, _BATCH)):
                 tokens = list(itertools.chain.from_iterable(tokenizer.encode(batch)))
                 file.write(np.array(tokens, "<u2").tobytes())
                 count += len(tokens)
                 bar.update(sum(map(len, batch)))
+            if count == before:
+                raise ValueError(f"{document.place} has no tokens: all its characters are ignored; remove it")
             file.write(np.array([EOS], "<u2").tobytes())
             count += 1
         file.flush()
@@ -226,7 +229,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError(
                     f"{args.dest} exists but was prepared with other settings: choose another --dest, or remove it"
                 )
-            Corpus(args.dest)
+            try:
+                Corpus(args.dest)
+            except ValueError as error:
+                raise ValueError(f"{error}; remove {args.dest} first") from error
             print(f"{args.dest} is already prepared: nothing to do", file=sys.stderr)
             return
         tokens = prepare(splits, characters, args.dest, args.words, args.lower_case, {**settings, "archive_sha256": archive})
@@ -237,4 +243,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     say_interrupted(PROG)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes what is half written
     main()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from bert_pretraining.downstream import FRAME, QUESTION
-from bert_pretraining.text import BOS, EOS
+from bert_pretraining.text import BOS, EOS, check_encodable
 from common.experiments.files import read_json
 
 ANSWER = 30  # most tokens of an answer
@@ -53,6 +53,13 @@ def read(path: Path) -> list[Question]:
 
 
 def _check(question: Question, path: Path) -> None:
+    for value in (question.text, question.context):
+        if not isinstance(value, str):
+            raise TypeError(f"question {question.id} has {value!r} where a text is expected")
+        try:
+            check_encodable(value)
+        except ValueError as error:
+            raise ValueError(f"{path}: question {question.id}: {error}") from error
     if not question.answers:
         raise ValueError(f"{path}: question {question.id} has no answer: SQuAD 1.1 has one for each, unlike 2.0")
     for start, text in question.answers:
@@ -87,6 +94,8 @@ def windows(questions: Sequence[Question], encode: Encode, max_tokens: int, stri
     for index, question in enumerate(questions):
         asked = list(encode(question.text)[0][:QUESTION])
         ids, spans = encode(question.context)
+        if not ids:
+            raise ValueError(f"question {question.id} has a context without tokens: {question.context!r}")
         offsets = np.array(spans, np.int64).reshape(-1, 2)
         start, text = question.answers[0]
         first, last = token_span(offsets, start, start + len(text))

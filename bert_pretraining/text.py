@@ -115,7 +115,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
     A string in the text that looks like a special token, such as "<mask>", is encoded as text.
     """
-    _check(text)
+    check_encodable(text)
     return tokenizer.encode(text)
 
 
@@ -126,7 +126,7 @@ def encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tupl
     one character is normalized to several ("½" to "1⁄2"), each token covers the whole character. Characters that normalization
     removes belong to the token in front of them. Every token covers at least one character, and starts never decrease.
     """
-    _check(text)
+    check_encodable(text)
     ids = tokenizer.encode(text)
     _, starts = tokenizer.normalize(text, with_offsets=True)  # the start of each normalized character, and the end
     ends = starts[1:]
@@ -149,7 +149,8 @@ def encode_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[tupl
     return ids, offsets
 
 
-def _check(text: str) -> None:
+def check_encodable(text: str) -> None:
+    """Raise ValueError if a text has half of a surrogate pair, which JSON can express and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -68,31 +68,27 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         self.start = checkpoints.load(path)
         check_tokenizer(self.start, path, self.corpus)
         check_pretraining(self.start, path, config.pretraining)
-        free = {
-            "dropout",
-            "init_std",
-            "init",
-            "quekey_init",
-            "outval_init",
-            "spectral_from",
-        }  # these do not change the shapes of weights
-        free |= {"max_positions"} if config.positions == "alibi" else set()
+        free = {"dropout"} | ({"max_positions"} if config.positions == "alibi" else set())  # what a phase may change
         both = (self.start.get("architecture", {}), self.architecture())
         held, ours = ({name: value for name, value in each.items() if name not in free} for each in both)
         if differing := differing_values(held, ours):
             raise ValueError(f"--init-from {path} holds another model: {', '.join(differing.values())}")
 
-    def load(self) -> None:
+    def read_data(self, batch_size: int) -> PretrainingData:
         config = self.config
-        self.data = PretrainingData(
+        return PretrainingData(
             read_streams(self.corpus),
             self.corpus.words,
             seq=config.seq,
             predictions=config.predictions,
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             seed=config.seed,
             device=self.processes.device,
         )
+
+    def load(self) -> None:
+        config = self.config
+        self.data = self.read_data(config.batch_size)
         if config.batch_size % (config.update_freq * self.processes.world_size):
             raise ValueError(
                 f"--batch-size {config.batch_size} is not divisible into --update-freq {config.update_freq} parts "
@@ -126,7 +122,7 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         if state is None:
             raise ValueError(f"there is no checkpoint in {path}")
         check_tokenizer(state, path, self.corpus)
-        self.load()
+        self.data = self.read_data(batch_size=1)  # of held-out splits: the training split may be smaller than a batch
         model = from_checkpoint(state.get("architecture", {}), checkpoints.model_state(state, path)).to(self.processes.device)
         measured = {split: evaluate(model, self.data, split, self.processes) for split in ("valid", "test")}
         if self.processes.main:

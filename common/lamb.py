@@ -57,6 +57,7 @@ class Lamb(torch.optim.Optimizer):
         super().add_param_group(param_group)
         half = next((p.dtype for p in self.param_groups[-1]["params"] if p.dtype.itemsize < 4), None)
         if half is not None:
+            del self.param_groups[-1]
             raise ValueError(
                 f"LAMB needs Parameters in float32 or float64, got {half}: keep them in float32 and use torch.autocast"
             )

@@ -271,6 +271,10 @@ def test_half_precision_is_refused():
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"needs Parameters in float32 or float64, got torch\.bfloat16"):
         Lamb([weight], 0.1)
+    optimizer = Lamb([nn.Parameter(torch.ones(3))], 0.1)
+    with pytest.raises(ValueError, match="needs Parameters in float32"):
+        optimizer.add_param_group({"params": [weight]})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_decoupled_decay_is_refused():

@@ -270,7 +270,8 @@ def test_with_alibi_a_second_phase_may_allow_longer_sequences(train, tmp_path):
 
 def test_a_checkpoint_is_evaluated_as_in_training(train, folder, tmp_path, capsys):
     run = train("--steps 4", tmp_path / "r")
-    main([str(folder), *SMALL.split(), "--evaluate", "--resume", str(run)])
+    large = ["--batch-size", "60000"]  # more than the training split has
+    main([str(folder), *SMALL.split(), *large, "--evaluate", "--resume", str(run)])
     measured = json.loads(capsys.readouterr().out)
     metrics = read_json(run / "result.json")["metrics"]
     assert measured["test"]["loss"] == metrics["final"]
@@ -334,6 +335,8 @@ def test_checkpoints_of_other_models_tokenizers_and_makers_are_refused(train, fo
     run = train("--steps 4", tmp_path / "r")
     start = f"{folder} {SMALL} --save-dir {tmp_path / 's'} --init-from"
     refuses(main, f"{start} {run} --rank-scale 0.5", "holds another model: rank_scale 0.0 there, 0.5 here")
+    refuses(main, f"{start} {run} --spectral-quekey", "holds another model: quekey_init 'regular' there, 'spectral' here")
+    refuses(main, f"{start} {run} --init-std 7", "holds another model: init_std 0.02 there, 7.0 here")
     refuses(main, f"{start} {run} --pretraining 0123456789ab", "--pretraining requires 0123456789ab")
     state = checkpoints.load(run / "checkpoint.pt") | {"tokenizer": "0" * 12}
     torch.save(state, tmp_path / "other.pt")

@@ -182,7 +182,18 @@ SQUAD_ERRORS = {
     "question q7 has no answer": {"answers": []},
     "is not in the format of SQuAD 1.1: KeyError 'answers'": {},
     "is not in the format of SQuAD 1.1: TypeError": {"answers": [{"answer_start": "8", "text": "fox"}]},
+    "TypeError question q7 has 7 where a text is expected": {"question": 7, "answers": [{"answer_start": 8, "text": "fox"}]},
+    "question q7: character 3 of the text is half of a surrogate pair": {
+        "question": "who\ud800",
+        "answers": [{"answer_start": 8, "text": "fox"}],
+    },
 }
+
+
+def test_a_context_without_tokens_is_refused():
+    question = squad.Question("q7", "who?", "\u200b", ((0, "\u200b"),))
+    with pytest.raises(ValueError, match="question q7 has a context without tokens"):
+        squad.windows([question], lambda text: ([], []) if text == "\u200b" else ([9], [(0, 1)]), 32, 8)
 
 
 @pytest.mark.parametrize("message", SQUAD_ERRORS)
@@ -264,6 +275,11 @@ def test_real_blimp_has_67_paradigms_of_1000_pairs():
         ("x.tsv", "a\tb\tc\tone\ttwo\na\tb\n", "line 2 is not a pair of sentences: ValueError expected 5 columns"),
         ("x.tsv", "a\tb\tc\tone\t\n", "line 1 is not a pair of sentences: ValueError paradigm and sentences must be text"),
         ("x.jsonl", '{"UID": "a", "sentence_good": "b"}\n', "line 1 is not a pair of sentences: KeyError 'sentence_bad'"),
+        (
+            "x.jsonl",
+            '{"UID": "a", "sentence_good": "b\\ud800", "sentence_bad": "c"}\n',
+            "line 1 is not a pair of sentences: ValueError ",
+        ),
         ("x.jsonl", "not json\n", "line 1 is not a pair of sentences: JSONDecodeError"),
         ("x.jsonl", "", "has no pairs"),
         ("x.txt", "", "must be a .jsonl, .tsv or .tsv.xz file"),

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -252,7 +253,37 @@ def test_a_damaged_folder_of_the_same_settings_is_not_taken_for_finished(numbers
     shutil.copytree(numbers, tmp_path / "data")
     with open(tmp_path / "data" / "train.bin", "ab") as file:
         file.write(b"\0")
-    refuses(prepare.main, f"--corpus numbers --lines 2000 --words 400 --dest {tmp_path / 'data'}", "train.bin has")
+    message = f"prepare the text again; remove {tmp_path / 'data'} first"
+    refuses(prepare.main, f"--corpus numbers --lines 2000 --words 400 --dest {tmp_path / 'data'}", message)
+
+
+def test_a_link_to_a_folder_is_followed(books, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    prepare.main(f"--text {books} --words 400 --dest {tmp_path / 'data'}".split())
+    assert (tmp_path / "data").is_symlink()
+    assert Corpus(tmp_path / "disk").words == 400
+
+
+def test_a_document_without_tokens_is_refused(books, tmp_path, refuses):
+    (tmp_path / "controls.txt").write_bytes(b"\x01\n")
+    command = f"--text {books} --test {tmp_path / 'controls.txt'} --words 400 --dest {tmp_path / 'data'}"
+    refuses(prepare.main, command, "controls.txt has no tokens: all its characters are ignored")
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_terminated_preparation_leaves_nothing(books, tmp_path):
+    program = str(ROOT / "bert_pretraining" / "prepare.py")
+    code = f"""
+import runpy, signal, sys
+from common.experiments import files
+files.write_atomic = lambda *_: signal.raise_signal(signal.SIGTERM)  # it writes the tokenizer
+sys.argv = [{program!r}, "--text", {str(books)!r}, "--words", "400", "--dest", {str(tmp_path / "data")!r}]
+runpy.run_path({program!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert list(tmp_path.iterdir()) == [books]
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is full"), KeyboardInterrupt()])

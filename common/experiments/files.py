@@ -50,7 +50,7 @@ def finite(value: Any) -> Any:
 def read_json(path: Path) -> Any:
     """Content of a JSON file. Raises ValueError, which names the file, if it is not JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
 
