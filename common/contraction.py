@@ -94,13 +94,13 @@ def _inputs(model: nn.Module, input: Tensor, dtype: torch.dtype | None) -> Itera
     seen: dict[str, Tensor] = {}
     layers = automatic_layers(model)
 
-    def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.setdefault(name, args[0].detach())
+    def remember(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.setdefault(name, (args[0] if args else kwargs["input"]).detach())
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(remember(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(remember(name), with_kwargs=True) for name, layer in layers.items()]
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -129,7 +129,8 @@ class _Pass:
         with torch.autocast(self.device_type, self.dtype, enabled=self.dtype is not None), self.composition.active(self.dtype):
             outputs = [layer(self.input) for layer in self.layers]
             if self.wanted:
-                torch.autograd.grad(outputs, self.wanted, [output.detach() for output in outputs])
+                seeds = [output.detach() for output in outputs]
+                torch.autograd.grad(outputs, self.wanted, seeds, allow_unused=True)  # a layer may hold Parameters of the user
 
 
 def replay_milliseconds(function: Callable[[], Any]) -> float:

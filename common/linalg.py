@@ -141,8 +141,9 @@ def _leading_svd(matrix_mn: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] 
 def balance(u_mr: Tensor, vt_rn: Tensor) -> tuple[Tensor, Tensor]:
     """Spectral initialization of a product given by its factors: balanced factors with the same product.
 
-    Equals ``spectral_init(u_mr @ vt_rn, r)`` up to the signs of singular vectors, without forming the product. Accepts leading
-    batch dimensions. Raises ValueError unless r <= min(m, n).
+    If the product has rank r, this equals ``spectral_init(u_mr @ vt_rn, r)`` up to the signs of singular vectors, without
+    forming the product. Otherwise, the columns of U and rows of V^T without a singular value are zero. Accepts leading batch
+    dimensions. Raises ValueError unless r <= min(m, n).
     """
     rank = u_mr.shape[-1]
     if rank > min(u_mr.shape[-2], vt_rn.shape[-1]):
@@ -255,11 +256,13 @@ def nuclear_norm(factors: Sequence[Tensor]) -> Tensor:
 def nuclear_norm_bound(factors: Sequence[Tensor]) -> Tensor:
     """Upper bound on the nuclear norm, in float64. It is what weight decay on the factors penalizes (paper, equation 2).
 
-    For two factors it is (||U||_F^2 + ||V||_F^2) / 2. For three it is also multiplied by the spectral norm ||M||_2.
+    For two factors it is (||U||_F^2 + ||V||_F^2) / 2. For more, it is also multiplied by the spectral norms of those between.
     """
     u, *middle, vt = (to_float64(factor) for factor in factors)
     bound = (u.square().sum((-2, -1)) + vt.square().sum((-2, -1))) / 2
-    return bound * torch.linalg.matrix_norm(middle[0], ord=2) if middle else bound
+    for factor in middle:
+        bound = bound * torch.linalg.matrix_norm(factor, ord=2)
+    return bound
 
 
 def non_orthogonality(factor_mr: Tensor) -> Tensor:

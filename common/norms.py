@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import linalg
+from . import donors, linalg
 from .layers import Factorized, FactorizedMatrix
 
 
 def _matrices(layer: nn.Module) -> tuple[Tensor, ...]:
-    """Matrices whose product is the layer's unrolled weight. For an ordinary layer this is the unrolled weight alone."""
+    """Matrices whose product is the layer's unrolled weight. For an ordinary layer this is the unrolled weight alone.
+
+    Groups of a convolution are batch dimensions.
+    """
     if isinstance(layer, Factorized):
         return layer.matrices()
+    if donors.kind_of(layer) is not None:
+        return (donors.unroll(layer),)
     assert isinstance(layer.weight, Tensor)
     return (linalg.as_matrix(layer.weight),)
 

@@ -50,7 +50,13 @@ class WideResNetConfig(FactorizationConfig):
     )
     wrn_depth: int = flag(40, type=int, help="depth of the network, 6n + 4")
     wrn_width: float = flag(2, type=float, help="channels of the stages, as a multiple of 16, 32 and 64")
-    data: str = override(DataConfig, "data", None, choices=DATASETS)
+    data: str = override(
+        DataConfig,
+        "data",
+        None,
+        choices=DATASETS,
+        help="replaces the first argument, for instance to try a row's script on digits",
+    )
     weight_decay: float = override(TrainingConfig, "weight_decay", 5e-4)
     device: str = override(RunConfig, "device", names=("--device", "--GPU"))
     epoch_step: list[int] = flag(

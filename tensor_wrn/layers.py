@@ -16,7 +16,7 @@ from tensorly.decomposition import partial_tucker, tensor_train
 from torch import Tensor, nn
 
 from common.layers import Factorized
-from common.linalg import at_least_float32, to_float64
+from common.linalg import at_least_float32, outside_autocast, to_float64
 from tensor_wrn.shapes import split
 
 INITIALIZATIONS = ("regular", "spectral", "norm-matched", "released")
@@ -141,13 +141,17 @@ class TensorPointwise(Factorized):
         return self.compose(self.factors())
 
     def to_layer(self) -> nn.Conv2d:
-        weight = self.to_dense().detach()
-        layer = nn.Conv2d(self.in_channels, self.out_channels, 1, bias=False, device=weight.device, dtype=weight.dtype)
-        layer.weight.data.copy_(weight)
+        core = self.cores[0]
+        layer = nn.utils.skip_init(
+            nn.Conv2d, self.in_channels, self.out_channels, 1, bias=False, device=core.device, dtype=core.dtype
+        )
+        with torch.no_grad(), outside_autocast(core.device):
+            layer.weight.copy_(self.to_dense())
+        layer.weight.requires_grad_(any(each.requires_grad for each in self.cores))
         return layer.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        with torch.autocast(input.device.type, enabled=False):  # rounded once, as an ordinary weight is
+        with outside_autocast(input.device):  # rounded once, as an ordinary weight is
             weight = self.weight_in_use()
         return F.conv2d(input, weight)
 

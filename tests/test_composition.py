@@ -249,6 +249,23 @@ def test_contractions_are_measured_once_for_each_kind_of_layer_and_change_nothin
         set_contractions_(model, {"nowhere": "thin"})
 
 
+class Keywords(nn.Module):
+    """A layer that is called with a keyword, and that holds a Parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = FactorizedLinear(6, 6, 2)
+        self.linear.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.linear(input=x) * self.linear.temperature
+
+
+def test_contractions_are_measured_of_layers_with_keywords_and_parameters_of_their_own():
+    (found,) = measure_contractions(Keywords(), torch.randn(3, 6), milliseconds=lambda function: function() or 1.0)
+    assert found.layers == ("linear",)
+
+
 def test_contractions_that_were_asked_for_are_not_measured():
     model = nn.Sequential(FactorizedConv2d(4, 4, 3, 2, contraction="thin"), FactorizedLinear(3, 3, 1))
     assert list(automatic_layers(model)) == ["1"]

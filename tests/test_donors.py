@@ -279,6 +279,14 @@ def test_norms_of_groups_are_those_of_the_block_diagonal_matrix(depth):
     assert found["non_orthogonality"] == pytest.approx(sum(outer).item() / 2)
 
 
+def test_norms_of_an_ordinary_layer_with_groups_are_those_of_its_factors():
+    model, _ = make("Conv2d, groups")
+    dense = norm_metrics({"0": model[0]}, lr=0.1)
+    factorize(model, 10, init="spectral")  # at full rank the weight is the same
+    found = norm_metrics({"0": model[0]}, lr=0.1)
+    assert dense == pytest.approx({key: found[key] for key in dense}, rel=1e-5)
+
+
 def test_recorded_norms_of_groups_are_replayed():
     model, _ = make("Conv2d, groups")
     factorize(model, 0.7)

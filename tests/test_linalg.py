@@ -12,7 +12,7 @@ SHAPES = [(7, 5, 3), (5, 7, 3), (4, 4, 4), (6, 3, 1), (3, 4, 9)]  # (m, n, rank)
 
 def random_factors(m, n, r, depth=2, batch=(), seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(m, r), (r, n)] if depth == 2 else [(m, r), (r, r), (r, n)]
+    shapes = [(m, r), *[(r, r)] * (depth - 2), (r, n)]
     return [torch.randn(*batch, *shape, dtype=torch.float64, generator=generator) for shape in shapes]
 
 
@@ -144,7 +144,9 @@ def test_squared_norm_is_that_of_the_product_and_so_is_its_gradient(m, n, rank, 
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.tuples(*[st.integers(1, 12)] * 3), st.sampled_from([2, 3]), st.integers(0, 2**32), st.sampled_from([1e-6, 1.0, 1e6]))
+@given(
+    st.tuples(*[st.integers(1, 12)] * 3), st.sampled_from([2, 3, 4]), st.integers(0, 2**32), st.sampled_from([1e-6, 1.0, 1e6])
+)
 def test_norms_equal_those_of_the_dense_product(shape, depth, seed, scale):
     factors = [f * scale for f in random_factors(*shape, depth=depth, seed=seed)]
     dense = linalg.compose(factors)

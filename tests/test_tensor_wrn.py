@@ -235,9 +235,22 @@ def test_folding_keeps_the_function_and_copies_are_exact(form):
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(x), expected)
     assert torch.equal(copy.deepcopy(model)(x), expected)
+    again.requires_grad_(False)
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        densify_(again)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(parameter.requires_grad for parameter in again.parameters())
     densify_(model)
-    assert not any(isinstance(module, TensorPointwise) for module in model.modules())
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    for folded in (model, again):
+        assert not any(isinstance(module, TensorPointwise) for module in folded.modules())
+        torch.testing.assert_close(folded(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_shapes_are_found_on_the_meta_device(form):
+    with torch.device("meta"):
+        assert WideResNet(10, 1, 10, form, 0.5)(torch.empty(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_the_network_computes_what_its_definition_says():

@@ -140,7 +140,11 @@ class LowRankTrainingConfig(FactorizationConfig):
 
     group: ClassVar[str | None] = FactorizationConfig.group
     pretrained: Path | None = flag(
-        None, type=Path, metavar="FILE", input_file=True, help="dense checkpoint to load before factorizing"
+        None,
+        type=Path,
+        metavar="FILE",
+        input_file=True,
+        help="dense checkpoint to load before factorizing; factorized layers keep its weights only with --spectral",
     )
     densify: bool = flag(
         False, changes_result=False, help="also fold the trained factors, and evaluate and save the folded model"
