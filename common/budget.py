@@ -18,6 +18,11 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def least_ratio(floor: int, parameters: int) -> float:
+    """The smallest ratio of six decimals that leaves at least ``floor`` of ``parameters``, for messages that name a minimum."""
+    return math.ceil(1e6 * floor / parameters) / 1e6
+
+
 def closest_index(count: Callable[[int], int], low: int, high: int, budget: float) -> int:
     """The integer from ``low`` to ``high``, both included, whose count is closest to the budget.
 

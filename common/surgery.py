@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import donors, linalg, replaced
 from .attention import UnpackedMultiheadAttention
-from .budget import closest_index, count_parameters, step_midpoints
+from .budget import closest_index, count_parameters, least_ratio, step_midpoints
 from .donors import RankOf
 from .layers import Contraction, Factorized, FactorizedEmbedding, FactorizedMatrix
 from .selection import Donors, FilterFn, SkippedLayer, Unsupported, refuse_held, select
@@ -491,7 +491,7 @@ def rank_scale_for_ratio(
         largest = f"; {max(dense)[1]!r} keeps {max(dense)[0]:,} of them dense" if dense else ""
         raise ValueError(
             f"target ratio {target} is below the floor: rank 1 everywhere leaves {floor:,} of {original:,} parameters, "
-            f"a ratio of {floor / original:.6f}{largest}"
+            f"a ratio of {least_ratio(floor, original):g}{largest}"
         )
     wanted = target * original
     limit = 1

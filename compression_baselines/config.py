@@ -129,7 +129,7 @@ class PruningConfig(CompressionConfig):
     target_ratio: float | None = flag(None, type=_share, help="parameters to keep, as a share of the dense network's")
     ratio: float | None = flag(None, type=_share, help="instead of --target-ratio: channels (or eigendirections) to remove")
     prune_ratio_limit: float = flag(
-        0.95, type=_share, help="largest share of a layer's channels (or eigendirections) to remove"
+        0.95, type=_share, help="largest share of a layer's channels (or eigendirections) to remove in one round"
     )
     rounds: int = flag(1, type=positive_int, help="iterative pruning: number of rounds, each of --epochs")
     fisher: str = flag(

@@ -76,7 +76,7 @@ def index_bits(model: nn.Module) -> int:
     bits = 0
     for parameter in model.parameters():
         nonzero = int(torch.count_nonzero(parameter))
-        if parameter.ndim > 1 and nonzero < parameter.numel() / 2:
+        if parameter.ndim > 1 and nonzero < parameter.numel():
             bits += min(parameter.numel(), nonzero * math.ceil(math.log2(parameter.numel())))
     return bits
 

@@ -45,7 +45,8 @@ class PruningExperiment(CompressionExperiment[PruningConfig]):
     config_class = PruningConfig
 
     def read_inputs(self) -> None:
-        if self.config.num_classes is not None:
+        held = checkpoints.load(cast(Path, self.config.pretrained)).get("architecture", {})
+        if self.config.num_classes is not None or held.get("num_classes") is not None:
             self.load_dense()
 
     def load_dense(self) -> nn.Module:
@@ -59,7 +60,8 @@ class PruningExperiment(CompressionExperiment[PruningConfig]):
                 raise ValueError(f"--pretrained {path} has {key} {held[key]}, but the flags ask for {wanted}")
         if held.get("pruned") is not None:
             raise ValueError(f"--pretrained {path} is already pruned: give the checkpoint of a dense run of train.py")
-        model = self.build(self.architecture)
+        classes = self.architecture["num_classes"] or held.get("num_classes")  # of image folders: known once they are read
+        model = self.build({**self.architecture, "num_classes": classes})
         if load_factorized_(model, checkpoints.model_state(state, path)).layers:
             raise ValueError(f"--pretrained {path} is already factorized: give a dense checkpoint, or --resume this one")
         broken = next((name for name, value in model.state_dict().items() if not value.isfinite().all()), None)
@@ -118,6 +120,7 @@ class PruningExperiment(CompressionExperiment[PruningConfig]):
             number = pruned["round"] + 1
             if number > config.rounds or self.trainer.step >= (config.max_steps or sys.maxsize):
                 break
+            self.trainer.stop_if_told()  # the next trainer would not know of a signal that came at the end of this round
             with clean_errors(config.prog()):
                 self.prune_(model, number)
             first_step = (number - 1) * config.epochs * self.trainer.steps_per_epoch

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 from torch import nn
 
 from common import FactorizationReport, param_groups
-from common.budget import count_parameters
+from common.budget import count_parameters, least_ratio
 from common.experiments import checkpoints
 from common.vision.data import Batch, Data
 from common.vision.training import Trainer, sgd
@@ -41,18 +41,19 @@ class SparseExperiment(CompressionExperiment[SparseConfig]):
     config_class = SparseConfig
 
     def make_model(self) -> tuple[nn.Module, FactorizationReport]:
-        """The network before it is masked. Raises ValueError if the budget cannot be reached."""
+        """The network before it is masked, and its non-zeros at the budget. Raises ValueError if that cannot be reached."""
         model = self.build(self.architecture)
         start_classifier_(model, self.config)
-        budget(model, cast(float, self.config.target_ratio))
-        return model, FactorizationReport.dense(model)
+        ratio, parameters = cast(float, self.config.target_ratio), count_parameters(model)
+        budget(model, ratio)
+        return model, FactorizationReport((), original=parameters, compressed=round(ratio * parameters))
 
     def make_trainer(self) -> Trainer:
         config, data = self.config, self.data
         self.check_image_size()
-        model, dense_report = self.make_model()
+        model, report = self.make_model()
         model.to(self.processes.device)
-        self.parameters = dense_report.original
+        self.parameters = report.original
         steps_per_epoch = data.steps_per_epoch(config.batch_size, self.processes.world_size)
         settings = make_settings(config, budget(model, cast(float, config.target_ratio)), steps_per_epoch)
 
@@ -111,10 +112,10 @@ def budget(model: nn.Module, ratio: float) -> int:
     dense = parameters - sum(weight.numel() for weight in layers)
     nonzero = round(ratio * parameters) - dense
     if nonzero < len(layers):
-        floor = (dense + len(layers)) / parameters
+        floor = least_ratio(dense + len(layers), parameters)
         raise ValueError(
             f"--target-ratio {ratio:g} cannot be reached: normalizations and biases have {dense:,} of the {parameters:,} "
-            f"parameters, and each of {len(layers)} layers keeps a weight: {floor:.4g} in all"
+            f"parameters, and each of {len(layers)} layers keeps a weight: a ratio of {floor:g} in all"
         )
     return nonzero
 

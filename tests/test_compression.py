@@ -312,6 +312,10 @@ def test_multiply_adds_and_memory_are_those_of_a_known_layer():
         model[0].weight.zero_()
         model[0].weight[0, 0, 0, 0] = 1
     assert measure.index_bits(model) == 8  # one position among 216
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+        model[0].weight[0, 0, 0, 0] = 0
+    assert measure.index_bits(model) == 216  # a bitmap, also of a layer that has hardly a zero
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def fails(capsys, command, message, cwd=None):
         ("--data digits --image-size 4", "must be at least 8 for digits, got 4"),
         ("--data digits --num-classes 3", "digits has 10 classes, got 3"),
         ("--evaluate", "--evaluate needs --resume"),
+        ("--evaluate --resume auto --dry-run", "--evaluate and --dry-run exclude each other"),
         ("--save-dir=", "argument --save-dir/--log-dir: must name a file or folder, got an empty string"),
         ("--evaluate --resume=", "argument --resume: must name a file or folder, got an empty string"),
         ("--evaluate --resume .", ". is a folder without a checkpoint that loads: give a checkpoint file or a run's folder"),

@@ -535,6 +535,20 @@ def test_the_lottery_rewinds_weights_and_momentum(run, monkeypatch):
     assert result["best"] == max(line["test_accuracy"] for line in log_of(directory)[3:])  # of the last round alone
 
 
+def test_the_ratio_that_an_error_names_is_accepted(capsys):
+    """And a ratio below it is not."""
+    for flags in ("--network resnet --width 32", "--network resnet --depth 14", "--network vgg"):
+        with pytest.raises(SystemExit):
+            sparse.main(f"{flags} --method snip --target-ratio 1e-9 --dry-run".split())
+        ratio = float(capsys.readouterr().err.split("a ratio of ")[1].split()[0])
+        sparse.main(f"{flags} --method snip --target-ratio {ratio:g} --dry-run".split())
+        parameters = json.loads(capsys.readouterr().out)["parameters"]
+        assert parameters["compressed"] == round(ratio * parameters["original"])
+        with pytest.raises(SystemExit):
+            sparse.main(f"{flags} --method snip --target-ratio {ratio - 2e-6:g} --dry-run".split())
+        capsys.readouterr()
+
+
 def test_measure_counts_zeros_and_their_indices(run, capsys):
     directory = run("--method snip --target-ratio 0.1 --max-steps 1 --measure")
     costs = read_json(directory / "measure.json")["models"]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from common.budget import count_parameters
 from common.experiments import checkpoints
 from common.experiments.files import read_json
+from common.experiments.runs import REQUEUE
 from common.vision.data import Data
-from compression_baselines import prune, train
+from compression_baselines import prune, structure, train
 from compression_baselines.config import PRUNERS, PruningConfig
 from compression_baselines.pruners import channels, eigenbasis, fisher, scores
 from compression_baselines.pruners.select import Ranking, removed_for_budget
+from compression_baselines.rows import PARAMETERS, PROGRAM
 from compression_baselines.structure import UnionAdd, build, convolutions, keep_channels_
 
 RESNET = {"network": "resnet", "depth": 8, "width": 32, "num_classes": 10, "kaiming": False, "pruned": None}
@@ -378,6 +381,50 @@ def test_rounds_and_their_resumption(method, run):
     same(whole, run(flags, "parts"))
 
 
+def test_a_signal_in_the_last_step_of_a_round_ends_the_run_before_the_next(run, monkeypatch, tmp_path):
+    flags = "--method kron-obs --target-ratio 0.3 --rounds 2 --epochs 1 --fisher-samples 128 --resume auto"
+    whole = run(flags, "whole")
+    last = checkpoints.load(whole / "checkpoint.pt")["step"] // 2
+    batch = Data.train_batch
+
+    def interrupt(self, seed, epoch, step, *args, **kwargs):
+        if seed == prune.TUNING_SEED and (epoch, step) == (0, last - 1):
+            signal.raise_signal(signal.SIGTERM)
+        return batch(self, seed, epoch, step, *args, **kwargs)
+
+    monkeypatch.setattr(Data, "train_batch", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        run(flags, "parts")
+    assert stop.value.code == REQUEUE
+    assert checkpoints.load(tmp_path / "parts" / "checkpoint.pt")["step"] == last
+    monkeypatch.undo()
+    same(whole, run(flags, "parts"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        row
+        for table in PROGRAM.tables
+        for row in table.rows
+        if row.script == "prune.py"
+        and min(PARAMETERS[tuple(row.id.split("-")[:2])].keys() - {"0"}) in row.id  # the smallest ratio
+        and row.id.endswith(("kron-obs", "eigendamage", "separable"))  # the other methods remove channels as kron-obs does
+    ],
+    ids=lambda row: row.id,
+)
+def test_the_smallest_budgets_can_be_reached(row):
+    config = PruningConfig.parse(row.flags)
+    with torch.device("meta"):
+        model = build(
+            {
+                **structure.architecture(config),
+                "num_classes": {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200}[config.data],
+            }
+        )
+    prune.check_budget(model, config, count_parameters(model))
+
+
 def test_ratio_measure_and_fixed_rotations(run):
     directory = run("--method eigendamage --ratio 0.5 --fix-rotation --max-steps 2 --fisher-samples 64 --measure")
     state = checkpoints.load(directory / "checkpoint.pt")
@@ -411,6 +458,10 @@ def test_ratio_measure_and_fixed_rotations(run):
         ("--method c-obd --target-ratio 0.1 --width 64", "has width 32, but the flags ask for 64"),
         ("--method c-obd --target-ratio 0.1 --depth 14", "has depth 8, but the flags ask for 14"),
         ("--method c-obd --target-ratio 0.1 --pretrained nowhere.pt", "there is no checkpoint at nowhere.pt"),
+        (
+            "--method c-obd --ratio 0.1 --data imagefolder --data-dir nowhere --width 64",
+            "has width 32, but the flags ask for 64",
+        ),
     ],
 )
 def test_bad_flags(refuses, tmp_path, dense, flags, message):

@@ -278,6 +278,7 @@ def test_what_a_killed_process_left_half_written_is_cleaned_up(tmp_path):
         ("resnet_cifar.train", "--lr 1e30"),
         ("compression_baselines.train", "--lr 1e30"),
         ("compression_baselines.sparse", "--lr 1e30"),
+        ("compression_baselines.sparse", "--lr 1e30 --method magnitude --distribution global --update-every 5"),
         ("compression_baselines.prune", "--lr 1e30"),
         ("tensor_wrn.train", "--lr 1e30"),
     ],

@@ -570,6 +570,15 @@ def test_attention_that_is_factorized_already_loads_a_state_dict():
         assert torch.equal(models[1].state_dict()[name], value)
 
 
+def test_the_ratio_that_an_error_names_is_accepted():
+    for width in range(5, 30):
+        model = nn.Sequential(nn.Linear(width, 2 * width), nn.Linear(2 * width, 7))
+        with pytest.raises(ValueError, match="is below the floor") as caught:
+            rank_scale_for_ratio(model, 1e-9)
+        ratio = float(str(caught.value).split(" a ratio of ")[1].split(";")[0])
+        rank_scale_for_ratio(model, ratio)
+
+
 def test_the_floor_of_a_ratio_names_no_projection_of_attention():
     model = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 5))
     with pytest.raises(ValueError, match=r"is below the floor: .* keeps 24 of them dense"):

@@ -91,3 +91,5 @@ class RunConfig(TrainingConfig):
         super().resolve()
         if self.evaluate and not self.resume:
             raise ValueError("--evaluate needs --resume PATH: the checkpoint to evaluate")
+        if self.evaluate and self.dry_run:
+            raise ValueError("--evaluate and --dry-run exclude each other: --dry-run builds a new model and evaluates nothing")

@@ -326,7 +326,7 @@ class TrainingLoop(ABC):
                 progress.set_postfix(loss=f"{(self.totals[0] / self.totals[2]).item():.4f}")
             self.run.heartbeat({"epoch": epoch, "epochs": self.epochs, "step": self.step, "steps": self.last_step})
             if step + 1 < last and self.step % self._agree_every == 0:
-                self._stop_if_told()
+                self.stop_if_told()
         progress.close()
         self._check_numbers()
         if last < self.steps_per_epoch:
@@ -361,7 +361,7 @@ class TrainingLoop(ABC):
         if (epoch + 1) % self.config.save_every == 0 or self.step == self.last_step:
             self._save()
         if self.step < self.last_step:
-            self._stop_if_told()
+            self.stop_if_told()
 
     def prepare(self) -> None:
         """Prepare for the first step on one GPU: choose contractions, group layers to compose, set up the recording of steps.
@@ -585,7 +585,7 @@ class TrainingLoop(ABC):
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _stop_if_told(self) -> None:
+    def stop_if_told(self) -> None:
         """Save a checkpoint and exit with status 75 if a signal told any process to stop."""
         if self._told_to_stop if self.processes.world_size == 1 else self.processes.any(self._told_to_stop):
             self._check_numbers()
