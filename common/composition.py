@@ -104,6 +104,9 @@ class Composition:
             composition.decay_rest()
             optimizer.step()
 
+    A class derived from :class:`FrobeniusDecay` may penalize something else, so it is not added to the gradients of weights:
+    :meth:`decay_rest` calls its ``step``.
+
     Raises ValueError for decoupled decay, which does not act through gradients.
     """
 
@@ -115,7 +118,8 @@ class Composition:
         for layer in model.modules():
             if isinstance(layer, Factorized) and layer.contraction == "composed":
                 alike.setdefault(_kind(layer, decay), []).append(layer)
-        self._groups = [_Group(layers, decay if covered else None) for (covered, *_), layers in alike.items()]
+        on_weights = decay if type(decay) is FrobeniusDecay else None
+        self._groups = [_Group(layers, on_weights if covered else None) for (covered, *_), layers in alike.items()]
 
     @contextmanager
     def active(self, dtype: torch.dtype | None = None, scale: Tensor | None = None, *, decays: bool = True) -> Generator[None]:
@@ -149,8 +153,10 @@ class Composition:
         done = [layer for group in self._groups if group.decayed for layer in group.layers]
         for group in self._groups:
             group.decayed = False
-        if self.decay is not None:
+        if self.decay is not None and done:
             self.decay.step_without(done)
+        elif self.decay is not None:
+            self.decay.step()
 
 
 @contextmanager

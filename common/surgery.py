@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -35,11 +36,13 @@ class LowRankConfig:
     init:          "spectral" is the truncated SVD of the donor's weight. "regular" draws each factor separately, with the
                    layer's ``reset_factors``. "kaiming" is an older name of "regular". "norm-matched" is regular, with all
                    factors of a layer then scaled by one number so that ||U V^T||_F is what spectral initialization gives for
-                   the same donor. It controls the scale of the factors, not their balance. A function of (unrolled weight,
-                   rank) returns ``depth`` factors.
+                   the same donor. It controls the scale of the factors, not their balance. Or a function of the unrolled
+                   weight (rows, columns) and the rank: it returns U (rows, rank) and V^T (rank, columns), with M
+                   (rank, rank) between them at depth 3.
     depth:         2 for U V^T, 3 for U M V^T with M initialized to the identity.
     residual:      standard deviation of noise added to the initial M (depth 3 only).
-    rank_pattern:  {regular expression: rank_scale} for layers whose full name matches. The first match is used.
+    rank_pattern:  {regular expression: rank_scale} for layers whose whole name, such as "layer1.0.conv2", matches the
+                   expression (``re.fullmatch``). If several match, the first one counts.
     contraction:   see :class:`FactorizedConv2d`.
     """
 
@@ -52,8 +55,13 @@ class LowRankConfig:
     rank_of: RankOf = "released"
 
     def __post_init__(self) -> None:
+        for pattern in self.rank_pattern:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"rank_pattern needs regular expressions, got {pattern!r}: {error}") from error
         for name, scale in {"rank_scale": self.rank_scale, **self.rank_pattern}.items():
-            if not math.isfinite(scale) or scale < 0:
+            if not isinstance(scale, Real) or not math.isfinite(scale) or scale < 0:
                 raise ValueError(f"rank scale must be finite and not negative (0 keeps layers dense), got {scale} for {name!r}")
         if self.rank_of not in ("released", "min"):
             raise ValueError(f"rank_of must be 'released' or 'min', got {self.rank_of!r}")
@@ -152,8 +160,10 @@ def _initialize(layer: FactorizedMatrix, donor: nn.Module, config: LowRankConfig
         layer.set_factors(*_of_each_group(matrix, lambda each: init(each, layer.rank)))
     elif init == "spectral":
         layer.set_factors(*_of_each_group(matrix, lambda each: _spectral(each, layer.rank, layer.depth)))
-    else:
+    elif init in ("regular", "kaiming", "norm-matched"):
         layer.reset_factors()
+    else:
+        raise AssertionError(f"no initialization is written for {init!r}")
     if config.residual:
         layer.m.add_(torch.randn_like(layer.m), alpha=config.residual)
     if init == "norm-matched":
@@ -262,12 +272,17 @@ def factorize_(
     names, skipped = selection.names(), list(selection.skipped)
     for pattern in config.rank_pattern:
         if not any(re.fullmatch(pattern, name) for name in names):
-            raise ValueError(f"rank_pattern {pattern!r} matches none of the {len(names)} selected layers, such as {names[0]!r}")
+            raise ValueError(
+                f"rank_pattern {pattern!r} matches none of the {len(names)} selected layers, such as {names[0]!r}: it must "
+                "match a layer's whole name, as in '.*conv2'"
+            )
     original = count_parameters(model)
     layers: dict[str, tuple[nn.Module, FactorizedMatrix]] = {}
     for group in selection.tied:
         scale = _scale(group, config)
         if scale == 0:
+            if config.rank_scale:  # otherwise, the whole model stays dense
+                skipped += [SkippedLayer(name, "its rank scale is 0") for name in group]
             continue
         donor = next(iter(group.values()))
         _check_values(donor, next(iter(group)), config)
@@ -325,6 +340,8 @@ def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Fact
     ``num_batches_tracked`` of all normalizations, which torch introduced in 0.4.1. A model on the meta device gets the tensors
     of the state dict themselves. Raises ValueError, naming the first mismatch, with the model unchanged.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"load_factorized_ takes a state dict, got {state_dict!r}: pass torch.load(path)")
     _refuse_wrapped(model, "load")
     state_dict = unwrap(state_dict, model.state_dict())
     original = count_parameters(model)

@@ -19,9 +19,7 @@ class ResNetConfig(LowRankTrainingConfig):
     program: ClassVar[str] = "resnet_cifar"
     description: ClassVar[str] = "Train a ResNet on small images, dense or factorized."
     layers: ClassVar[str] = "both convolutions of every block"
-    needing: ClassVar[tuple[str, ...]] = (
-        *("spectral", "init", "wd2fd", "no_frob", "square", "dump_frobnorms", "normalize", "densify"),
-    )
+    needing: ClassVar[tuple[str, ...]] = (*LowRankTrainingConfig.needing, "no_frob", "square", "dump_frobnorms", "normalize")
 
     arch: str = flag("resnet32", "-a", "--arch", choices=list(DEPTHS), help="network")
     data: str = override(DataConfig, "data", choices=("digits", "cifar10", "cifar100", "fashion_mnist", "imagefolder"))

@@ -68,7 +68,12 @@ def make_row(
         words += ["--rank-scale", scale]
     if deep:
         words += ["--square"]
-    parameters = PARAMETERS[depth]["deep" if deep else scale] + (5850 if data == "cifar100" else 0)
+    key = "deep" if deep else scale
+    if key not in PARAMETERS[depth]:
+        raise ValueError(
+            f"row {id!r}: PARAMETERS has no count for depth {depth} at {key}: --dry-run of the row's flags prints it"
+        )
+    parameters = PARAMETERS[depth][key] + (5850 if data == "cifar100" else 0)
     return Row(
         id=f"resnet{depth}-{data}{id}",
         label=f"ResNet{depth} on {DATA[data]}{label}",

@@ -17,6 +17,11 @@ DATASETS = ("cifar10", "cifar100", "digits", "fashion_mnist", "imagefolder")
 FORMS = ("Conv", "TensorTrain", "Tucker", "TuckerTT")
 
 
+def _forms() -> str:
+    *others, last = (form if form == "Conv" else f"{form}_R" for form in FORMS)
+    return f"{', '.join(others)} or {last}"
+
+
 def _milestones(text: str) -> list[int]:
     try:
         value = json.loads(text)
@@ -39,7 +44,7 @@ class WideResNetConfig(FactorizationConfig):
     program: ClassVar[str] = "tensor_wrn"
     description: ClassVar[str] = "Train WideResNets with low-rank or tensor convolutions."
     layers: ClassVar[str] = "every convolution of the blocks"
-    needing: ClassVar[tuple[str, ...]] = ("spectral", "init", "wd2fd", "decay_shortcuts")
+    needing: ClassVar[tuple[str, ...]] = (*FactorizationConfig.needing, "decay_shortcuts")
 
     dataset: str = flag(REQUIRED, "dataset", choices=DATASETS, changes_result=False, help="data set")
     mode: str = flag(
@@ -89,7 +94,7 @@ class WideResNetConfig(FactorizationConfig):
         group=FactorizationConfig.group,
         metavar="FORM",
         changes_result=False,
-        help="Conv, TensorTrain_R, Tucker_R or TuckerTT_R with rank scale R in (0, 1]",
+        help=f"{_forms()} with rank scale R in (0, 1]",
     )
     form: str = derived(REQUIRED)
     tensor_shapes: str = flag(
@@ -154,16 +159,15 @@ class WideResNetConfig(FactorizationConfig):
 
     def _read_form(self) -> None:
         form, _, scale = self.conv.partition("_")
-        forms = "Conv, TensorTrain_R, Tucker_R or TuckerTT_R with R in (0, 1]"
         if form not in FORMS or (scale and form == "Conv"):
-            raise ValueError(f"--conv must be {forms}, got {self.conv!r}")
+            raise ValueError(f"--conv must be {_forms()} with R in (0, 1], got {self.conv!r}")
         if scale:
             try:
                 value = float(scale)
             except ValueError:
                 value = 0.0
             if not 0 < value <= 1:
-                raise ValueError(f"--conv must be {forms}, got {self.conv!r}")
+                raise ValueError(f"--conv must be {_forms()} with R in (0, 1], got {self.conv!r}")
             if self.factorized:
                 raise ValueError(f"--conv {self.conv} sets the rank scale: leave out --rank-scale and --target-ratio")
             self.rank_scale = value

@@ -103,6 +103,24 @@ def test_gradients_and_decay_are_those_of_autograd_layer_by_layer(name, frozen):
     assert_near(gradients(model), gradients(alone))
 
 
+def test_a_decay_derived_from_frobenius_decay_makes_its_own_step():
+    class Shrink(FrobeniusDecay):
+        def step(self, lr=None):
+            for factor in self.parameters():
+                factor.grad.add_(factor.detach())
+
+    model = make("Convolutions, depth 2")
+    alone = copy.deepcopy(model)
+    input = torch.randn(2, 4, 8, 8, dtype=torch.double)
+    alone(input).backward()
+    Shrink(alone, COEF).step()
+    composition = Composition(model, Shrink(model, COEF))
+    with composition.active():
+        model(input).backward()
+    composition.decay_rest()
+    assert_near(gradients(model), gradients(alone))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_without_decay_and_without_gradients(name):
     model = make(name)

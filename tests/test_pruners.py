@@ -176,7 +176,7 @@ def test_kron_obs_is_the_constrained_minimum(problem):
         torch.testing.assert_close(score, value)
     removed = torch.tensor([False, True, True, False])
     _, best = constrained_minimum(weight, matrix, removed)
-    changed = scores.kron_obs_update(weight, g, removed)
+    changed = scores.kron_obs_update(weight, a, g, removed)
     torch.testing.assert_close(changed, best)
     assert changed[removed].abs().max() < 1e-12
 

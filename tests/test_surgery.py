@@ -160,9 +160,10 @@ def test_what_a_replaced_layer_keeps_and_that_the_rest_is_untouched():
 
 def test_rank_pattern_overrides_and_zero_keeps_dense():
     model = small_model()
-    factorize_(model, LowRankConfig(0.5, rank_pattern={r"[02]": 0.25, r"4": 0}))
+    report = factorize_(model, LowRankConfig(0.5, rank_pattern={r"[02]": 0.25, r"4": 0}))
     assert (model[0].rank, model[2].rank) == (6, 12)
     assert type(model[4]) is nn.Linear
+    assert "4: left dense, its rank scale is 0" in str(report)
     with pytest.raises(ValueError, match=r"'layer.*' matches none"):
         factorize_(small_model(), LowRankConfig(0.5, rank_pattern={"layer.*": 0.1}))
 
@@ -570,6 +571,11 @@ def test_attention_that_is_factorized_already_loads_a_state_dict():
         assert torch.equal(models[1].state_dict()[name], value)
 
 
+def test_a_path_is_no_state_dict():
+    with pytest.raises(TypeError, match=r"got 'model\.pt': pass torch\.load\(path\)"):
+        load_factorized_(nn.Linear(3, 3), "model.pt")
+
+
 def test_the_ratio_that_an_error_names_is_accepted():
     for width in range(5, 30):
         model = nn.Sequential(nn.Linear(width, 2 * width), nn.Linear(2 * width, 7))
@@ -600,6 +606,8 @@ def test_no_match_is_an_error_that_says_so():
         {"rank_scale": 0.5, "depth": 4},
         {"rank_scale": 0.5, "residual": 0.1},
         {"rank_scale": 0.5, "rank_pattern": {"a": -1}},
+        {"rank_scale": 0.5, "rank_pattern": {"(": 1}},
+        {"rank_scale": "0.5"},
     ],
 )
 def test_bad_configurations_are_refused(options):

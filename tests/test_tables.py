@@ -101,35 +101,43 @@ def check_pretraining(args, table, row):
 
 def test_every_row_parses_and_has_the_flags_it_says():
     for program, table, row in every_row():
-        words = program.command(table, row)
-        args = parse([*words, "--seed", "1"])
-        assert args.row == f"{table.id}/{row.id}"
-        assert args.config_hash() == program.config_hash(row) == args.row_config
-        if program.name == "transformer_iwslt":
-            if table.id.startswith("evidence-"):
-                spectral, frobenius, factorized = "spectral" in row.id, "frobenius" in row.id, args.rank_scale > 0
-                assert (args.spectral_quekey, args.spectral_outval) == (spectral, spectral)
-                assert (args.wd2fd_quekey, args.wd2fd_outval) == (frobenius, frobenius)
-                assert (args.init == "spectral", args.wd2fd) == (spectral and factorized, frobenius and factorized)
-            else:
-                check_translation(args, row)
-            continue
-        if program.name == "bert_pretraining":
-            check_pretraining(args, table, row)
-            continue
-        if getattr(args, "init", None) is not None:
-            start = next((init for init in ("norm-matched", "spectral", "released") if init in row.id), "regular")
-            assert args.init == start
-        frobenius = args.decay == "frobenius" if hasattr(args, "decay") else getattr(args, "wd2fd", False)
-        assert frobenius == ("frobenius" in row.id)
-        assert row.id.endswith(getattr(args, "method", ""))
-        assert getattr(args, "square", False) == ("deep-" in row.id)
-        undecayed = args.decay == "none" if hasattr(args, "decay") else getattr(args, "no_frob", False)
-        assert undecayed == row.id.endswith(("none", "normalized"))
-        assert (getattr(args, "normalize", None) is not None) == row.id.endswith("normalized")
-        assert str(getattr(args, "decay", "")).endswith("+shortcuts") == row.id.endswith("-shortcuts")
-        if table.id in ("decay-sweep", "evidence-decay"):
-            assert args.weight_decay == float(re.search(r"\de-\d", row.id)[0])
+        try:
+            check_row(program, table, row)
+        except AssertionError as error:
+            error.add_note(f"row {table.id}/{row.id}")
+            raise
+
+
+def check_row(program, table, row):
+    words = program.command(table, row)
+    args = parse([*words, "--seed", "1"])
+    assert args.row == f"{table.id}/{row.id}"
+    assert args.config_hash() == program.config_hash(row) == args.row_config
+    if program.name == "transformer_iwslt":
+        if table.id.startswith("evidence-"):
+            spectral, frobenius, factorized = "spectral" in row.id, "frobenius" in row.id, args.rank_scale > 0
+            assert (args.spectral_quekey, args.spectral_outval) == (spectral, spectral)
+            assert (args.wd2fd_quekey, args.wd2fd_outval) == (frobenius, frobenius)
+            assert (args.init == "spectral", args.wd2fd) == (spectral and factorized, frobenius and factorized)
+        else:
+            check_translation(args, row)
+        return
+    if program.name == "bert_pretraining":
+        check_pretraining(args, table, row)
+        return
+    if getattr(args, "init", None) is not None:
+        start = next((init for init in ("norm-matched", "spectral", "released") if init in row.id), "regular")
+        assert args.init == start
+    frobenius = args.decay == "frobenius" if hasattr(args, "decay") else getattr(args, "wd2fd", False)
+    assert frobenius == ("frobenius" in row.id)
+    assert row.id.endswith(getattr(args, "method", ""))
+    assert getattr(args, "square", False) == ("deep-" in row.id)
+    undecayed = args.decay == "none" if hasattr(args, "decay") else getattr(args, "no_frob", False)
+    assert undecayed == row.id.endswith(("none", "normalized"))
+    assert (getattr(args, "normalize", None) is not None) == row.id.endswith("normalized")
+    assert str(getattr(args, "decay", "")).endswith("+shortcuts") == row.id.endswith("-shortcuts")
+    if table.id in ("decay-sweep", "evidence-decay"):
+        assert args.weight_decay == float(re.search(r"\de-\d", row.id)[0])
 
 
 def check_translation(args, row):
@@ -373,10 +381,20 @@ def test_unsafe_ids_are_refused(id):
         Table(id, "title", ())
 
 
+def test_wrong_flags_name_the_row(capsys):
+    for flags in (["--lr", "1"], ("--lr", 1), "--lr 1"):
+        with pytest.raises(ValueError, match="the flags of row 'r' must be a tuple of words"):
+            Row("r", "label", flags)
+    with pytest.raises(ValueError, match=r"row 'r' of resnet_cifar has wrong flags: --rank-scales 0\.1"):
+        PROGRAM.config(Row("r", "label", ("--rank-scales", "0.1")))
+    assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_selecting_rows():
     (program,) = select(programs(), table="decay-sweep", row="*-5e-6-*")
     assert [row.id for row in program.tables[0].rows] == [f"resnet20-cifar10-0.111-5e-6-{m}" for m in ("regular", "frobenius")]
-    assert len(select(programs(), row="decay-sweep/*")[0].tables[0].rows) == 14
+    (program,) = select(programs(), row="decay-sweep/*")
+    assert program.tables[0].rows == table_of("decay-sweep").rows
     for choice, message in (
         ({"table": "x"}, "there is no table 'x'"),
         ({"program": "x"}, "there is no program 'x'"),
@@ -522,6 +540,11 @@ def with_curves(path, values):
 def test_results_that_were_kept_without_their_metrics_have_tables_and_no_curves(tmp_path, capsys):
     write_result(tmp_path, "spectral")
     main(["plot", "--results", str(tmp_path)])
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "nothing to plot for quickstart: none of its figures has results yet\n")
+    with pytest.raises(SystemExit):
+        main(["collect", "--row", "full", "--results", str(tmp_path)])
+    assert "the finished runs there (1) are of other rows or of none" in capsys.readouterr().err
     main(["collect", "--html", "--results", str(tmp_path)])
     assert "90.00" in capsys.readouterr().out
     assert list((tmp_path / "quickstart").glob("*.png")) == []

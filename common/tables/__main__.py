@@ -114,7 +114,7 @@ def _add_run_flags(command: argparse.ArgumentParser) -> None:
         type=_words,
         default=os.environ.get("LAUNCHER", ""),
         metavar="WORDS",
-        help="command that starts the programs, such as 'torchrun --nproc-per-node 4' (default: $LAUNCHER)",
+        help="command that starts the programs, such as 'torchrun --nproc-per-node 4'; the variable LAUNCHER sets the default",
     )
     command.add_argument(
         "--minutes", type=_minutes, metavar="M", help="stop all runs after M minutes; each saves a checkpoint to resume from"
@@ -241,12 +241,17 @@ def make_tables(chosen: Sequence[Program], args: argparse.Namespace) -> None:
                 contrasts = [result for result, _ in contrast_results(program, table, results)]
                 rendering.write(table, summaries, out / table.id, contrasts)
                 print(rendering.to_markdown(table, summaries, contrasts))
-            else:
+            elif figures:
                 print(*figures, sep="\n")
+            else:
+                why = "none of its figures has results yet" if table.figures else "it has no figures"
+                print(f"nothing to plot for {table.id}: {why}", file=sys.stderr)
             begun.append((program, table, figures))
     if not begun and not stopped:
-        others = f"; {len(found)} finished runs there belong to no row: common.tables compare shows them" if found else ""
-        raise ValueError(f"no row has a finished result in {args.results}{others}")
+        if not args.results.is_dir():
+            raise ValueError(f"--results {args.results} is not a folder: no run has been written there yet")
+        others = f"; the finished runs there ({len(found)}) are of other rows or of none: common.tables compare shows them"
+        raise ValueError(f"no row has a finished result in {args.results}{others if found else ''}")
     if args.table is None and args.row is None:
         for result in results.of_no_row([*programs(), *programs("evidence")]):
             if result.path not in named:

@@ -23,7 +23,7 @@ _SCRIPT = """\
 # {id}: {label}
 # {facts}
 # Usage: bash {path} [SEED ...] [FLAG ...]
-#   Seeds default to {seeds}; flags go to the program (not --save-dir: each run has its own directory).
+#   Seeds default to {seeds}; flags go to the program (--save-dir only with one seed; tables do not count that run).
 #   A seed with a finished result of this configuration is skipped.
 #   LAUNCHER replaces the interpreter, for example LAUNCHER="torchrun --nproc-per-node 4".
 #   PYTHON names a Python other than that of .venv.

@@ -64,10 +64,9 @@ def arranged_as_published(table: Table, summaries: Sequence[RowSummary]) -> str:
 
 def note(table: Table, summaries: Sequence[RowSummary]) -> str:
     runs, hours = sum(each.n for each in summaries), sum(each.n * (each.seconds or 0.0) for each in summaries) / 3600
-    return (
-        f"Final and best {table.score}, mean ± sample standard deviation over n seeds. Seconds are of one run: "
-        f"{hours:.1f} hours of the {runs} {'run' if runs == 1 else 'runs'} together."
-    )
+    text = f"Final and best {table.score}, mean ± sample standard deviation over n seeds."
+    cost = f" Seconds are of one run: {hours:.1f} hours of the {runs} {'run' if runs == 1 else 'runs'} together."
+    return text + cost if runs else text
 
 
 CONTRASTS_NOTE = (

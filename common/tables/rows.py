@@ -55,6 +55,10 @@ class Row:
     def __post_init__(self) -> None:
         if not SAFE.fullmatch(self.id):
             raise ValueError(f"row id {self.id!r} is not a safe file name: use letters, digits and . + = _ -")
+        if not isinstance(self.flags, tuple) or not all(isinstance(word, str) for word in self.flags):
+            raise ValueError(
+                f"the flags of row {self.id!r} must be a tuple of words, such as ('--lr', '0.1'), got {self.flags!r}"
+            )
 
     def chain(self) -> list[Row]:
         """The rows to run for this one, in order; the last is the row itself."""
@@ -148,8 +152,11 @@ class Program:
     own_process: bool = False
 
     def config(self, row: Row) -> Config:
-        """The configuration of a row. It is shared: do not change it."""
-        return _parse(self.configs[row.script], row.flags)
+        """The configuration of a row. It is shared: do not change it. Raises ValueError, naming the row, for wrong flags."""
+        try:
+            return _parse(self.configs[row.script], row.flags)
+        except SystemExit as error:  # the parser has printed why
+            raise ValueError(f"row {row.id!r} of {self.name} has wrong flags: {' '.join(row.flags)}") from error
 
     def record(self, row: Row) -> dict[str, Any]:
         """The configuration of a row as its runs store it."""
@@ -247,7 +254,8 @@ def select(
         tables = [_reduce(t, [r for r in t.rows if matches(t, r)]) for t in p.tables]
         chosen.append(replace(p, tables=tuple(t for t in tables if t.rows and table in (None, t.id))))
     if not any(p.tables for p in chosen):
-        raise ValueError(f"no row matches {row!r}: python -m common.tables list shows all rows")
+        where = f" in table {table}" if table is not None else ""
+        raise ValueError(f"no row{where} matches {row!r}: python -m common.tables list shows all rows")
     return [p for p in chosen if p.tables]
 
 

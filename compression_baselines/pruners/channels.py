@@ -15,6 +15,9 @@ from compression_baselines.pruners import fisher, scores
 from compression_baselines.pruners.select import Ranking
 from compression_baselines.structure import Kept, convolutions, keep_channels_
 
+SCORES = {"c-obs": scores.c_obs, "kron-obd": scores.kron_obd, "kron-obs": scores.kron_obs}  # of the weight, A and G
+UPDATES = {"c-obs": scores.c_obs_update, "kron-obs": scores.kron_obs_update}  # of the weight, A, G and the removed channels
+
 Curvature = Mapping[str, tuple[Tensor, ...]]  # for each layer: A and G, or only the diagonal of its Fisher
 
 
@@ -34,8 +37,7 @@ def rank(model: nn.Module, method: str, found: Curvature, limit: float) -> Ranki
         if method == "c-obd":
             importance[name] = scores.c_obd(weight, found[name][0].flatten(1))
         else:
-            score = {"c-obs": scores.c_obs, "kron-obd": scores.kron_obd, "kron-obs": scores.kron_obs}[method]
-            importance[name] = score(weight, *found[name])
+            importance[name] = SCORES[method](weight, *found[name])
     return Ranking(importance, limit)
 
 
@@ -53,18 +55,14 @@ def count(model: nn.Module, kept: Kept, before: Kept | None) -> int:
 
 @torch.no_grad()
 def prune_(model: nn.Module, method: str, found: Curvature, kept: Kept, before: Kept | None) -> None:
-    """Remove all channels except ``kept``, in place. The OBS methods first let the remaining weights compensate.
+    """Remove all channels except ``kept``, in place. The methods in ``UPDATES`` first let the remaining weights compensate.
 
     ``kept`` are numbers of the model's current channels; ``before`` lists their numbers in the dense network (None: all).
     """
     for name, conv in convolutions(model).items():
         removed = torch.ones(conv.out_channels, dtype=torch.bool, device=conv.weight.device)
         removed[list(kept[name])] = False
-        if method.endswith("obs") and removed.any():
-            weight, (a, g) = conv.weight.double().flatten(1), found[name]
-            if method == "c-obs":
-                weight = scores.c_obs_update(weight, a, g, removed)
-            else:
-                weight = scores.kron_obs_update(weight, g, removed)
+        if method in UPDATES and removed.any():
+            weight = UPDATES[method](conv.weight.double().flatten(1), *found[name], removed)
             conv.weight.copy_(weight.view_as(conv.weight))
     keep_channels_(model, dense_numbers(kept, before), before)

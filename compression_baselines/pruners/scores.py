@@ -46,8 +46,11 @@ def kron_obs(weight: Tensor, a: Tensor, g: Tensor) -> Tensor:
     return ((weight @ a) * weight).sum(1) / _inverse(g).diagonal() / 2
 
 
-def kron_obs_update(weight: Tensor, g: Tensor, removed: Tensor) -> Tensor:
-    """The weight with the removed channels at zero, after the best change of the other channels for their joint removal."""
+def kron_obs_update(weight: Tensor, a: Tensor, g: Tensor, removed: Tensor) -> Tensor:
+    """The weight with the removed channels at zero, after the best change of the other channels for their joint removal.
+
+    This change does not depend on A.
+    """
     g_inverse = _inverse(g)
     among = g_inverse[removed][:, removed]
     return weight - g_inverse[:, removed] @ torch.linalg.solve(among, weight[removed])
