@@ -45,6 +45,10 @@ class Lamb(torch.optim.Optimizer):
                 "LAMB adds decay to its update before the trust ratio, but this decay is decoupled: "
                 "create it with decoupled=False"
             )
+        own = decay is not None and type(decay).step is not FrobeniusDecay.step
+        if own and type(decay).add_to is FrobeniusDecay.add_to:
+            name = type(decay).__name__
+            raise ValueError(f"LAMB adds decay through its add_to, but {name} overrides only step: override add_to, too")
         self.decay = decay
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": True})
 

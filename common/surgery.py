@@ -62,7 +62,9 @@ class LowRankConfig:
                 raise ValueError(f"rank_pattern needs regular expressions, got {pattern!r}: {error}") from error
         for name, scale in {"rank_scale": self.rank_scale, **self.rank_pattern}.items():
             if not isinstance(scale, Real) or not math.isfinite(scale) or scale < 0:
-                raise ValueError(f"rank scale must be finite and not negative (0 keeps layers dense), got {scale} for {name!r}")
+                raise ValueError(
+                    f"a rank scale must be a number, finite and not negative (0 keeps layers dense), got {scale!r} for {name!r}"
+                )
         if self.rank_of not in ("released", "min"):
             raise ValueError(f"rank_of must be 'released' or 'min', got {self.rank_of!r}")
         if not callable(self.init) and self.init not in ("spectral", "regular", "norm-matched", "kaiming"):
@@ -278,11 +280,11 @@ def factorize_(
             )
     original = count_parameters(model)
     layers: dict[str, tuple[nn.Module, FactorizedMatrix]] = {}
+    kept: list[SkippedLayer] = []
     for group in selection.tied:
         scale = _scale(group, config)
         if scale == 0:
-            if config.rank_scale:  # otherwise, the whole model stays dense
-                skipped += [SkippedLayer(name, "its rank scale is 0") for name in group]
+            kept += [SkippedLayer(name, "its rank scale is 0") for name in group]
             continue
         donor = next(iter(group.values()))
         _check_values(donor, next(iter(group)), config)
@@ -298,7 +300,7 @@ def factorize_(
     replacements = dict(layers.values())
     unpacked = {old: new for old, new in selection.unpacked.items() if any(child in replacements for child in new.children())}
     _replace(model, unpacked, replacements)
-    report = _report(model, layers, original, skipped)
+    report = _report(model, layers, original, [*skipped, *(kept if layers else [])])
     if skip_growing is None and report.growing:
         warnings.warn(
             f"{len(report.growing)} of {len(report.layers)} layers have more parameters than before, such as "
@@ -341,7 +343,8 @@ def load_factorized_(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Fact
     of the state dict themselves. Raises ValueError, naming the first mismatch, with the model unchanged.
     """
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"load_factorized_ takes a state dict, got {state_dict!r}: pass torch.load(path)")
+        advice = "its state_dict()" if isinstance(state_dict, nn.Module) else "torch.load(path)"
+        raise TypeError(f"load_factorized_ takes a state dict, got a {type(state_dict).__name__}: pass {advice}")
     _refuse_wrapped(model, "load")
     state_dict = unwrap(state_dict, model.state_dict())
     original = count_parameters(model)
@@ -501,7 +504,7 @@ def rank_scale_for_ratio(
         return rest + sum(n * parameters(step, scale) for step, n in free.items())
 
     floor = count(0)
-    if target * original < floor:
+    if target * original < floor * (1 - 1e-9):
         for attention in selection.unpacked:
             weights |= {id(getattr(attention, name)) for name in donors.projection_weights(attention)}
         dense = [(p.numel(), n) for n, p in model.named_parameters() if id(p) not in weights]

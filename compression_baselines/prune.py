@@ -45,15 +45,13 @@ class PruningExperiment(CompressionExperiment[PruningConfig]):
     config_class = PruningConfig
 
     def read_inputs(self) -> None:
-        held = checkpoints.load(cast(Path, self.config.pretrained)).get("architecture", {})
-        if self.config.num_classes is not None or held.get("num_classes") is not None:
-            self.load_dense()
+        state = checkpoints.load(cast(Path, self.config.pretrained))
+        if self.config.num_classes is not None or state.get("architecture", {}).get("num_classes") is not None:
+            self.load_dense(state)
 
-    def load_dense(self) -> nn.Module:
-        """The network of --pretrained. Raises ValueError if it is missing or not the network that the flags describe."""
-        path = cast(Path, self.config.pretrained)
-        state = checkpoints.load(path)
-        held = state.get("architecture", {})
+    def load_dense(self, state: dict[str, Any]) -> nn.Module:
+        """The network of --pretrained from its checkpoint. Raises ValueError if it is not the one that the flags describe."""
+        path, held = cast(Path, self.config.pretrained), state.get("architecture", {})
         for key in ("network", "depth", "width", "num_classes"):
             wanted = self.architecture[key]
             if key in held and wanted is not None and held[key] != wanted:
@@ -71,7 +69,7 @@ class PruningExperiment(CompressionExperiment[PruningConfig]):
 
     def make_model(self) -> tuple[nn.Module, FactorizationReport]:
         """The dense network. Raises ValueError if the budget cannot be reached."""
-        model = self.load_dense()
+        model = self.load_dense(checkpoints.load(cast(Path, self.config.pretrained)))
         check_budget(model, self.config, count_parameters(model))
         return model, FactorizationReport.dense(model)
 

@@ -38,7 +38,11 @@ HOURS = {"resnet32x64": (80 / 60, 10.5), "resnet32x32": (20 / 60, 2.6), "vgg19":
 FINE_TUNING = 150 / 200  # epochs of prune.py over those of train.py
 ROUNDS = {"lottery": 5}
 # --prune-ratio-limit of rows whose budget the default of 0.95 cannot reach: eigendirections and rotations would exceed it.
-LIMITS = {("resnet32x32", "0.02", "eigendamage"): "0.97", ("resnet32x32", "0.02", "eigendamage-separable"): "0.97"}
+LIMITS = {
+    ("resnet32x32", "cifar10", "0.02", "eigendamage"): "0.97",
+    ("resnet32x32", "cifar100", "0.02", "eigendamage"): "0.97",
+    ("resnet32x32", "cifar100", "0.02", "eigendamage-separable"): "0.97",
+}
 
 _QUOTED = "the paper's Table 1 as a secondary text quotes it, unchecked"
 _GRASP = "GraSP's Table 2 as a secondary text quotes it: 160 epochs, weight decay 5e-4"
@@ -95,7 +99,7 @@ def make_rows(network: str) -> list[Row]:
                 if method == "full":
                     full = row
                 elif method in PRUNERS:
-                    limit = LIMITS.get((network, ratio, method))
+                    limit = LIMITS.get((network, data, ratio, method))
                     flags = ("--prune-ratio-limit", limit) if limit else ()
                     row = replace(
                         row,

@@ -9,7 +9,7 @@ import copy
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -122,15 +122,9 @@ def budget(model: nn.Module, ratio: float) -> int:
 
 def make_settings(config: SparseConfig, nonzero: int, steps_per_epoch: int) -> Settings:
     """The settings of the method: its flags, and the length of the training."""
-    names = ("distribution", "update_every", "update_until", "drop_fraction", "rounds", "rewind", "l1", "temperature")
-    return Settings(
-        nonzero=nonzero,
-        steps=config.epochs * steps_per_epoch,
-        steps_per_epoch=steps_per_epoch,
-        epochs=config.epochs,
-        seed=config.seed,
-        **{name: getattr(config, name) for name in names},
-    )
+    length: dict[str, Any] = {"nonzero": nonzero, "steps": config.epochs * steps_per_epoch, "steps_per_epoch": steps_per_epoch}
+    flags = {field.name: getattr(config, field.name) for field in fields(Settings) if field.name not in length}
+    return Settings(**length, **flags)
 
 
 def first_batches(config: SparseConfig, data: Data) -> list[Batch]:

@@ -277,6 +277,18 @@ def test_half_precision_is_refused():
     assert len(optimizer.param_groups) == 1
 
 
+def test_a_decay_that_overrides_step_alone_is_refused():
+    class Own(FrobeniusDecay):
+        def step(self, lr=None):
+            raise AssertionError
+
+    model = make_model()
+    with pytest.raises(ValueError, match="Own overrides only step: override add_to, too"):
+        Lamb(model.parameters(), 0.1, decay=Own(model, 0.1))
+    Own.add_to = lambda self, updates: None
+    Lamb(model.parameters(), 0.1, decay=Own(model, 0.1))
+
+
 def test_decoupled_decay_is_refused():
     model = make_model()
     decay = FrobeniusDecay(model, 0.1, decoupled=True)

@@ -164,6 +164,8 @@ def test_rank_pattern_overrides_and_zero_keeps_dense():
     assert (model[0].rank, model[2].rank) == (6, 12)
     assert type(model[4]) is nn.Linear
     assert "4: left dense, its rank scale is 0" in str(report)
+    report = factorize_(small_model(), LowRankConfig(0, rank_pattern={"0": 0.25}))
+    assert [layer.name for layer in report.skipped] == ["2", "4"]
     with pytest.raises(ValueError, match=r"'layer.*' matches none"):
         factorize_(small_model(), LowRankConfig(0.5, rank_pattern={"layer.*": 0.1}))
 
@@ -572,8 +574,10 @@ def test_attention_that_is_factorized_already_loads_a_state_dict():
 
 
 def test_a_path_is_no_state_dict():
-    with pytest.raises(TypeError, match=r"got 'model\.pt': pass torch\.load\(path\)"):
+    with pytest.raises(TypeError, match=r"got a str: pass torch\.load\(path\)"):
         load_factorized_(nn.Linear(3, 3), "model.pt")
+    with pytest.raises(TypeError, match=r"got a Linear: pass its state_dict\(\)"):
+        load_factorized_(nn.Linear(3, 3), nn.Linear(3, 3))
 
 
 def test_the_ratio_that_an_error_names_is_accepted():
@@ -583,6 +587,10 @@ def test_the_ratio_that_an_error_names_is_accepted():
             rank_scale_for_ratio(model, 1e-9)
         ratio = float(str(caught.value).split(" a ratio of ")[1].split(";")[0])
         rank_scale_for_ratio(model, ratio)
+    model = nn.Sequential(nn.Linear(2, 25, bias=False), nn.Linear(25, 6, bias=False))
+    with pytest.raises(ValueError, match=r"a ratio of 0\.29$"):
+        rank_scale_for_ratio(model, 0.1)
+    rank_scale_for_ratio(model, 0.29)  # times 200 parameters, that is less than 58 in floating point
 
 
 def test_the_floor_of_a_ratio_names_no_projection_of_attention():

@@ -539,10 +539,6 @@ FORMS_LINE = "--conv must be Conv, TensorTrain_R, Tucker_R or TuckerTT_R with R 
         ("digits teacher --conv Tucker_0.5 --target-ratio 0.1", "sets the rank scale"),
         ("digits teacher --conv Tucker --rank-scale 2", "--rank-scale of Tucker must be at most 1, got 2"),
         ("digits teacher --wd2fd", "--wd2fd needs factorized layers"),
-        (
-            "digits teacher --conv CP_0.1",
-            "--conv must be Conv, TensorTrain_R, Tucker_R or TuckerTT_R with R in (0, 1], got 'CP_0.1'",
-        ),
         ("digits teacher --conv Tucker_0.5 --wd2fd --nocrswd", "--wd2fd and --nocrswd exclude each other"),
         ("digits teacher --conv Tucker_0.5 --no-frob", "--no-frob needs --wd2fd"),
         ("digits teacher --conv Tucker_0.5 --decay-shortcuts", "--decay-shortcuts is for Conv without --wd2fd"),

@@ -4,6 +4,7 @@ import argparse
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,12 +86,22 @@ def test_preparing_again_does_nothing_and_another_way_is_refused(data, capsys, r
     assert {path: path.read_bytes() for path in data.iterdir()} == before
 
 
+def test_a_folder_that_lacks_a_file_is_not_taken_for_finished(data, tmp_path, refuses):
+    shutil.copytree(data, tmp_path / "d")
+    (tmp_path / "d" / "valid.de-en.en.idx").unlink()
+    command = f"--corpus numbers --size 400 --bpe 120 --dest {tmp_path / 'd'}"
+    refuses(prepare.main, command, "lacks valid.de-en.en.idx: remove the folder, and prepare it again")
+
+
 def test_dictionaries_are_filled_up_where_that_is_asked_for(data, tmp_path, capsys, refuses):
     """With words that fairseq makes up. A folder prepared before --padding-factor existed has a multiple of 8 words."""
     assert read_json(data / "prepare.json")["padding_factor"] == 1
     assert not any("madeupword" in (data / f"dict.{lang}.txt").read_text() for lang in ("de", "en"))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "d").symlink_to(tmp_path / "disk")  # a link to an empty folder is followed
     command = f"--corpus numbers --size 400 --bpe 120 --dest {tmp_path / 'd'}"
     prepare.main(f"{command} --padding-factor 8".split())
+    assert (tmp_path / "disk" / "dict.de.txt").is_file()
     for vocabulary, plain in zip(find_vocabularies(tmp_path / "d")[1:], find_vocabularies(data)[1:], strict=True):
         assert len(vocabulary) % 8 == 0
         assert vocabulary.words[: len(plain)] == plain.words

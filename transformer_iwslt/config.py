@@ -383,7 +383,7 @@ def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--size of numbers must be at most 50000, got {args.size}")
     args.bpe = args.bpe or (300 if args.corpus == "numbers" else 25_000)
     names = {"iwslt14": "iwslt14.tokenized.de-en", "numbers": "numbers"}
-    args.dest = args.dest or ROOT / "data-bin" / names[args.corpus]
+    args.dest = (args.dest or ROOT / "data-bin" / names[args.corpus]).resolve()  # replaces the folder, not a link to it
     return args
 
 

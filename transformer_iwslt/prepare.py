@@ -32,7 +32,7 @@ from common.experiments.runs import clean_errors
 from transformer_iwslt import corpora, engine
 from transformer_iwslt.corpora import Pairs, Splits
 from transformer_iwslt.model import LONGEST
-from transformer_iwslt.text import PREPARED, Pipeline, learn_codes
+from transformer_iwslt.text import CODES, PREPARED, Pipeline, learn_codes
 
 SPLITS = ("train", "valid", "test")
 USUAL_FACTOR = 8  # fairseq's factor; folders that record none have it, such as those prepared before --padding-factor existed
@@ -146,6 +146,13 @@ def prepare(
     return counts
 
 
+def made_files(pipeline: Pipeline) -> list[str]:
+    """Names of the files that training and generation read."""
+    pair = pipeline.source_lang, pipeline.target_lang
+    binary = [f"{name}.{'-'.join(pair)}.{lang}.{kind}" for name in SPLITS for lang in pair for kind in ("bin", "idx")]
+    return [CODES, *(f"dict.{lang}.txt" for lang in pair), *binary]
+
+
 def read(args: argparse.Namespace) -> tuple[Splits, str]:
     """The splits that the flags name, and a SHA-256 of their content."""
     if args.corpus == "iwslt14":
@@ -165,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         splits, sha256 = read(args)
         pipeline = Pipeline(args.source_lang, args.target_lang, not args.keep_case, codes="")
         facts = {"merges": args.bpe, "corpus": args.corpus or "files", "sha256": sha256}
-        if args.dest.exists():
+        if args.dest.exists() and not (args.dest.is_dir() and not any(args.dest.iterdir())):
             held = read_json(args.dest / PREPARED) if (args.dest / PREPARED).exists() else {}
             held.setdefault("padding_factor", USUAL_FACTOR)
             facts["padding_factor"] = args.padding_factor or held["padding_factor"]
@@ -173,6 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError(
                     f"{args.dest} exists but was prepared with other settings: choose another --dest, or remove it"
                 )
+            lacking = next((name for name in made_files(pipeline) if not (args.dest / name).is_file()), None)
+            if lacking is not None:
+                raise ValueError(f"{args.dest} lacks {lacking}: remove the folder, and prepare it again")
             print(f"{args.dest} is already prepared: nothing to do", file=sys.stderr)
             return
         engine.load()

@@ -210,7 +210,7 @@ class Run:
         if not self.main:
             return
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             with contextlib.suppress(json.JSONDecodeError):  # a line that was half written when the process died
                 if json.loads(line)["epoch"] <= epoch:
                     kept.append(line + "\n")

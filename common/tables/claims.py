@@ -50,7 +50,7 @@ class Claim:
 def read(path: Path) -> list[Claim]:
     """The claims in a TOML file, [[claim]] entries with [[claim.comparison]] entries. Raises ValueError naming the claim."""
     try:
-        found = tomllib.loads(path.read_text())
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path.name} is not a TOML file: {error}") from error
     claims = []

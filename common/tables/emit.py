@@ -119,6 +119,6 @@ def emit(programs: Sequence[Program], directory: Path = SCRIPTS) -> int:
         if path not in files and path.read_text(errors="replace").startswith(line):
             path.unlink()
     for path, content in files.items():
-        if not path.exists() or path.read_text() != content:
+        if not path.exists() or path.read_text(encoding="utf-8") != content:
             write_atomic(path, content)
     return rows

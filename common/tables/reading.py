@@ -38,7 +38,7 @@ def epochs_of(result: RunResult) -> list[dict[str, Any]]:
     """The records of whole epochs in the run's metrics.jsonl."""
     path = result.path.with_name("metrics.jsonl")
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # half written when the process died
             records.append(json.loads(line))
     return [record for record in records if not record.get("partial")]
