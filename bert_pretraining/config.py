@@ -18,7 +18,7 @@ SIZES = {  # layers, dimensions, heads, as in google-research/bert
     "base": (12, 768, 12),
     "large": (24, 1024, 16),
 }
-POSITIONS = ("learned", "alibi")
+POSITIONS = ("learned", "alibi", "directed-alibi")
 INITS = ("regular", "spectral", "norm-matched")
 MASKED = 0.15  # share of the positions that are predicted, unless --predictions gives their number
 
@@ -51,8 +51,9 @@ class EncoderFlags(Config):
     )
     positions: str = flag(
         "learned",
-        metavar="{learned,alibi}",
-        help="learned position embeddings, or alibi: a bias on attention scores that grows with distance",
+        metavar=f"{{{','.join(POSITIONS)}}}",
+        help="learned position embeddings, or alibi: a bias on attention scores that grows with distance. It is the same on "
+        "both sides; with directed-alibi, half of the heads look back and half look ahead",
     )
     max_positions: int = flag(512, type=positive_int, metavar="N", help="maximum number of tokens in a sequence")
     dropout: float = flag(0.0, type=share, help="dropout of hidden states and attention weights")
@@ -91,7 +92,7 @@ class EncoderFlags(Config):
         if self.positions not in POSITIONS:
             rotary = ": rotation gives a different query-key product at every distance, so there is no single one to factorize"
             raise ValueError(
-                f"--positions must be learned or alibi, got {self.positions}{rotary * (self.positions == 'rotary')}"
+                f"--positions must be {' or '.join(POSITIONS)}, got {self.positions}{rotary * (self.positions == 'rotary')}"
             )
         full = self.embed_dim // self.heads
         if self.narrow and int(self.rank_scale * full) < 1:

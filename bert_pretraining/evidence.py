@@ -10,8 +10,9 @@ from bert_pretraining.downstream import SCRIPTS
 from bert_pretraining.rows import CURVES, FROBENIUS, MATCHED, OUTVAL, QUEKEY, SCORE, fine_tuned
 from common.tables.rows import Contrast, ContrastFigure, Program, Row, Table
 
-_MODEL = ("data-bin/books", "--layers", "2", "--embed-dim", "128", "--heads", "4", "--positions", "alibi")
-_RECIPE = (*_MODEL, "--seq", "64", "--batch-size", "64")
+_SIZE = ("data-bin/books", "--layers", "2", "--embed-dim", "128", "--heads", "4")
+_RECIPE = ("--seq", "64", "--batch-size", "64")
+_MODEL = (*_SIZE, "--positions", "alibi", *_RECIPE)
 _LAMB, _ADAMW = ("--lr", "2e-2"), ("--optimizer", "adamw", "--lr", "3e-3")
 _NARROW = ("--rank-scale", "0.25")
 _SPECTRAL = QUEKEY + OUTVAL
@@ -20,7 +21,7 @@ DECAYS = ("0.01", "0.1", "1")
 
 def strength(weight_decay: str) -> Table:
     """Strengths of decay on a separate seed. The table below uses those with the best validation loss."""
-    recipe = (*_RECIPE, *_LAMB, *_NARROW, *_SPECTRAL, "--steps", "800", "--epoch-steps", "400")
+    recipe = (*_MODEL, *_LAMB, *_NARROW, *_SPECTRAL, "--steps", "800", "--epoch-steps", "400")
     rows = [Row(f"weight-{d}", f"weight decay {d}", (*recipe, "--weight-decay", d), seeds=(0,)) for d in DECAYS]
     for d in DECAYS:
         flags = (*recipe, "--weight-decay", weight_decay, *FROBENIUS, "--frobenius-decay", d)
@@ -29,9 +30,29 @@ def strength(weight_decay: str) -> Table:
     return Table("evidence-pretraining-strength", title, tuple(rows), (), SCORE, decimals=3)
 
 
+def positions(weight_decay: str) -> Table:
+    """How an encoder learns with each kind of positions, at full width."""
+    recipe = (*_SIZE, *_RECIPE, *_LAMB, "--steps", "800", "--epoch-steps", "400", "--weight-decay", weight_decay)
+    rows = (
+        Row("learned", "learned positions", recipe),
+        Row("alibi", "ALiBi, equal on both sides", (*recipe, "--positions", "alibi")),
+        Row(
+            "directed-alibi",
+            "ALiBi, half of the heads look back and half look ahead",
+            (*recipe, "--positions", "directed-alibi"),
+        ),
+    )
+    contrasts = (
+        Contrast("directed against symmetric ALiBi", "directed-alibi", "alibi"),
+        Contrast("symmetric ALiBi against learned positions", "alibi", "learned"),
+    )
+    title = "Positions in pre-training: full heads, 3.3 million tokens"
+    return Table("evidence-pretraining-positions", title, rows, (), SCORE, contrasts, decimals=3)
+
+
 def schemes(weight_decay: str, frobenius_decay: str) -> Table:
     """Both schemes at the strengths chosen from the table above."""
-    recipe = (*_RECIPE, "--steps", "5000", "--epoch-steps", "1000", "--weight-decay", weight_decay)
+    recipe = (*_MODEL, "--steps", "5000", "--epoch-steps", "1000", "--weight-decay", weight_decay)
     lamb, narrow = (*recipe, *_LAMB), (*recipe, *_LAMB, *_NARROW)
     both = (*narrow, *_SPECTRAL, *FROBENIUS, "--frobenius-decay", frobenius_decay)
     rows = (
@@ -85,6 +106,6 @@ SCHEMES = schemes(WEIGHT_DECAY, FROBENIUS_DECAY)
 PROGRAM = Program(
     PretrainingConfig.program,
     SCRIPTS,
-    (strength(WEIGHT_DECAY), SCHEMES, grammar(SCHEMES), sentiment(SCHEMES)),
+    (strength(WEIGHT_DECAY), positions(WEIGHT_DECAY), SCHEMES, grammar(SCHEMES), sentiment(SCHEMES)),
     own_seeds=True,
 )

@@ -35,7 +35,9 @@ class EncoderConfig:
 
     Rank scales are in [0, 1]; 0 and 1 leave the full width.
 
-    positions:              "learned" (a table) or "alibi" (each head subtracts a multiple of the distance from its scores).
+    positions:              "learned" (a table), "alibi" (each head subtracts a multiple of the distance from its scores), or
+                            "directed-alibi" (each head also sees one side only). With "alibi" an encoder cannot tell the two
+                            sides apart: of a reversed sequence it gives the reversed output.
     max_positions:          maximum number of tokens in a sequence.
     dropout:                dropout of embeddings, of attention weights, and of the output of each attention and feed-forward.
     init_std:               standard deviation of all initial weights, by default .02 sqrt(768 / embed_dim).
@@ -56,7 +58,7 @@ class EncoderConfig:
     ffn_dim: int
     layers: int
     heads: int
-    positions: Literal["learned", "alibi"] = "learned"
+    positions: Literal["learned", "alibi", "directed-alibi"] = "learned"
     max_positions: int = 512
     dropout: float = 0.0
     init_std: float | None = None
@@ -76,11 +78,11 @@ class EncoderConfig:
             raise ValueError(f"embed_dim {self.embed_dim} is not divisible by {self.heads} heads")
         if self.positions == "rotary":
             raise ValueError(
-                "positions must be learned or alibi, not rotary: rotation gives each distance its own query-key product, so "
-                "there is no single one to initialize or decay"
+                f"positions must be {' or '.join(POSITIONS)}, not rotary: rotation gives each distance its own query-key "
+                "product, so there is no single one to initialize or decay"
             )
         if self.positions not in POSITIONS:
-            raise ValueError(f"positions must be learned or alibi, got {self.positions!r}")
+            raise ValueError(f"positions must be {' or '.join(POSITIONS)}, got {self.positions!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.init_std is not None and not 0 < self.init_std < math.inf:
@@ -178,8 +180,9 @@ class MaskedLanguageModel(nn.Module):
             if config.positions == "learned":
                 self.embed_positions = nn.Embedding(config.max_positions, config.embed_dim)
             self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))
-        if config.positions == "alibi":
-            self.register_buffer("alibi", alibi(config.heads, config.max_positions), persistent=False)
+        if config.positions != "learned":
+            bias = (directed_alibi if config.positions == "directed-alibi" else alibi)(config.heads, config.max_positions)
+            self.register_buffer("alibi", bias, persistent=False)
         self.norm = nn.LayerNorm(config.embed_dim, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self._initialize()
@@ -251,7 +254,11 @@ class MaskedLanguageModel(nn.Module):
         if self.config.positions == "learned":
             return self.dropout(x + self.embed_positions(torch.arange(length, device=tokens.device))), mask
         bias = self.alibi[None, :, :length, :length]
-        return self.dropout(x), bias if mask is None else bias.masked_fill(~mask, -math.inf)
+        if mask is not None:
+            if self.config.positions == "directed-alibi":  # padding that sees nothing else sees itself, and is not NaN
+                mask = mask | torch.eye(length, dtype=torch.bool, device=tokens.device)
+            bias = bias.masked_fill(~mask, -math.inf)
+        return self.dropout(x), bias
 
 
 def _take(x: Tensor, positions: Tensor) -> Tensor:
@@ -270,6 +277,19 @@ def alibi(heads: int, length: int) -> Tensor:
     slopes += [2 ** (-4 * (i + 1) / power) for i in range(0, 2 * (heads - power), 2)]
     places = torch.arange(length)
     return -torch.tensor(slopes)[:, None, None] * (places - places[:, None]).abs()
+
+
+def directed_alibi(heads: int, length: int) -> Tensor:
+    """ALiBi (heads, length, length) for encoders that tell the two sides apart.
+
+    The heads 0, 2, ... see no token after their own, and the heads 1, 3, ... none before it. A head and the next have the same
+    slope; slopes are those of :func:`alibi` for half as many heads.
+    """
+    bias = alibi((heads + 1) // 2, length).repeat_interleave(2, 0)[:heads].clone()
+    ahead = torch.ones(length, length, dtype=torch.bool).triu(1)  # keys after the query
+    bias[::2].masked_fill_(ahead, -math.inf)
+    bias[1::2].masked_fill_(ahead.mT, -math.inf)
+    return bias
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ class PretrainingExperiment(Experiment[PretrainingConfig, PretrainingLoop]):
         self.start = checkpoints.load(path)
         check_tokenizer(self.start, path, self.corpus)
         check_pretraining(self.start, path, config.pretraining)
-        free = {"dropout"} | ({"max_positions"} if config.positions == "alibi" else set())  # what a phase may change
+        free = {"dropout"} | ({"max_positions"} if config.positions != "learned" else set())  # what a phase may change
         both = (self.start.get("architecture", {}), self.architecture())
         held, ours = ({name: value for name, value in each.items() if name not in free} for each in both)
         if differing := differing_values(held, ours):

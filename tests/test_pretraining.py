@@ -336,7 +336,7 @@ def test_checkpoints_of_other_models_tokenizers_and_makers_are_refused(train, fo
     start = f"{folder} {SMALL} --save-dir {tmp_path / 's'} --init-from"
     refuses(main, f"{start} {run} --rank-scale 0.5", "holds another model: rank_scale 0.0 there, 0.5 here")
     refuses(main, f"{start} {run} --spectral-quekey", "holds another model: quekey_init 'regular' there, 'spectral' here")
-    refuses(main, f"{start} {run} --init-std 7", "holds another model: init_std 0.02 there, 7.0 here")
+    refuses(main, f"{start} {run} --init-std 7", "holds another model: init_std 0.0979")
     refuses(main, f"{start} {run} --pretraining 0123456789ab", "--pretraining requires 0123456789ab")
     state = checkpoints.load(run / "checkpoint.pt") | {"tokenizer": "0" * 12}
     torch.save(state, tmp_path / "other.pt")

@@ -1,5 +1,6 @@
 """The masked language model: attention, positions, the head, initializations, decay and checkpoints, in float64."""
 
+import math
 from dataclasses import asdict
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bert_pretraining.config import POSITIONS
 from bert_pretraining.model import (
     EncoderConfig,
     EncoderLayer,
     MaskedLanguageModel,
     alibi,
     count_full,
+    directed_alibi,
     frobenius_decay,
     from_checkpoint,
     products,
@@ -88,6 +91,7 @@ def test_a_layer_is_torchs():
 OPTIONS = {
     "dense": {},
     "narrow": {"rank_scale": 0.5, "positions": "alibi"},
+    "directed": {"rank_scale": 0.5, "positions": "directed-alibi"},
     "factorized": {"rank_scale_layers": 0.5, "rank_scale_embeddings": 0.25},
 }
 
@@ -121,7 +125,7 @@ def test_words_are_scored_by_the_table_they_are_read_from():
     torch.testing.assert_close(hidden.var(-1, correction=0), torch.ones(3, 9), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("positions", ["learned", "alibi"])
+@pytest.mark.parametrize("positions", POSITIONS)
 def test_padding_changes_nothing_at_words(positions):
     model, tokens = make(positions=positions, rank_scale=0.5), sequences(2, 6)
     padded, words = F.pad(tokens, (0, 3)), F.pad(torch.ones_like(tokens, dtype=torch.bool), (0, 3))
@@ -130,6 +134,7 @@ def test_padding_changes_nothing_at_words(positions):
     torch.testing.assert_close(found[0, :6], model.encode(tokens)[0], **EXACT)
     torch.testing.assert_close(found[1, :4], model.encode(tokens[:, :4])[1], **EXACT)
     assert not torch.allclose(model.encode(padded)[:, :4], found[:, :4])
+    assert found.isfinite().all()
 
 
 def test_learned_positions_are_added_to_words_and_tell_places_apart():
@@ -155,6 +160,24 @@ def test_alibi_is_minus_slope_times_distance(heads):
         for i in range(5):
             for j in range(5):
                 assert bias[h, i, j].item() == pytest.approx(-slopes[h] * abs(i - j), rel=1e-15)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4])
+def test_directed_alibi_looks_back_in_even_heads_and_ahead_in_odd_ones(heads):
+    bias = directed_alibi(heads, 5)
+    slopes = {1: [2**-8], 3: [2**-4, 2**-4, 2**-8], 4: [2**-4, 2**-4, 2**-8, 2**-8]}[heads]
+    for h in range(heads):
+        for i in range(5):
+            for j in range(5):
+                seen = j <= i if h % 2 == 0 else j >= i
+                assert bias[h, i, j].item() == (-slopes[h] * abs(i - j) if seen else -math.inf)
+
+
+def test_only_with_directed_alibi_an_encoder_tells_a_sequence_from_its_reverse():
+    for positions in ("alibi", "directed-alibi"):
+        model, tokens = make(positions=positions), sequences()
+        same = torch.allclose(model.encode(tokens.flip(1)), model.encode(tokens).flip(1), **EXACT)
+        assert same == (positions == "alibi")
 
 
 def test_an_alibi_encoder_is_what_a_loop_over_pairs_of_positions_gives():
@@ -345,7 +368,7 @@ def test_attention_of_one_product_is_that_of_three():
     torch.testing.assert_close(attention(x, mask=mask), attention(x, attention.project(x), mask), **EXACT)
 
 
-@pytest.mark.parametrize("positions", ["learned", "alibi"])
+@pytest.mark.parametrize("positions", POSITIONS)
 def test_a_checkpoint_is_enough_and_is_checked(positions):
     heads = {"quekey_init": "spectral", "outval_init": "norm-matched"}
     options = {"positions": positions, **HALF, "rank_scale_layers": 0.5, "rank_scale_embeddings": 0.25, "init": "spectral"}
@@ -376,7 +399,7 @@ def test_a_checkpoint_is_enough_and_is_checked(positions):
             {"positions": "rotary"},
             "rotation gives each distance its own query-key product, so there is no single one to initialize",
         ),
-        ({"positions": "sinusoidal"}, "positions must be learned or alibi, got 'sinusoidal'"),
+        ({"positions": "sinusoidal"}, "positions must be learned or alibi or directed-alibi, got 'sinusoidal'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"init_std": 0.0}, "init_std must be positive and finite, got 0.0"),
         ({"init_std": float("nan")}, "init_std must be positive and finite, got nan"),
