@@ -113,7 +113,7 @@ def test_markers_within_a_line(tmp_path):
     assert inline(evidence, "metric t/a norm 1") == "4.00"
     assert inline(evidence, "metric t/a norm last") == "0.0246"
     assert inline(evidence, "metric t/a loss last") == "0.500"  # the last epoch that has it
-    assert inline(evidence, "cost") == "6 runs, 3.0 hours of one thread each"
+    assert inline(evidence, "cost") == "6 runs, 3.0 hours in total with one thread a run"
 
 
 def test_markers_of_few_runs_and_of_losses(tmp_path):

@@ -159,7 +159,7 @@ def _scatter(evidence: Evidence, table: str) -> str:
 def _cost(evidence: Evidence) -> str:
     counted = {program.key(row) for program, table in evidence.tables.values() for row in table.rows}
     runs = [run for run, found in evidence.results.runs if not counted.isdisjoint(found)]
-    return f"{len(runs)} runs, {sum(run.seconds for run in runs) / 3600:.1f} hours of one thread each"
+    return f"{len(runs)} runs, {sum(run.seconds for run in runs) / 3600:.1f} hours in total with one thread a run"
 
 
 def _table(evidence: Evidence, id: str) -> str:
@@ -339,8 +339,11 @@ def _error(name: str, text: str, position: int, message: str) -> ValueError:
 
 def fill_all(evidence: Evidence) -> list[Path]:
     """Fill every document, and return those that changed. If one has an error, none is written."""
-    new = {path: fill(path.read_text(), str(path.relative_to(evidence.root)), evidence) for path in documents(evidence.root)}
-    changed = [path for path, text in new.items() if text != path.read_text()]
+    new = {
+        path: fill(path.read_text(encoding="utf-8"), str(path.relative_to(evidence.root)), evidence)
+        for path in documents(evidence.root)
+    }
+    changed = [path for path, text in new.items() if text != path.read_text(encoding="utf-8")]
     for path in changed:
         write_atomic(path, new[path])
     return changed
