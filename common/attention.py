@@ -25,11 +25,14 @@ class MultiheadAttention(nn.Module):
     scores pairs of positions. The output-value product W_O W_V maps the positions attended to. If heads are narrower than the
     default, they are low-rank factorizations of both products.
 
-    Raises ValueError if ``head_dim`` is below 1, or is None and ``num_heads`` does not divide ``embed_dim``.
+    Raises ValueError if ``num_heads`` or ``head_dim`` is below 1, or if ``head_dim`` is None and ``num_heads`` does not divide
+    ``embed_dim``.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, head_dim: int | None = None, *, dropout: float = 0.0) -> None:
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1, got {num_heads}")
         if head_dim is None:
             if embed_dim % num_heads:
                 raise ValueError(f"embed_dim {embed_dim} is not divisible by {num_heads} heads: give head_dim")
@@ -96,7 +99,8 @@ class MultiheadAttention(nn.Module):
 def balance_(pair: FactorPair) -> None:
     """Spectral initialization of a factor pair, in place: balanced factors with the same product.
 
-    The rank of the product is at most that of the factors, so its truncated SVD removes nothing.
+    The rank of the product is at most that of the factors, so its truncated SVD removes nothing. Do not use it where query
+    heads share a key-value head: balancing one pair would change the products of the others.
     """
     for factor, value in zip(pair.factors(), linalg.balance(*pair.factors()), strict=True):
         factor.copy_(value)

@@ -432,9 +432,23 @@ def test_an_archive_that_is_damaged_or_another_is_named(tmp_path):
     iwslt_archive(tmp_path / "de-en.tgz", english_talks=59)
     with pytest.raises(ValueError, match=r"train.tags.de-en.de has 60 sentences, the English file 59"):
         corpora.iwslt14(tmp_path)
+    iwslt_archive(tmp_path / "de-en.tgz")
+    content = bytearray((tmp_path / "de-en.tgz").read_bytes())
+    for position in range(20, len(content) - 8, 60):
+        flipped = content.copy()
+        flipped[position] ^= 16
+        (tmp_path / "de-en.tgz").write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"is damaged|lacks|sentences, the English file"):
+            corpora.iwslt14(tmp_path)
     (tmp_path / "de-en.tgz").write_bytes(b"<html>not found</html>")
     with pytest.raises(ValueError, match="is damaged"):
         corpora.iwslt14(tmp_path)
+
+
+@pytest.mark.parametrize("lines", [["guten tag", "good day"], ["a", "b"]])
+def test_text_without_a_repeated_pair_of_letters_is_too_little_for_subwords(lines):
+    with pytest.raises(ValueError, match="too little text to learn subwords"):
+        learn_codes(lines, 30)
 
 
 def test_download_from_a_server(tmp_path, monkeypatch):

@@ -577,6 +577,12 @@ def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
         ("DATA --lr-scheduler tri_stage --warmup-updates 9", "fairseq: unrecognized arguments: --warmup-updates 9"),
         ("DATA --lr-scheduler polynomial_decay", "fairseq refuses these flags: "),
         ("DATA --left-pad-target", "--left-pad-target cannot be passed on to fairseq"),
+        ("DATA -s en", "-s cannot be passed on to fairseq"),
+        ("DATA --source-lang en", "--source-lang cannot be passed on to fairseq"),
+        ("DATA --curriculum 1", "--curriculum cannot be passed on to fairseq"),
+        ("DATA --patience 2 --max-steps 9", "--max-steps 9 would count one more validation for --patience"),
+        ("DATA --warmup-updates 0", "--warmup-updates must be at least 1 for inverse_sqrt, got 0"),
+        ("DATA --save-dir a:b", "--save-dir a:b has a colon, at which fairseq splits paths"),
         ("DATA --task=translation", "--task cannot be passed on to fairseq"),
         ("DATA --seed 4294967290", "--seed must be below 2^32 minus --max-update"),
     ],
@@ -584,7 +590,8 @@ def test_data_that_do_not_fit_a_checkpoint_are_refused(data, tmp_path, refuses):
 def test_bad_flags_of_training(data, tmp_path, monkeypatch, refuses, command, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()
-    refuses(train.main, f"{command.replace('DATA', str(data))} --save-dir run", message)
+    save_dir = "" if "--save-dir" in command else " --save-dir run"
+    refuses(train.main, f"{command.replace('DATA', str(data))}{save_dir}", message)
     assert not (tmp_path / "run").exists()
 
 
@@ -673,6 +680,9 @@ def test_targets_padded_on_the_left_are_refused(trained):
         ("--train-prefix a --valid-prefix a --test-prefix a", "needs --dest"),
         ("--corpus numbers -s en -t en", "must differ, got en for both"),
         ("--corpus numbers -s en -t de", "is from de to en, got en to de"),
+        ("--train-prefix a --valid-prefix a --test-prefix a --dest b -s pt-BR", "--source-lang must be letters, digits and _"),
+        ("--train-prefix . --valid-prefix . --test-prefix . --dest b", "names no files: give the PREFIX of PREFIX.de"),
+        ("--corpus numbers --dest a:b", "has a colon, at which fairseq splits paths"),
         ("--corpus numbers --size 60000", "at most 50000, got 60000"),
         ("--corpus numbers --sha256 0", "--sha256 needs --corpus iwslt14, got --corpus numbers"),
         ("--corpus numbers --data-dir x", "--data-dir needs --corpus iwslt14, got --corpus numbers"),

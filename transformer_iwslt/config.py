@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ _HARMLESS = {
 _PLAIN_DDP = ("pytorch_ddp", "c10d", "legacy_ddp", "no_c10d")  # values of --ddp-backend that compute the same result
 _OWN = {
     "--task", "--user-dir", "--restore-file", "--checkpoint-suffix", "--valid-subset", "--no-save", "--no-last-checkpoints",
-    "--log-format", "--log-file", "--left-pad-target", "--rebuild-batches",
+    "--log-format", "--log-file", "--left-pad-target", "--rebuild-batches", "-s", "-t", "--source-lang", "--target-lang",
+    "--curriculum",  # fairseq does not resume it exactly
 }  # fmt: skip
 
 # By default fairseq leaves out a last batch whose size is not a multiple of 8: it translates 496 of 500 test sentences.
@@ -172,7 +174,7 @@ class TranslationConfig(ModelConfig):
         help="when sentences are grouped into batches: again in each epoch, as in the released code, or once, as in current "
         "fairseq; the order of the batches is drawn in each epoch in both cases",
     )
-    max_tokens: int = flag(4000, type=positive_int, metavar="N", help="target tokens per batch")
+    max_tokens: int = flag(4000, type=positive_int, metavar="N", help="tokens per batch, counted on the longer side")
     max_update: int = flag(100_000, type=positive_int, metavar="N", help="updates in the schedule")
     max_steps: int | None = flag(None, type=positive_int, metavar="N", help="stop after N updates in total")
     distributed_world_size: int = flag(1, type=positive_int, metavar="N", help="number of GPUs; batches grow with it")
@@ -256,6 +258,15 @@ class TranslationConfig(ModelConfig):
                 f"--max-steps {self.max_steps} would shorten the schedule of --lr-scheduler {self.lr_scheduler}, which is as "
                 "long as the training: leave it out, and stop the run with a signal"
             )
+        if self.max_steps is not None and "--patience" in given:
+            raise ValueError(
+                f"--max-steps {self.max_steps} would count one more validation for --patience: leave it out, and stop the run "
+                "with a signal"
+            )
+        if self.warmup_updates == 0 and self.lr_scheduler == "inverse_sqrt":
+            raise ValueError("--warmup-updates must be at least 1 for inverse_sqrt, got 0")
+        for name, path in (("DATA", self.data), ("--save-dir", self.save_dir)):
+            refuse_separator(name, path)
         if self.criterion == "cross_entropy":
             if self.smoothed_over == "all":
                 raise ValueError("--smoothed-over needs label_smoothed_cross_entropy, got --criterion cross_entropy")
@@ -298,11 +309,17 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
 
 
+def refuse_separator(name: str, path: Path | None) -> None:
+    """Raise ValueError for a path with a colon, at which fairseq splits paths."""
+    if path is not None and ":" in str(path):
+        raise ValueError(f"{name} {path} has a colon, at which fairseq splits paths: choose another name")
+
+
 def _groups(words: Sequence[str]) -> list[tuple[str, ...]]:
-    """Flags with their values, each written as ``--flag value`` or ``--flag=value``."""
+    """Flags with their values, each written as ``--flag value``, ``--flag=value`` or ``-f value``."""
     groups: list[list[str]] = []
     for word in words:
-        if word.startswith("--"):
+        if re.match("--?[A-Za-z]", word):
             groups.append(word.split("=", 1))
         elif groups:
             groups[-1].append(word)
@@ -363,6 +380,12 @@ def parse_prepare(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--corpus {args.corpus} and --train-prefix exclude each other: give one")
     if args.source_lang == args.target_lang:
         parser.error(f"--source-lang and --target-lang must differ, got {args.source_lang} for both")
+    for name in ("source_lang", "target_lang"):
+        if not re.fullmatch(r"\w+", getattr(args, name)):
+            flag_name = f"--{name.replace('_', '-')}"
+            parser.error(
+                f"{flag_name} must be letters, digits and _, got {getattr(args, name)}: fairseq reads it from file names"
+            )
     if any(prefixes) and args.dest is None:
         parser.error("--train-prefix needs --dest: the folder to write")
     args.corpus = args.corpus or (None if any(prefixes) else "iwslt14")
@@ -418,6 +441,12 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--skip-invalid-size-inputs-valid-test would leave sentences out, but BLEU must cover the whole split")
     if not math.isfinite(args.lenpen):
         parser.error(f"--lenpen must be finite, got {args.lenpen}")
+    if ":" in str(args.path):
+        parser.error(f"--path {args.path} has a colon, at which fairseq splits paths: rename the folder")
+    if args.dump is not None and args.dump.is_dir():
+        parser.error(f"--dump {args.dump} is a folder: give a file")
+    if args.results_path is not None and args.results_path.exists() and not args.results_path.is_dir():
+        parser.error(f"--results-path {args.results_path} is a file: give a folder")
     return args
 
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tarfile
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def read_lines(path: Path) -> list[str]:
         raise ValueError(f"there is no {path} and no {path.name}.gz beside it")
     try:
         content = gzip.decompress(found.read_bytes()) if found.suffix == ".gz" else found.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{found} is not a complete gzip file: {error}") from error
     lines = []
     for number, line in enumerate(split_lines(content), 1):
@@ -71,6 +72,8 @@ def read_lines(path: Path) -> list[str]:
 
 def read_pair(prefix: Path, source_lang: str, target_lang: str) -> Pairs:
     """Pairs of PREFIX.source and PREFIX.target. Raises ValueError for empty or misaligned files, naming the first bad line."""
+    if not prefix.name:
+        raise ValueError(f"{prefix} names no files: give the PREFIX of PREFIX.{source_lang} and PREFIX.{target_lang}")
     names = [prefix.with_name(f"{prefix.name}.{lang}") for lang in (source_lang, target_lang)]
     source, target = (read_lines(name) for name in names)
     for name, lines in zip(names, (source, target), strict=True):
@@ -127,7 +130,10 @@ def iwslt14(folder: Path, sha256: str | None = None) -> tuple[Splits, str]:
 
             train = pairs("train.tags.de-en.{}", _talks)
             test = [pair for part in _IWSLT_TESTS for pair in pairs(f"IWSLT14.{part}.de-en.{{}}.xml", _segments)]
-    except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
+        with gzip.open(archive) as content:  # to its end, where the checksum is: tarfile stops before
+            while content.read(1 << 20):
+                pass
+    except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"{archive} is damaged ({error}): delete it to download it again") from error
     return {"train": train, "valid": [], "test": test}, found
 

@@ -49,7 +49,7 @@ def translate(
     engine.check_vocabulary(state, checkpoint, data, source, target)
     gpus = 0 if cpu else torch.cuda.device_count()
     words = [*words, *engine.loading(words, gpus)]
-    flags = ["--gen-subset", decoding["subset"], "--beam", str(decoding["beam"]), "--lenpen", str(decoding["lenpen"])]
+    flags = ["--gen-subset", decoding["subset"], "--beam", str(decoding["beam"]), f"--lenpen={decoding['lenpen']}"]
     own = [str(data), "--path", str(checkpoint), "--user-dir", str(PLUGIN), "--task", TASK, *WHOLE, *(["--cpu"] if cpu else [])]
     cfg = engine.configuration(options.get_generation_parser, [*own, *flags, *words])
     engine.check_lengths(data, decoding["subset"], cfg=cfg, max_tokens=cfg.dataset.max_tokens)

@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
 from common.experiments.config import say_interrupted
-from transformer_iwslt.config import parse_prepare
+from transformer_iwslt.config import parse_prepare, refuse_separator
 
 if __name__ == "__main__":
     say_interrupted("transformer_iwslt/prepare.py")
@@ -109,6 +109,7 @@ def prepare(
     ``references.test`` holds the original target sentences, for BLEU of plain text. Raises ValueError if a sentence of the
     validation or test split is too long for the model; ``place`` says where it came from, by split, number and side.
     """
+    dest.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the work, if it is a file
     tokenized = {name: tokenize(splits[name], pipeline, name) for name in SPLITS}
     if not tokenized["valid"]:
         tokenized["train"], tokenized["valid"] = split_off(clean(tokenized["train"]))
@@ -172,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         splits, sha256 = read(args)
         pipeline = Pipeline(args.source_lang, args.target_lang, not args.keep_case, codes="")
         facts = {"merges": args.bpe, "corpus": args.corpus or "files", "sha256": sha256}
+        refuse_separator("--dest", args.dest)
         if args.dest.exists() and not (args.dest.is_dir() and not any(args.dest.iterdir())):
             held = read_json(args.dest / PREPARED) if (args.dest / PREPARED).exists() else {}
             held.setdefault("padding_factor", USUAL_FACTOR)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import io
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -86,7 +85,7 @@ class Pipeline:
 
 
 def split_lines(content: bytes) -> list[bytes]:
-    """Lines of a text file without byte order marks and line ends: LF, CR LF, or CR in a file that has no LF."""
+    """Lines of a text file without byte order marks and line ends: LF, CR LF, or CR in a file that has no LF before its end."""
     if not content:
         return []
     content = content.removesuffix(b"\n")
@@ -97,14 +96,22 @@ def split_lines(content: bytes) -> list[bytes]:
 
 
 def learn_codes(lines: Iterable[str], merges: int) -> str:
-    """Learn merges of byte pair encoding on tokenized lines of both languages together."""
+    """Learn merges of byte pair encoding on tokenized lines of both languages together.
+
+    Raises ValueError if the lines are too few to learn any.
+    """
     from subword_nmt.learn_bpe import learn_bpe
 
     codes = io.StringIO()
     with contextlib.redirect_stderr(
         sys.stderr if sys.stderr.isatty() else io.StringIO()
     ):  # learn_bpe always draws a progress bar
-        learn_bpe(io.StringIO("".join(line + "\n" for line in lines)), codes, merges)
+        try:
+            learn_bpe(io.StringIO("".join(line + "\n" for line in lines)), codes, merges)
+        except ValueError:  # no word has two letters
+            codes = io.StringIO()
+    if codes.getvalue().count("\n") < 2:  # the first line is the version
+        raise ValueError("no two adjacent letters occur twice in the training pairs: too little text to learn subwords")
     return codes.getvalue()
 
 
@@ -173,4 +180,4 @@ def keep_vocabulary(data: Path, run: Path) -> None:
     pipeline = Pipeline.load(data)
     (run / VOCABULARY).mkdir(exist_ok=True)
     for name in (PREPARED, CODES, f"dict.{pipeline.source_lang}.txt", f"dict.{pipeline.target_lang}.txt"):
-        shutil.copyfile(data / name, run / VOCABULARY / name)
+        write_atomic(run / VOCABULARY / name, (data / name).read_bytes())

@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number, (line, raw) in enumerate(zip(decoded, lines, strict=True), 1):
         if "\N{REPLACEMENT CHARACTER}" in line and "\N{REPLACEMENT CHARACTER}".encode() not in raw:
             print(f"warning: line {number} is not UTF-8: invalid bytes are replaced", file=sys.stderr)
-        size = len(translator.subwords(line)) if len(line) > translator.limit else 0
+        # Escaping writes up to five characters for one.
+        size = len(translator.subwords(line)) if 6 * len(line) > translator.limit else 0
         if size > translator.limit:
             print(f"warning: line {number} has {size} subwords: it is cut into parts of {translator.limit}", file=sys.stderr)
     starts = range(0, len(decoded), args.batch_size)

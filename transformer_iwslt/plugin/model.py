@@ -16,7 +16,7 @@ from fairseq.models import (
 from torch import Tensor
 
 from common import FrobeniusDecay
-from transformer_iwslt.config import ARCHITECTURES, DEFAULT_DECAY, ModelConfig
+from transformer_iwslt.config import ARCHITECTURES, CRITERIONS, DEFAULT_DECAY, ModelConfig
 from transformer_iwslt.model import EOS, PAD, Decoder, Encoder, Transformer, TransformerConfig, frobenius_decay
 from transformer_iwslt.plugin.optimizer import EXEMPT
 
@@ -100,6 +100,9 @@ class PluginModel(FairseqEncoderDecoderModel):
         encoder = PluginEncoder(task.source_dictionary, transformer.encoder)
         model = cls(encoder, PluginDecoder(task.target_dictionary, transformer.decoder))
         model.decay = frobenius_decay(model, args.frobenius_decay, args.wd2fd, args.wd2fd_quekey, args.wd2fd_outval)
+        criterion = getattr(args, "criterion", None)
+        if model.decay is not None and criterion is not None and criterion not in CRITERIONS.values():
+            raise ValueError(f"Frobenius decay needs --criterion {' or '.join(CRITERIONS.values())}, got {criterion}")
         for parameter in () if model.decay is None else model.decay.parameters():
             setattr(parameter, EXEMPT, True)
         return model
