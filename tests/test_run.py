@@ -125,7 +125,7 @@ def test_rows_are_named_by_table_and_pattern():
     ("command", "message"),
     [
         ("run nothing", "there is no table 'nothing': there are "),
-        ("run quickstart/nothing", "no row matches 'nothing'"),
+        ("run quickstart/nothing", "no row in table quickstart matches 'nothing'"),
         ("run quickstart --seeds x", "argument --seeds: invalid natural value: 'x'"),
         ("run quickstart --jobs 0", "must be at least 1"),
         ("run quickstart/full --seeds 1 -- --epochs many", "argument --epochs/--epoch: invalid positive_int value: 'many'"),

@@ -824,7 +824,7 @@ def test_a_warm_up_is_passed_on_to_any_scheduler_that_has_one(data):
         ("--lr-scheduler polynomial_decay --total-num-update 9 --warmup-updates 500", (500, None)),
         ("--lr-scheduler fixed --warmup-updates 500", (500, None)),
         ("", (4000, 0.25)),
-        ("--warmup-updates 0", (0, 0.25)),
+        ("--warmup-updates 1", (1, 0.25)),
     ):
         args = TranslationConfig.parse([str(data), *flags.split()])
         scheduler = engine.configuration(options.get_training_parser, args.fairseq_words(data)).lr_scheduler
