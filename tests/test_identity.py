@@ -67,11 +67,11 @@ COUNTED = {
     "evidence-table2-weaker": 4,
     "evidence-table2-released": 21,
     "evidence-multi30k": 22,
-    "evidence-paper-decay": 12,
+    "evidence-paper-decay": 15,
     "evidence-paper-schedule": 0,  # for a GPU
     "evidence-paper-table1": 0,
     "evidence-pretraining-strength": 6,
-    "evidence-pretraining-positions": 0,
+    "evidence-pretraining-positions": 2,
     "evidence-pretraining": 12,
     "evidence-pretraining-blimp": 12,
     "evidence-pretraining-sst2": 10,
@@ -125,7 +125,7 @@ def test_every_committed_result_counts():
     known, rows = kinds(programs()), every_row(programs("evidence"))
     results, problems = read(EVIDENCE, known)
     assert problems == []
-    assert len(results) == len(list(EVIDENCE.rglob("result.json"))) == 234
+    assert len(results) == len(list(EVIDENCE.rglob("result.json"))) == 239
     for result in results:
         found = set(keys(result.config, known, result.script))
         of_table = [each for name, each in rows.items() if name.startswith(f"{result.row.partition('/')[0]}/")]
