@@ -254,10 +254,8 @@ class MaskedLanguageModel(nn.Module):
         if self.config.positions == "learned":
             return self.dropout(x + self.embed_positions(torch.arange(length, device=tokens.device))), mask
         bias = self.alibi[None, :, :length, :length]
-        if mask is not None:
-            if self.config.positions == "directed-alibi":  # padding that sees nothing else sees itself, and is not NaN
-                mask = mask | torch.eye(length, dtype=torch.bool, device=tokens.device)
-            bias = bias.masked_fill(~mask, -math.inf)
+        if mask is not None:  # padding sees itself, since it is NaN if it sees nothing
+            bias = bias.masked_fill(~(mask | torch.eye(length, dtype=torch.bool, device=tokens.device)), -math.inf)
         return self.dropout(x), bias
 
 

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -37,7 +36,7 @@ from bert_pretraining.text import (
     load_tokenizer,
     sentencepiece,
 )
-from common.experiments.config import FlagParser, natural, positive_int, say_interrupted
+from common.experiments.config import FlagParser, exit_on_sigterm, natural, positive_int, say_interrupted
 from common.experiments.files import ROOT, digest, read_json, write_atomic, write_json
 from common.experiments.runs import clean_errors
 
@@ -243,5 +242,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     say_interrupted(PROG)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes what is half written
+    exit_on_sigterm()
     main()

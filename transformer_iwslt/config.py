@@ -441,8 +441,6 @@ def parse_generate(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--skip-invalid-size-inputs-valid-test would leave sentences out, but BLEU must cover the whole split")
     if not math.isfinite(args.lenpen):
         parser.error(f"--lenpen must be finite, got {args.lenpen}")
-    if ":" in str(args.path):
-        parser.error(f"--path {args.path} has a colon, at which fairseq splits paths: rename the folder")
     if args.dump is not None and args.dump.is_dir():
         parser.error(f"--dump {args.dump} is a folder: give a file")
     if args.results_path is not None and args.results_path.exists() and not args.results_path.is_dir():

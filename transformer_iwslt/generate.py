@@ -14,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
 from common.experiments.config import config_hash, say_interrupted
-from transformer_iwslt.config import parse_generate
+from transformer_iwslt.config import parse_generate, refuse_separator
 
 if __name__ == "__main__":
     say_interrupted("transformer_iwslt/generate.py")
@@ -157,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_generate(argv)
     with clean_errors(f"{TranslationConfig.program}/generate.py"):
         args.data = find_data(args.data)
+        refuse_separator("--path", args.path)
         engine.require()
         held = engine.load_checkpoint(args.path)["cfg"]["model"].rank_scale
         if args.rank_scale is not None and args.rank_scale != held:

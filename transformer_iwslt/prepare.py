@@ -9,7 +9,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library beside this program, whatever is installed
 
-from common.experiments.config import say_interrupted
+from common.experiments.config import exit_on_sigterm, say_interrupted
 from transformer_iwslt.config import parse_prepare, refuse_separator
 
 if __name__ == "__main__":
@@ -196,5 +195,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes what is half written
+    exit_on_sigterm()
     main()

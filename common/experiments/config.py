@@ -20,6 +20,7 @@ import inspect
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
@@ -77,6 +78,11 @@ def say_interrupted(prog: str) -> None:
             others(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def exit_on_sigterm() -> None:
+    """Make SIGTERM raise SystemExit, so that ``finally`` removes what is half written. Only an entry point calls it."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def positive_int(text: str) -> int:

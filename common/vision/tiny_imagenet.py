@@ -10,12 +10,11 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import signal
 import sys
 from collections import Counter
 from pathlib import Path
 
-from ..experiments.config import FlagParser, say_interrupted
+from ..experiments.config import FlagParser, exit_on_sigterm, say_interrupted
 from ..experiments.downloads import downloading, one_at_a_time
 from ..experiments.files import ROOT, images_in
 from ..experiments.runs import clean_errors
@@ -144,5 +143,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     say_interrupted("python -m common.vision.tiny_imagenet")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # removes what is half unpacked
+    exit_on_sigterm()
     main()

@@ -25,9 +25,8 @@ class Magnitude(Method):
     def after_step(self, step: int) -> None:
         if self.settings.due(step) or step + 1 == self.settings.last_update:
             magnitudes = {name: weight.abs() for name, weight in self.masks.weights().items()}
-            if all(
-                magnitude.isfinite().all() for magnitude in magnitudes.values()
-            ):  # otherwise, the training loop ends the run
+            # If the network has diverged, the training loop ends the run.
+            if all(magnitude.isfinite().all() for magnitude in magnitudes.values()):
                 self.masks.assign(self.smallest_out(magnitudes, self.wanted(step)))
 
     def smallest_out(self, magnitudes: dict[str, Tensor], nonzero: int) -> dict[str, Tensor]:
